@@ -1,0 +1,153 @@
+#include "parallel.h"
+
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace dschat {
+namespace {
+
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// About 50 us of polling before the thread yields: longer than any barrier inside a step on a quiet machine.
+constexpr int kSpins = 2000;
+
+class Pool {
+ public:
+  static Pool& get() {
+    static Pool* pool = new Pool;  // never destroyed: worker threads outlive static destructors
+    return *pool;
+  }
+
+  void run(const std::function<void(const Team&)>& fn) {
+    std::lock_guard<std::mutex> turn(turn_);
+    const int size = size_.load(std::memory_order_relaxed);
+    Team team{0, size, &barrier_};
+    if (size == 1) {
+      fn(team);
+      return;
+    }
+    grow(size);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &fn;
+      job_size_ = size;
+      pending_.store(size - 1, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    std::exception_ptr error;
+    try {
+      fn(team);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins) {
+      if (spins < kSpins) pause_cpu();
+      else std::this_thread::yield();
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
+  void resize(int n) {
+    if (n < 1 || n > 256)
+      throw std::invalid_argument("num_threads is " + std::to_string(n) + ": give a number from 1 to 256.");
+    std::lock_guard<std::mutex> turn(turn_);
+    size_.store(n, std::memory_order_relaxed);
+  }
+
+  int size() const { return size_.load(std::memory_order_relaxed); }
+
+
+ private:
+  Pool() {
+    unsigned n = std::thread::hardware_concurrency();
+    size_.store(n ? int(n) : 1, std::memory_order_relaxed);
+#if !defined(_WIN32)
+    pthread_atfork(nullptr, nullptr, [] { Pool::get().after_fork(); });
+#endif
+  }
+
+  void after_fork() {
+    // The vector's threads do not exist here; forgetting them without join is the only safe thing to do.
+    new (&workers_) std::vector<std::thread>();
+    new (&mutex_) std::mutex();
+    new (&turn_) std::mutex();
+    new (&wake_) std::condition_variable();
+    pending_.store(0, std::memory_order_relaxed);
+  }
+
+  void grow(int size) {
+    while (int(workers_.size()) < size - 1) {
+      int rank = int(workers_.size()) + 1;
+      uint64_t seen = generation_.load(std::memory_order_relaxed);
+      workers_.emplace_back([this, rank, seen] { work(rank, seen); });
+      workers_.back().detach();
+    }
+  }
+
+  void work(int rank, uint64_t seen) {
+    for (;;) {
+      // Decode steps follow each other within microseconds: poll for a moment before going to sleep.
+      for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) pause_cpu();
+      const std::function<void(const Team&)>* job;
+      int size;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        job = job_;
+        size = job_size_;
+      }
+      if (rank >= size) continue;  // the team is smaller than the pool now
+      (*job)(Team{rank, size, &barrier_});
+      pending_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex turn_;   // one parallel region at a time
+  std::mutex mutex_;  // guards job_, job_size_ and the generation's change
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  const std::function<void(const Team&)>* job_ = nullptr;
+  int job_size_ = 1;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> pending_{0};
+  std::atomic<int> size_{1};
+  Barrier barrier_;
+};
+
+}  // namespace
+
+void Barrier::wait(int size) {
+  uint32_t phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    if (spins < kSpins) pause_cpu();
+    else std::this_thread::yield();
+  }
+}
+
+void parallel(const std::function<void(const Team&)>& fn) { Pool::get().run(fn); }
+void set_num_threads(int n) { Pool::get().resize(n); }
+int num_threads() { return Pool::get().size(); }
+
+}  // namespace dschat

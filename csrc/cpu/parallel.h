@@ -1,0 +1,52 @@
+// Threads of the native kernels: single program, multiple data.
+//
+// parallel(fn) runs fn(team) once on every thread of one persistent pool; a kernel takes its share of the work
+// from team.rank and team.size, and team.barrier() separates dependent kernels. A whole decoder step is one
+// parallel(), so threads are woken once a step, not once an op. OpenMP is avoided on purpose: torch brings its
+// own copy of the runtime, and two pools that spin on two cores fight each other.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+
+namespace dschat {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Spins briefly, then gives up its time slice, so that a busy machine makes it slower but never stuck.
+class Barrier {
+ public:
+  void wait(int size);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<uint32_t> phase_{0};
+};
+
+struct Team {
+  int rank;
+  int size;
+  Barrier* shared_barrier;
+
+  void barrier() const {
+    if (size > 1) shared_barrier->wait(size);
+  }
+  // This thread's contiguous share of n items, cut at multiples of grain.
+  Range range(int64_t n, int64_t grain = 1) const {
+    int64_t blocks = (n + grain - 1) / grain;
+    int64_t b = blocks * rank / size * grain, e = blocks * (rank + 1) / size * grain;
+    return {b < n ? b : n, e < n ? e : n};
+  }
+};
+
+// Runs fn on num_threads() threads, the caller being rank 0. Calls from several Python threads take turns.
+// The first exception thrown by rank 0 is passed on; other ranks must not throw.
+void parallel(const std::function<void(const Team&)>& fn);
+
+void set_num_threads(int n);  // 1 <= n <= 256, else std::invalid_argument
+int num_threads();
+
+}  // namespace dschat

@@ -1,0 +1,390 @@
+// Sixteen float lanes on every ISA, so that packed layouts, lane trees and therefore results do not depend on
+// how wide the machine's registers are. All arithmetic is float32; bfloat16 exists only in memory.
+//
+//   avx512    one zmm               avx2    two ymm               portable    a plain array
+//
+// The build passes -ffp-contract=off: a multiply-add is fused exactly where the source says fma().
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define DSCHAT_INLINE inline __attribute__((always_inline))
+
+namespace dschat {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+
+// bfloat16 as stored: the upper half of a float32.
+struct bf16 {
+  uint16_t bits;
+};
+
+DSCHAT_INLINE float to_float(float x) { return x; }
+DSCHAT_INLINE float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+// Round to nearest even; NaN stays NaN (quiet).
+DSCHAT_INLINE bf16 to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t((u >> 16) | 0x40u)};
+  u += 0x7fffu + ((u >> 16) & 1u);
+  return bf16{uint16_t(u >> 16)};
+}
+
+template <typename T> DSCHAT_INLINE T from_float(float x);
+template <> DSCHAT_INLINE float from_float<float>(float x) { return x; }
+template <> DSCHAT_INLINE bf16 from_float<bf16>(float x) { return to_bf16(x); }
+
+// The value that x has after being stored as T and loaded again.
+template <typename T> DSCHAT_INLINE float round_to(float x) { return to_float(from_float<T>(x)); }
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+// ------------------------------------------------------------------------------------------------ AVX-512
+#define DSCHAT_VEC_REGISTERS 32  // registers of kLanes floats that a kernel may count on
+struct Vec {
+  __m512 v;
+};
+DSCHAT_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+DSCHAT_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+DSCHAT_INLINE Vec load(const bf16* p) {
+  __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
+}
+DSCHAT_INLINE __mmask16 lane_mask(int n) { return __mmask16((1u << n) - 1u); }
+// The first n (0..16) lanes; the others are zero and their memory is not touched.
+DSCHAT_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
+DSCHAT_INLINE Vec load(const bf16* p, int n) {
+  __m512i u = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(n), p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
+}
+DSCHAT_INLINE __m256i pack_bf16(Vec a) {
+  __m512i u = _mm512_castps_si512(a.v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(r);
+}
+DSCHAT_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+DSCHAT_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_bf16(a)); }
+DSCHAT_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lane_mask(n), a.v); }
+DSCHAT_INLINE void store(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, lane_mask(n), pack_bf16(a)); }
+DSCHAT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+DSCHAT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+DSCHAT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+DSCHAT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+DSCHAT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+DSCHAT_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// max/min return b when a lane of either is NaN (the hardware's rule, kept on every ISA).
+DSCHAT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+DSCHAT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+DSCHAT_INLINE Vec round_even(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+DSCHAT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// a < b ? x : y, lane by lane (false for NaN).
+DSCHAT_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+// 2^n for integral-valued lanes with -126 <= n <= 127.
+DSCHAT_INLINE Vec pow2i(Vec n) {
+  __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+}
+DSCHAT_INLINE void to_array(Vec a, float* out) { _mm512_storeu_ps(out, a.v); }
+// Two vectors from 32 bfloat16 stored as pairs: lanes of `lo` at even places, of `hi` at odd places.
+DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
+  __m512i u = _mm512_loadu_si512(p);
+  lo.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+  hi.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000u))));
+}
+#define DSCHAT_ISA_NAME "avx512"
+
+#elif defined(__AVX2__)
+// --------------------------------------------------------------------------------------------------- AVX2
+#define DSCHAT_VEC_REGISTERS 8
+struct Vec {
+  __m256 a, b;
+};
+DSCHAT_INLINE Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+DSCHAT_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+DSCHAT_INLINE __m256 widen_bf16(__m128i h) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+DSCHAT_INLINE Vec load(const bf16* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {widen_bf16(_mm_loadu_si128(q)), widen_bf16(_mm_loadu_si128(q + 1))};
+}
+DSCHAT_INLINE Vec load(const float* p, int n) {
+  alignas(32) float t[kLanes] = {};
+  std::memcpy(t, p, size_t(n) * sizeof(float));
+  return load(t);
+}
+DSCHAT_INLINE Vec load(const bf16* p, int n) {
+  alignas(32) bf16 t[kLanes] = {};
+  std::memcpy(t, p, size_t(n) * sizeof(bf16));
+  return load(t);
+}
+DSCHAT_INLINE __m256i round_bf16(__m256 f) {  // results in the low halves of the 32-bit lanes
+  __m256i u = _mm256_castps_si256(f);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(nan));
+}
+DSCHAT_INLINE __m256i pack_bf16(Vec x) {
+  __m256i p = _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b));
+  return _mm256_permute4x64_epi64(p, 0xd8);
+}
+DSCHAT_INLINE void store(float* p, Vec x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+DSCHAT_INLINE void store(bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_bf16(x)); }
+DSCHAT_INLINE void store(float* p, Vec x, int n) {
+  alignas(32) float t[kLanes];
+  store(t, x);
+  std::memcpy(p, t, size_t(n) * sizeof(float));
+}
+DSCHAT_INLINE void store(bf16* p, Vec x, int n) {
+  alignas(32) bf16 t[kLanes];
+  store(t, x);
+  std::memcpy(p, t, size_t(n) * sizeof(bf16));
+}
+DSCHAT_INLINE Vec operator+(Vec x, Vec y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+DSCHAT_INLINE Vec operator-(Vec x, Vec y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+DSCHAT_INLINE Vec operator*(Vec x, Vec y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+DSCHAT_INLINE Vec operator/(Vec x, Vec y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+DSCHAT_INLINE Vec fma(Vec x, Vec y, Vec z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+DSCHAT_INLINE Vec sqrt(Vec x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+DSCHAT_INLINE Vec max(Vec x, Vec y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+DSCHAT_INLINE Vec min(Vec x, Vec y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+DSCHAT_INLINE Vec round_even(Vec x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+DSCHAT_INLINE Vec abs(Vec x) {
+  __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+DSCHAT_INLINE Vec select_lt(Vec l, Vec r, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(l.a, r.a, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(l.b, r.b, _CMP_LT_OQ))};
+}
+DSCHAT_INLINE __m256 pow2i_half(__m256 n) {
+  __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+}
+DSCHAT_INLINE Vec pow2i(Vec n) { return {pow2i_half(n.a), pow2i_half(n.b)}; }
+DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
+DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
+  __m256i u0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  __m256i u1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+  __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+  lo = {_mm256_castsi256_ps(_mm256_slli_epi32(u0, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(u1, 16))};
+  hi = {_mm256_castsi256_ps(_mm256_and_si256(u0, upper)), _mm256_castsi256_ps(_mm256_and_si256(u1, upper))};
+}
+#define DSCHAT_ISA_NAME "avx2"
+
+#else
+// ----------------------------------------------------------------------------------------------- portable
+#define DSCHAT_VEC_REGISTERS 4
+struct Vec {
+  float v[kLanes];
+};
+#define DSCHAT_EACH for (int i = 0; i < kLanes; ++i)
+DSCHAT_INLINE Vec set1(float x) {
+  Vec r;
+  DSCHAT_EACH r.v[i] = x;
+  return r;
+}
+template <typename T> DSCHAT_INLINE Vec load(const T* p) {
+  Vec r;
+  DSCHAT_EACH r.v[i] = to_float(p[i]);
+  return r;
+}
+template <typename T> DSCHAT_INLINE Vec load(const T* p, int n) {
+  Vec r;
+  DSCHAT_EACH r.v[i] = i < n ? to_float(p[i]) : 0.0f;
+  return r;
+}
+template <typename T> DSCHAT_INLINE void store(T* p, Vec x) { DSCHAT_EACH p[i] = from_float<T>(x.v[i]); }
+template <typename T> DSCHAT_INLINE void store(T* p, Vec x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(x.v[i]);
+}
+DSCHAT_INLINE Vec operator+(Vec x, Vec y) {
+  DSCHAT_EACH x.v[i] += y.v[i];
+  return x;
+}
+DSCHAT_INLINE Vec operator-(Vec x, Vec y) {
+  DSCHAT_EACH x.v[i] -= y.v[i];
+  return x;
+}
+DSCHAT_INLINE Vec operator*(Vec x, Vec y) {
+  DSCHAT_EACH x.v[i] *= y.v[i];
+  return x;
+}
+DSCHAT_INLINE Vec operator/(Vec x, Vec y) {
+  DSCHAT_EACH x.v[i] /= y.v[i];
+  return x;
+}
+// Without a fused instruction std::fma is a library call, so multiply and add round separately here.
+DSCHAT_INLINE Vec fma(Vec x, Vec y, Vec z) {
+#if defined(__FMA__) || defined(__aarch64__)
+  DSCHAT_EACH z.v[i] = __builtin_fmaf(x.v[i], y.v[i], z.v[i]);
+#else
+  DSCHAT_EACH z.v[i] += x.v[i] * y.v[i];
+#endif
+  return z;
+}
+DSCHAT_INLINE Vec sqrt(Vec x) {
+  DSCHAT_EACH x.v[i] = __builtin_sqrtf(x.v[i]);
+  return x;
+}
+DSCHAT_INLINE Vec max(Vec x, Vec y) {
+  DSCHAT_EACH y.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i];
+  return y;
+}
+DSCHAT_INLINE Vec min(Vec x, Vec y) {
+  DSCHAT_EACH y.v[i] = x.v[i] < y.v[i] ? x.v[i] : y.v[i];
+  return y;
+}
+DSCHAT_INLINE Vec round_even(Vec x) {
+  DSCHAT_EACH x.v[i] = __builtin_nearbyintf(x.v[i]);
+  return x;
+}
+DSCHAT_INLINE Vec abs(Vec x) {
+  DSCHAT_EACH x.v[i] = __builtin_fabsf(x.v[i]);
+  return x;
+}
+DSCHAT_INLINE Vec select_lt(Vec l, Vec r, Vec x, Vec y) {
+  DSCHAT_EACH y.v[i] = l.v[i] < r.v[i] ? x.v[i] : y.v[i];
+  return y;
+}
+DSCHAT_INLINE Vec pow2i(Vec n) {
+  Vec r;
+  DSCHAT_EACH {
+    uint32_t u = uint32_t(int32_t(n.v[i]) + 127) << 23;
+    std::memcpy(&r.v[i], &u, 4);
+  }
+  return r;
+}
+DSCHAT_INLINE void to_array(Vec x, float* out) { DSCHAT_EACH out[i] = x.v[i]; }
+DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
+  DSCHAT_EACH {
+    lo.v[i] = to_float(p[2 * i]);
+    hi.v[i] = to_float(p[2 * i + 1]);
+  }
+}
+#undef DSCHAT_EACH
+#define DSCHAT_ISA_NAME "portable"
+#endif
+
+// ------------------------------------------------------------------------------- what follows is ISA-free
+
+DSCHAT_INLINE Vec zero() { return set1(0.0f); }
+
+// The fixed tree of every lane reduction: halves are folded 16 -> 8 -> 4 -> 2 -> 1.
+DSCHAT_INLINE float reduce_add(Vec x) {
+  float t[kLanes];
+  to_array(x, t);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) t[i] += t[i + width];
+  return t[0];
+}
+
+// Exact whatever the order. Lanes must not be NaN.
+DSCHAT_INLINE float reduce_max(Vec x) {
+  float t[kLanes];
+  to_array(x, t);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
+  return t[0];
+}
+
+template <typename T> DSCHAT_INLINE Vec round_to(Vec x);
+template <> DSCHAT_INLINE Vec round_to<float>(Vec x) { return x; }
+template <> DSCHAT_INLINE Vec round_to<bf16>(Vec x) {
+  bf16 t[kLanes];
+  store(t, x);
+  return load(t);
+}
+
+// e^x. Below -87.3 (where the result would be subnormal) exactly 0, above 88.7 infinity, NaN stays NaN.
+// Cody-Waite reduction to |r| <= ln2/2 and the minimax polynomial of Cephes expf; error under 2 ulp.
+DSCHAT_INLINE Vec exp(Vec x) {
+  const Vec low = set1(-87.33654f), high = set1(88.72283f);
+  Vec clamped = max(low, min(high, x));
+  Vec n = round_even(clamped * set1(1.44269504088896341f));
+  Vec r = fma(n, set1(-0.693359375f), clamped);
+  r = fma(n, set1(2.12194440e-4f), r);
+  Vec p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, r * r, r) + set1(1.0f);
+  // n reaches 128 just below the overflow limit and 2^128 is no float: split the power in two.
+  Vec half = round_even(n * set1(0.5f));
+  Vec y = p * pow2i(half) * pow2i(n - half);
+  y = select_lt(x, low, zero(), y);
+  y = select_lt(high, x, set1(std::numeric_limits<float>::infinity()), y);
+  // NaN fails both comparisons of this test and is passed through.
+  return select_lt(x, set1(std::numeric_limits<float>::infinity()), y,
+                   select_lt(set1(0.0f), x, y, x + x));
+}
+
+// tanh: odd polynomial (Cephes tanhf) under 0.625, else 1 - 2 / (e^2|x| + 1) with the sign put back.
+DSCHAT_INLINE Vec tanh(Vec x) {
+  Vec a = abs(x);
+  Vec s = x * x;
+  Vec p = set1(-5.70498872745e-3f);
+  p = fma(p, s, set1(2.06390887954e-2f));
+  p = fma(p, s, set1(-5.37397155531e-2f));
+  p = fma(p, s, set1(1.33314422036e-1f));
+  p = fma(p, s, set1(-3.33332819422e-1f));
+  Vec small = fma(p * s, x, x);
+  Vec e = exp(a + a);
+  Vec big = set1(1.0f) - set1(2.0f) / (e + set1(1.0f));
+  big = select_lt(x, zero(), zero() - big, big);
+  return select_lt(a, set1(0.625f), small, big);
+}
+
+// erf by a rational approximation on [-4, 4] (the form used by Eigen); +-1 beyond within float32.
+DSCHAT_INLINE Vec erf(Vec x) {
+  Vec c = max(set1(-4.0f), min(set1(4.0f), x));
+  Vec s = c * c;
+  Vec p = set1(-2.72614225801306e-10f);
+  p = fma(p, s, set1(2.77068142495902e-08f));
+  p = fma(p, s, set1(-2.10102402082508e-06f));
+  p = fma(p, s, set1(-5.69250639462346e-05f));
+  p = fma(p, s, set1(-7.34990630326855e-04f));
+  p = fma(p, s, set1(-2.95459980854025e-03f));
+  p = fma(p, s, set1(-1.60960333262415e-02f));
+  Vec q = set1(-1.45660718464996e-05f);
+  q = fma(q, s, set1(-2.13374055278905e-04f));
+  q = fma(q, s, set1(-1.68282697438203e-03f));
+  q = fma(q, s, set1(-7.37332916720468e-03f));
+  q = fma(q, s, set1(-1.42647390514189e-02f));
+  return c * p / q;
+}
+
+}  // namespace dschat
