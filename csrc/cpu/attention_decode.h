@@ -1,0 +1,18 @@
+// attention() with the keys split too: for few rows over a long context, where rows x heads cannot fill the threads.
+// Same arguments, same bits: threads compute chunks of kChunk keys, and the chunks are folded in order.
+#pragma once
+
+#include "attention.h"
+
+namespace dschat {
+
+// Key ranges that each (row, head) is cut into; `requested` <= 0 chooses: 1 where rows and heads alone fill the threads.
+int64_t attention_decode_splits(int threads, const AttentionArgs& args, int64_t requested);
+
+// Floats of scratch: the partial sums of every chunk if splits > 1, and attention()'s own.
+int64_t attention_decode_scratch_floats(int threads, const AttentionArgs& args, int64_t splits);
+
+// splits as returned by attention_decode_splits. SPMD; has one barrier inside if splits > 1, none at the end.
+void attention_decode(const Team& team, DType dtype, const AttentionArgs& args, int64_t splits);
+
+}  // namespace dschat
