@@ -33,11 +33,7 @@ struct AttentionArgs {
   int64_t window = 0;                   // keys seen, the token's own included; 0: all
   float softcap = 0.0f;                 // 0: none
   const float* alibi_slopes = nullptr;  // [Hq] or null
-  float* scratch = nullptr;             // attention_scratch_floats() floats, 64-byte aligned
 };
-
-// Floats of scratch for a team of `threads`.
-int64_t attention_scratch_floats(int threads, int64_t D);
 
 // Work is cut by cost (rows x keys) into one contiguous share a thread. SPMD, no barrier at the end.
 void attention(const Team& team, DType dtype, const AttentionArgs& args);

@@ -23,10 +23,11 @@ struct TokenLogprobsArgs {
   float* logprob = nullptr;  // [T]
   float* lse = nullptr;      // [T] log of the sum of exp(z); null: not wanted
   float* entropy = nullptr;  // [T]; null: not wanted
-  float* scratch = nullptr;  // token_logprobs_scratch_floats() floats, 64-byte aligned
+  float* partials = nullptr;  // token_logprobs_partials(T, V) floats, shared by the team
 };
 
-int64_t token_logprobs_scratch_floats(int threads, int64_t T, int64_t H, int64_t V);
+// Per row and vocabulary chunk: maximum, sum, weighted sum; and z of the target.
+int64_t token_logprobs_partials(int64_t T, int64_t V);
 
 // SPMD; one barrier inside, none at the end.
 void token_logprobs(const Team& team, DType dtype, const TokenLogprobsArgs& args);

@@ -1,0 +1,376 @@
+"""Paged KV cache on the CPU: pages of 64 tokens, reference counted, copied before a shared one is written.
+
+Layout of one layer (csrc/cpu/kv_cache.h says the same):
+
+* ``k[layer]``: ``[pages, Hkv, PAGE / 16, D, 16]``, 16 keys side by side, so that scores vectorise over keys;
+* ``v[layer]``: ``[pages, Hkv, PAGE, Dp]``, ``Dp`` = ``D`` rounded up to 16.
+
+A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1: none), and
+``lengths[slot]`` the number of tokens written. A step is ``prepare_append`` (pages, copy-on-write), the kernels, ``advance``.
+
+Invariants: a page is free or its reference count is the number of block table entries that name it; a page that holds no
+token yet (reserved beyond ``lengths``) belongs to one slot only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+__all__ = ["CHUNK", "LANES", "PAGE", "OutOfPages", "PagedKVCache", "padded_head_dim", "pages_for"]
+
+PAGE = 64
+"""Tokens of a page."""
+CHUNK = 256
+"""Keys that attention reduces in one go; part of the definition of its bits."""
+LANES = 16
+
+
+class OutOfPages(RuntimeError):
+    """The cache has fewer free pages than a request needs; nothing was changed."""
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold ``tokens`` tokens."""
+    return -(-tokens // PAGE)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """``head_dim`` rounded up to whole vectors of 16 lanes."""
+    return -(-head_dim // LANES) * LANES
+
+
+class PagedKVCache:
+    """Keys and values of ``num_slots`` sequences in ``num_pages`` shared pages.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: of the model.
+        num_pages: pages of the pool; ``bytes_per_page`` tells the cost of one.
+        num_slots: sequences held at once.
+        max_pages_per_slot: width of the block table, that is the longest sequence in pages.
+        dtype: dtype of the model's activations.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        num_slots: int,
+        max_pages_per_slot: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, value in (
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("num_pages", num_pages),
+            ("num_slots", num_slots),
+            ("max_pages_per_slot", max_pages_per_slot),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: a cache needs at least 1.")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}: keys and values need a floating-point dtype.")
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_pages = num_pages
+        self.num_slots = num_slots
+        self.max_pages_per_slot = max_pages_per_slot
+        self.dtype = dtype
+        # Zeroed, because the kernels read whole vectors and padding must stay finite; untouched pages cost no memory.
+        self.k = torch.zeros(num_layers, num_pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype)
+        self.v = torch.zeros(num_layers, num_pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype)
+        self._table = np.full((num_slots, max_pages_per_slot), -1, dtype=np.int32)
+        self._lengths = np.zeros(num_slots, dtype=np.int32)
+        self.block_table = torch.from_numpy(self._table)  # shares memory with _table
+        self.lengths = torch.from_numpy(self._lengths)
+        self._owned = np.zeros(num_slots, dtype=np.int64)  # block table entries in use
+        self._refs = np.zeros(num_pages, dtype=np.int32)
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: recently used pages are warm
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes that one page costs over all layers."""
+        return self.num_layers * (self.k[0, 0].numel() + self.v[0, 0].numel()) * self.k.element_size()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence a slot can hold."""
+        return self.max_pages_per_slot * PAGE
+
+    def length(self, slot: int) -> int:
+        return int(self._lengths[self._slot(slot)])
+
+    def pages(self, slot: int) -> list[int]:
+        """Pages of a slot, in order, those reserved but not written yet included."""
+        slot = self._slot(slot)
+        return self._table[slot, : self._owned[slot]].tolist()
+
+    def capacity(self, slot: int) -> int:
+        """Tokens that the slot's pages can hold."""
+        return int(self._owned[self._slot(slot)]) * PAGE
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"slots={self.num_slots}, pages={self.num_pages - self.free_pages}/{self.num_pages} in use, {self.dtype})"
+        )
+
+    # -------------------------------------------------------------------------------------------- allocation
+
+    def alloc(self, slot: int, n_tokens: int) -> None:
+        """Makes room for ``n_tokens`` more tokens in ``slot``, so that later steps cannot run out of pages.
+
+        Unlike :meth:`prepare_append` it does not copy a shared page.
+
+        Raises:
+            OutOfPages: fewer pages are free than needed. ValueError: the sequence would exceed ``max_length``.
+        """
+        slot = self._slot(slot)
+        grow = self._growth(slot, n_tokens)
+        self._demand(grow)
+        self._grow(slot, grow)
+
+    def free(self, slot: int) -> None:
+        """Forgets the sequence in ``slot``; pages nobody else holds return to the pool. Freeing an empty slot is fine."""
+        slot = self._slot(slot)
+        self._drop(slot, 0)
+        self._lengths[slot] = 0
+
+    def fork(self, src: int, *dst: int) -> None:
+        """Makes each slot of ``dst`` a copy of ``src`` by sharing its pages; what ``dst`` held before is freed.
+
+        No data moves: a shared partial page is copied by the next :meth:`prepare_append` that writes into it.
+        """
+        src = self._slot(src)
+        targets = [self._slot(slot) for slot in dst]
+        if src in targets:
+            raise ValueError(f"slot {src} cannot be forked onto itself: leave it out of the destinations.")
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"fork destinations {targets} repeat a slot: name each once.")
+        used = pages_for(int(self._lengths[src]))
+        for slot in targets:
+            self.free(slot)
+            self._share(self._table[src, :used], slot, int(self._lengths[src]))
+
+    def reorder(self, slots: Sequence[int] | torch.Tensor, sources: Sequence[int] | torch.Tensor) -> None:
+        """After the call ``slots[i]`` holds what ``sources[i]`` held before (beam search: permute and duplicate).
+
+        Sources may repeat and may lie outside ``slots``. Pages are shared, never copied, so this needs no free page.
+        """
+        targets = [self._slot(slot) for slot in _ints(slots)]
+        origins = [self._slot(slot) for slot in _ints(sources)]
+        if len(targets) != len(origins):
+            raise ValueError(f"reorder got {len(targets)} slots and {len(origins)} sources: give one source a slot.")
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"reorder slots {targets} repeat a slot: name each once.")
+        moves = [(t, o) for t, o in zip(targets, origins, strict=True) if t != o]
+        held = []
+        for _, origin in moves:  # take the new references before any old one is given up
+            length = int(self._lengths[origin])
+            row = self._table[origin, : pages_for(length)].copy()
+            self._refs[row] += 1
+            held.append((row, length))
+        for target, _ in moves:
+            self.free(target)
+        for (target, _), (row, length) in zip(moves, held, strict=True):
+            self._refs[row] -= 1  # _share counts them again
+            self._share(row, target, length)
+
+    def crop(self, slot: int, length: int) -> None:
+        """Keeps the first ``length`` tokens of ``slot``; pages beyond them, reserved ones too, are given up."""
+        slot = self._slot(slot)
+        if not 0 <= length <= self._lengths[slot]:
+            raise ValueError(f"slot {slot} has {self._lengths[slot]} tokens: it cannot be cropped to {length}.")
+        self._drop(slot, pages_for(length))
+        self._lengths[slot] = length
+
+    def pages_needed(self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor) -> int:
+        """Free pages that ``prepare_append(slots, n_tokens)`` would take."""
+        return self._append_plan(slots, n_tokens)[0]
+
+    def prepare_append(
+        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
+    ) -> None:
+        """Makes the next ``n_tokens`` places of each slot writable: allocates pages, copies a shared partial page.
+
+        ``lengths`` stay; call :meth:`advance` when the tokens are written. All or nothing.
+
+        Raises:
+            OutOfPages: fewer pages are free than needed. ValueError: bad or repeated slots, or beyond ``max_length``.
+        """
+        need, plan = self._append_plan(slots, n_tokens)
+        if need == 0:  # most decode steps
+            return
+        self._demand(need)
+        sources, copies = [], []
+        for slot, grow, copy in plan:
+            if copy:
+                place = self._lengths[slot] // PAGE
+                old, new = int(self._table[slot, place]), self._take()
+                self._refs[old] -= 1
+                self._table[slot, place] = new
+                sources.append(old)
+                copies.append(new)
+            self._grow(slot, grow)
+        if copies:
+            # A page given up by its last other holder stays put, so every source is still intact here.
+            self.k[:, copies] = self.k[:, sources]
+            self.v[:, copies] = self.v[:, sources]
+
+    def advance(self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor) -> None:
+        """Counts ``n_tokens`` new tokens in each slot; they must fit into pages that the slot already has."""
+        targets, counts = self._pairs(slots, n_tokens)
+        for slot, count in zip(targets, counts, strict=True):
+            if self._lengths[slot] + count > self._owned[slot] * PAGE:
+                raise ValueError(
+                    f"slot {slot} has room for {self._owned[slot] * PAGE - self._lengths[slot]} more tokens, not {count}: "
+                    "call prepare_append first."
+                )
+        for slot, count in zip(targets, counts, strict=True):
+            self._lengths[slot] += count
+
+    # -------------------------------------------------------------------------------------------------- data
+
+    def gather(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contiguous copies ``(k, v)``, each ``[Hkv, length, D]``, of what a slot holds in one layer."""
+        slot = self._slot(slot)
+        length = int(self._lengths[slot])
+        pages = torch.from_numpy(self._table[slot, : pages_for(length)].astype(np.int64))
+        heads, dim = self.num_kv_heads, self.head_dim
+        k = self.k[layer, pages].permute(1, 0, 2, 4, 3).reshape(heads, -1, dim)
+        v = self.v[layer, pages].transpose(0, 1).reshape(heads, -1, self.v.shape[-1])
+        return k[:, :length].clone(), v[:, :length, :dim].clone()
+
+    def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes ``k`` and ``v`` (``[Hkv, n, D]``) at the places ``start .. start + n - 1`` of a slot in one layer.
+
+        The places must be inside the slot's pages and these not shared; ``lengths`` stay.
+        """
+        slot = self._slot(slot)
+        n = k.shape[1] if k.dim() == 3 else 0
+        expected = (self.num_kv_heads, n, self.head_dim)
+        if tuple(k.shape) != expected or tuple(v.shape) != expected:
+            raise ValueError(
+                f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: both must be "
+                f"[{self.num_kv_heads}, n, {self.head_dim}]."
+            )
+        if start < 0 or start + n > self._owned[slot] * PAGE:
+            raise ValueError(
+                f"places {start} to {start + n - 1} are outside slot {slot}, whose pages hold {self._owned[slot] * PAGE} "
+                "tokens: call prepare_append first."
+            )
+        if n == 0:
+            return
+        touched = self._table[slot, start // PAGE : pages_for(start + n)]
+        if (self._refs[touched] > 1).any():
+            raise ValueError(f"slot {slot} shares the pages of places {start} to {start + n - 1}: call prepare_append first.")
+        place = torch.arange(start, start + n)
+        page = self.block_table[slot].long()[place // PAGE]
+        inside = place % PAGE
+        # Advanced indices separated by a slice put their dimension first: [n, Hkv, D].
+        self.k[layer][page, :, inside // LANES, :, inside % LANES] = k.transpose(0, 1).to(self.dtype)
+        self.v[layer][page, :, inside, : self.head_dim] = v.transpose(0, 1).to(self.dtype)
+
+    # ---------------------------------------------------------------------------------------------- internal
+
+    def _slot(self, slot: int) -> int:
+        index = int(slot)
+        if not 0 <= index < self.num_slots:
+            raise ValueError(f"slot {index} does not exist: the cache has slots 0 to {self.num_slots - 1}.")
+        return index
+
+    def _pairs(
+        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
+    ) -> tuple[list[int], list[int]]:
+        targets = [self._slot(slot) for slot in _ints(slots)]
+        counts = [n_tokens] * len(targets) if isinstance(n_tokens, int) else _ints(n_tokens)
+        if len(counts) != len(targets):
+            raise ValueError(f"got {len(targets)} slots and {len(counts)} token counts: give one count a slot.")
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"slots {targets} repeat a slot: name each once.")
+        for count in counts:
+            if count < 0:
+                raise ValueError(f"n_tokens is {count}: it must not be negative.")
+        return targets, counts
+
+    def _growth(self, slot: int, n_tokens: int) -> int:
+        """Pages that ``slot`` lacks to hold ``n_tokens`` more."""
+        if n_tokens < 0:
+            raise ValueError(f"n_tokens is {n_tokens}: it must not be negative.")
+        total = int(self._lengths[slot]) + n_tokens
+        if total > self.max_length:
+            raise ValueError(
+                f"slot {slot} would hold {total} tokens and a slot is limited to {self.max_length}: "
+                "make the cache with more pages per slot or shorten the sequence."
+            )
+        return max(0, pages_for(total) - int(self._owned[slot]))
+
+    def _append_plan(
+        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
+    ) -> tuple[int, list[tuple[int, int, bool]]]:
+        """(free pages needed, [(slot, pages to add, copy the partial page?)])."""
+        targets, counts = self._pairs(slots, n_tokens)
+        need, plan = 0, []
+        left: dict[int, int] = {}  # references of a page after the copies planned so far
+        index = np.asarray(targets, dtype=np.int64)
+        if self._refs.max() <= 1 and (self._lengths[index] + np.asarray(counts) <= self._owned[index] * PAGE).all():
+            return 0, []
+        for slot, count in zip(targets, counts, strict=True):
+            grow, copy = self._growth(slot, count), False
+            length = int(self._lengths[slot])
+            if count > 0 and length % PAGE:
+                page = int(self._table[slot, length // PAGE])
+                refs = left.get(page, int(self._refs[page]))
+                copy = refs > 1
+                left[page] = refs - copy  # the last holder writes in place
+            need += grow + copy
+            plan.append((slot, grow, copy))
+        return need, plan
+
+    def _demand(self, need: int) -> None:
+        if need > len(self._free):
+            raise OutOfPages(
+                f"{need} cache pages are needed and {len(self._free)} of {self.num_pages} are free: "
+                "free a slot, run fewer sequences at once or make the cache larger."
+            )
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._refs[page] = 1
+        return page
+
+    def _grow(self, slot: int, pages: int) -> None:
+        for _ in range(pages):
+            self._table[slot, self._owned[slot]] = self._take()
+            self._owned[slot] += 1
+
+    def _drop(self, slot: int, keep: int) -> None:
+        for page in self._table[slot, keep : self._owned[slot]][::-1].tolist():
+            self._refs[page] -= 1
+            if self._refs[page] == 0:
+                self._free.append(page)
+        self._table[slot, keep : self._owned[slot]] = -1
+        self._owned[slot] = min(keep, int(self._owned[slot]))
+
+    def _share(self, row: np.ndarray, slot: int, length: int) -> None:
+        """Gives the empty ``slot`` its own references to the pages of ``row``."""
+        self._table[slot, : len(row)] = row
+        self._refs[row] += 1
+        self._owned[slot] = len(row)
+        self._lengths[slot] = length
+
+
+def _ints(values: Iterable[int] | torch.Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, torch.Tensor) else [int(value) for value in values]
