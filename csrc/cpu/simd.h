@@ -205,9 +205,12 @@ DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
 
 #else
 // ----------------------------------------------------------------------------------------------- portable
+// The compiler's own vectors: it lowers them to whatever the target has (SSE2, NEON, scalars).
 #define DSCHAT_VEC_REGISTERS 4
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
 struct Vec {
-  float v[kLanes];
+  Floats v;
 };
 #define DSCHAT_EACH for (int i = 0; i < kLanes; ++i)
 DSCHAT_INLINE Vec set1(float x) {
@@ -215,83 +218,75 @@ DSCHAT_INLINE Vec set1(float x) {
   DSCHAT_EACH r.v[i] = x;
   return r;
 }
-template <typename T> DSCHAT_INLINE Vec load(const T* p) {
+DSCHAT_INLINE Vec load(const float* p) {
+  Vec r;
+  std::memcpy(&r.v, p, sizeof(r.v));
+  return r;
+}
+DSCHAT_INLINE Vec load(const bf16* p) {
   Vec r;
   DSCHAT_EACH r.v[i] = to_float(p[i]);
   return r;
 }
 template <typename T> DSCHAT_INLINE Vec load(const T* p, int n) {
-  Vec r;
-  DSCHAT_EACH r.v[i] = i < n ? to_float(p[i]) : 0.0f;
-  return r;
+  T t[kLanes] = {};
+  std::memcpy(t, p, size_t(n) * sizeof(T));
+  return load(t);
 }
-template <typename T> DSCHAT_INLINE void store(T* p, Vec x) { DSCHAT_EACH p[i] = from_float<T>(x.v[i]); }
+DSCHAT_INLINE void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+DSCHAT_INLINE void store(bf16* p, Vec x) { DSCHAT_EACH p[i] = to_bf16(x.v[i]); }
 template <typename T> DSCHAT_INLINE void store(T* p, Vec x, int n) {
-  for (int i = 0; i < n; ++i) p[i] = from_float<T>(x.v[i]);
+  T t[kLanes];
+  store(t, x);
+  std::memcpy(p, t, size_t(n) * sizeof(T));
 }
-DSCHAT_INLINE Vec operator+(Vec x, Vec y) {
-  DSCHAT_EACH x.v[i] += y.v[i];
-  return x;
-}
-DSCHAT_INLINE Vec operator-(Vec x, Vec y) {
-  DSCHAT_EACH x.v[i] -= y.v[i];
-  return x;
-}
-DSCHAT_INLINE Vec operator*(Vec x, Vec y) {
-  DSCHAT_EACH x.v[i] *= y.v[i];
-  return x;
-}
-DSCHAT_INLINE Vec operator/(Vec x, Vec y) {
-  DSCHAT_EACH x.v[i] /= y.v[i];
-  return x;
-}
-// Without a fused instruction std::fma is a library call, so multiply and add round separately here.
+DSCHAT_INLINE Vec operator+(Vec x, Vec y) { return {x.v + y.v}; }
+DSCHAT_INLINE Vec operator-(Vec x, Vec y) { return {x.v - y.v}; }
+DSCHAT_INLINE Vec operator*(Vec x, Vec y) { return {x.v * y.v}; }
+DSCHAT_INLINE Vec operator/(Vec x, Vec y) { return {x.v / y.v}; }
+// Where no instruction fuses them, multiply and add round separately: std::fma would be a library call a lane.
 DSCHAT_INLINE Vec fma(Vec x, Vec y, Vec z) {
-#if defined(__FMA__) || defined(__aarch64__)
+#if defined(__aarch64__)
   DSCHAT_EACH z.v[i] = __builtin_fmaf(x.v[i], y.v[i], z.v[i]);
-#else
-  DSCHAT_EACH z.v[i] += x.v[i] * y.v[i];
-#endif
   return z;
+#else
+  return {x.v * y.v + z.v};
+#endif
 }
 DSCHAT_INLINE Vec sqrt(Vec x) {
   DSCHAT_EACH x.v[i] = __builtin_sqrtf(x.v[i]);
   return x;
 }
-DSCHAT_INLINE Vec max(Vec x, Vec y) {
-  DSCHAT_EACH y.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i];
-  return y;
-}
-DSCHAT_INLINE Vec min(Vec x, Vec y) {
-  DSCHAT_EACH y.v[i] = x.v[i] < y.v[i] ? x.v[i] : y.v[i];
-  return y;
-}
+DSCHAT_INLINE Vec max(Vec x, Vec y) { return {x.v > y.v ? x.v : y.v}; }
+DSCHAT_INLINE Vec min(Vec x, Vec y) { return {x.v < y.v ? x.v : y.v}; }
+// Adding and taking away 1.5 * 2^23 rounds to even; larger values are integers already.
 DSCHAT_INLINE Vec round_even(Vec x) {
-  DSCHAT_EACH x.v[i] = __builtin_nearbyintf(x.v[i]);
-  return x;
+  const Floats magic = Floats{} + 12582912.0f, limit = Floats{} + 4194304.0f;
+  Floats r = (x.v + magic) - magic;
+  Floats a = x.v < 0.0f ? -x.v : x.v;
+  return {a < limit ? r : x.v};
 }
 DSCHAT_INLINE Vec abs(Vec x) {
-  DSCHAT_EACH x.v[i] = __builtin_fabsf(x.v[i]);
+  Ints bits;
+  std::memcpy(&bits, &x.v, sizeof(bits));
+  bits &= 0x7fffffff;
+  std::memcpy(&x.v, &bits, sizeof(bits));
   return x;
 }
-DSCHAT_INLINE Vec select_lt(Vec l, Vec r, Vec x, Vec y) {
-  DSCHAT_EACH y.v[i] = l.v[i] < r.v[i] ? x.v[i] : y.v[i];
-  return y;
-}
+DSCHAT_INLINE Vec select_lt(Vec l, Vec r, Vec x, Vec y) { return {l.v < r.v ? x.v : y.v}; }
 DSCHAT_INLINE Vec pow2i(Vec n) {
+  Ints bits = (__builtin_convertvector(n.v, Ints) + 127) << 23;
   Vec r;
-  DSCHAT_EACH {
-    uint32_t u = uint32_t(int32_t(n.v[i]) + 127) << 23;
-    std::memcpy(&r.v[i], &u, 4);
-  }
+  std::memcpy(&r.v, &bits, sizeof(bits));
   return r;
 }
-DSCHAT_INLINE void to_array(Vec x, float* out) { DSCHAT_EACH out[i] = x.v[i]; }
+DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
 DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
-  DSCHAT_EACH {
-    lo.v[i] = to_float(p[2 * i]);
-    hi.v[i] = to_float(p[2 * i + 1]);
-  }
+  Ints pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  Ints low = pairs << 16, high = pairs & int32_t(0xffff0000u);
+  std::memcpy(&lo.v, &low, sizeof(low));
+  std::memcpy(&hi.v, &high, sizeof(high));
 }
 #undef DSCHAT_EACH
 #define DSCHAT_ISA_NAME "portable"

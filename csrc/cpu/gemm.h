@@ -1,0 +1,85 @@
+// The register tile under linear and token_logprobs: MR rows by NP panels of 32 columns over the whole of k.
+#pragma once
+
+#include <algorithm>
+
+#include "linear.h"
+#include "scratch.h"
+
+namespace dschat {
+
+// Rows are widened to float32 in tiles of kTileK values with a fixed row stride: the stride is a compile-time
+// constant (one address register serves all rows) and no multiple of 4096 bytes (rows fall in different sets).
+constexpr int64_t kTileK = 256;
+constexpr int64_t kTileStride = kTileK + 16;
+
+#if DSCHAT_VEC_REGISTERS >= 32
+constexpr int kMaxRows = 12;  // 24 accumulators + 2 weight vectors + 1 broadcast
+#elif DSCHAT_VEC_REGISTERS >= 8
+constexpr int kMaxRows = 3;
+#else
+constexpr int kMaxRows = 2;
+#endif
+
+// Panels worked on at once by MR rows: few rows need several independent chains and memory streams.
+template <int MR> constexpr int panels_at_once() {
+  constexpr int budget = DSCHAT_VEC_REGISTERS >= 32 ? 24 : (DSCHAT_VEC_REGISTERS >= 8 ? 6 : 4);
+  constexpr int fit = budget / (2 * MR);
+  return fit < 1 ? 1 : (fit > 4 ? 4 : fit);
+}
+
+DSCHAT_INLINE void load_panel_row(const float* p, Vec& lo, Vec& hi) {
+  lo = load(p);
+  hi = load(p + kLanes);
+}
+DSCHAT_INLINE void load_panel_row(const bf16* p, Vec& lo, Vec& hi) { load_pair(p, lo, hi); }
+
+// Floats that widen_rows writes for `rows` rows.
+inline int64_t widened_size(int64_t rows, int64_t k) { return rows * ((k + kTileK - 1) / kTileK) * kTileStride; }
+
+// dst[tile][row][kTileStride] = x[row][tile * kTileK ...]
+template <typename T>
+inline void widen_rows(const T* x, int64_t stride, int rows, int64_t k, float* dst) {
+  for (int64_t k0 = 0; k0 < k; k0 += kTileK) {
+    const int64_t len = std::min(kTileK, k - k0);
+    for (int r = 0; r < rows; ++r, dst += kTileStride) {
+      const T* src = x + r * stride + k0;
+      int64_t i = 0;
+      for (; i + kLanes <= len; i += kLanes) store(dst + i, load(src + i));
+      if (i < len) store(dst + i, load(src + i, int(len - i)), int(len - i));
+    }
+  }
+}
+
+// sums[MR][NP * 32] = MR rows times NP panels over k. a: widen_rows of the rows; w: first panel, k * 32 values each.
+template <typename T, int MR, int NP>
+DSCHAT_INLINE void multiply(const float* a, const T* w, int64_t k, float* sums) {
+  Vec acc[MR][NP][2];
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = zero();
+  const int64_t panel = k * kPanel;
+  constexpr int64_t kAhead = 2048 / int64_t(sizeof(T));  // prefetch distance in each stream: 2 KiB
+  for (int64_t k0 = 0; k0 < k; k0 += kTileK, a += MR * kTileStride) {
+    const int64_t len = std::min(kTileK, k - k0);
+    for (int64_t i = 0; i < len; ++i) {
+      const T* row = w + (k0 + i) * kPanel;
+      for (int p = 0; p < NP; ++p) {
+        __builtin_prefetch(row + p * panel + kAhead);
+        Vec lo, hi;
+        load_panel_row(row + p * panel, lo, hi);
+        for (int r = 0; r < MR; ++r) {
+          Vec x = set1(a[r * kTileStride + i]);
+          acc[r][p][0] = fma(x, lo, acc[r][p][0]);
+          acc[r][p][1] = fma(x, hi, acc[r][p][1]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) {
+      store(sums + (r * NP + p) * kPanel, acc[r][p][0]);
+      store(sums + (r * NP + p) * kPanel + kLanes, acc[r][p][1]);
+    }
+}
+
+}  // namespace dschat

@@ -1,0 +1,73 @@
+// y = epilogue(x W^T + b) with packed weights.
+//
+// Packed layout: panels of 32 output columns, [ceil(n/32)][k][32], zero-filled past n. A float32 row of a panel
+// holds columns 0..31 in order; a bfloat16 row holds them in pairs (c, c+16), so that one 64-byte load gives two
+// float vectors by a shift and a mask. A gated panel holds 16 gate columns as columns 0..15 and the matching 16
+// up columns as 16..31.
+//
+// Every output element is one chain of float32 multiply-adds over k = 0, 1, ..., so a row's bits do not depend on
+// how many rows there are, on how the work is split, or on the blocking below.
+#pragma once
+
+#include <cstdint>
+
+#include "activation.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace dschat {
+
+constexpr int64_t kPanel = 32;
+
+struct PackedMatrix {
+  const void* data;   // panels
+  const float* bias;  // [panels * 32] in panel order, or null
+  int64_t n;          // output features (of a gated pair: of the gated result)
+  int64_t k;          // input features
+  bool gated;
+
+  int64_t panels() const { return gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel; }
+};
+
+struct LinearEpilogue {
+  Activation activation = Activation::none;  // of a gated matrix: applied to the gate
+  const void* residual = nullptr;            // same dtype as x, added after the result was rounded
+  int64_t residual_stride = 0;
+  bool float_output = false;  // y is float32 and unrounded (logits)
+};
+
+// x [rows, k] (row stride in elements, dtype), y [rows, n].
+void linear(const Team& team, DType dtype, const void* x, int64_t x_stride, int64_t rows, const PackedMatrix& w,
+            const LinearEpilogue& epilogue, void* y, int64_t y_stride);
+
+// Low-rank update of a weight: W + scale * B A, A [rank, k], B [n, rank], both float32 and contiguous.
+struct LowRank {
+  const float* a;
+  const float* b;
+  int64_t rank;
+  float scale;
+};
+
+// One dense matrix to be packed: W [n, k] with element strides (a transposed layout has stride_n = 1).
+struct DenseMatrix {
+  const void* data;
+  int64_t n, k, stride_n, stride_k;
+  const LowRank* updates;
+  int num_updates;
+};
+
+// Writes panels for the rows of `parts` one below the other (q, k, v), or for the pair (gate, up) when gated.
+// source: dtype of the weights; target: dtype of the panels. W + sum of updates is accumulated in float32 and
+// rounded once to `target`.
+void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
+                 void* panels);
+
+// The same sum as a plain row-major [n, k] matrix of dtype `target` (fuse_lora).
+void fuse_lora(const Team& team, DType source, DType target, const DenseMatrix& w, void* out);
+
+// 64-bit digest of a buffer; changing any one 4-byte word always changes it. Reads memory once. Every thread
+// writes its partial digest to partial[rank]; combine with finish_digest.
+constexpr int64_t kDigestBlock = 1 << 20;  // bytes; blocks are hashed independently, so threads do not matter
+void digest_blocks(const Team& team, const void* data, int64_t bytes, uint64_t* block_digests);
+
+}  // namespace dschat
