@@ -1,0 +1,378 @@
+"""The mathematics of RLHF as plain functions on [batch, time] tensors with explicit masks.
+
+Conventions. `mask` is 1 (or True) where a token was generated and counts, 0 elsewhere; it is never derived from token ids.
+Time runs over completion tokens only. Masked positions may hold anything, also NaN: they never reach a result or a gradient.
+A loss returns `(loss, metrics)`, metrics being detached Python-side tensors that a logger may average by token count.
+
+Aggregation is named, because it decides what is optimised:
+    "token"     sum over all real tokens of the batch / number of real tokens   (default: every token counts alike)
+    "sequence"  mean over sequences of each sequence's token mean                (short answers weigh as much as long ones)
+A caller that accumulates gradients passes `normalizer`, the token (or sequence) count of the *whole* batch, so that the
+sum of the micro-batch losses is the loss of the batch whatever the split.
+
+Formulas after Huang et al., "The N Implementation Details of RLHF with PPO"; Schulman, "Approximating KL divergence" (k1-k3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Aggregation = Literal["token", "sequence"]
+KLKind = Literal["k1", "k2", "k3"]
+Metrics = dict[str, Tensor]
+
+
+def _check(x: Tensor, mask: Tensor, name: str) -> Tensor:
+    """`mask` as bool, after checking that it has the shape of `x`."""
+    if mask.shape != x.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} but {name} has {tuple(x.shape)}; give one mask entry a token"
+        )
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `x` where `mask`; what is masked out (NaN too) contributes neither value nor gradient."""
+    kept = torch.where(_check(x, mask, "x"), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `x` where `mask`; 0 where nothing is left."""
+    count = mask.to(x.dtype).sum() if dim is None else mask.to(x.dtype).sum(dim)
+    return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def aggregate(
+    x: Tensor, mask: Tensor, aggregation: Aggregation = "token", normalizer: float | Tensor | None = None
+) -> Tensor:
+    """One number from per-token losses [B, T].
+
+    normalizer: token count ("token") or count of non-empty sequences ("sequence") to divide by; None: those of this batch.
+    """
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(
+            f"aggregation {aggregation!r} is unknown; use one of {', '.join(get_args(Aggregation))}"
+        )
+    keep = _check(x, mask, "x")
+    if aggregation == "token":
+        total, count = masked_sum(x, keep), keep.sum()
+    else:
+        total, count = masked_mean(x, keep, dim=-1).sum(), keep.any(dim=-1).sum()
+    return total / (count.clamp(min=1) if normalizer is None else normalizer)
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the real tokens, with the biased variance; masked positions become 0.
+
+    shift_mean=False puts the mean back (used for rewards: their sign and offset mean something, advantages' do not).
+    """
+    keep = _check(x, mask, "x")
+    mean = masked_mean(x, keep)
+    var = masked_mean((x - mean).square(), keep)
+    white = (x - mean) * torch.rsqrt(var + eps)
+    if not shift_mean:
+        white = white + mean
+    return torch.where(keep, white, torch.zeros_like(white))
+
+
+def kl(logp: Tensor, ref_logp: Tensor, kind: KLKind = "k1", mask: Tensor | None = None) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy, d = logp - ref_logp:
+
+    k1 = d               unbiased, high variance, may be negative; as a *loss* its gradient is the wrong one (zero on average)
+    k2 = d^2 / 2         biased, its gradient as a loss is that of the KL
+    k3 = exp(-d) - 1 + d unbiased, never negative
+
+    mask: d is 0 outside it, so that whatever stands there has no gradient either.
+    """
+    d = logp - ref_logp
+    if mask is not None:
+        d = torch.where(_check(d, mask, "logp"), d, torch.zeros_like(d))
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return 0.5 * d.square()
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"KL estimator {kind!r} is unknown; use one of {', '.join(get_args(KLKind))}")
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """[B, T] bool, True at each row's last real token only; an empty row has none."""
+    keep = mask if mask.dtype == torch.bool else mask != 0
+    later = keep.flip(-1).cumsum(-1).flip(-1)  # real tokens from here to the end
+    return keep & (later == 1)
+
+
+def kl_penalised_rewards(
+    scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float, kind: KLKind = "k1"
+) -> Tensor:
+    """Per-token rewards [B, T]: -beta * kl_t, plus the sequence's score [B] at its last real token (EOS or cut)."""
+    keep = _check(logp, mask, "logp")
+    if scores.shape != logp.shape[:1]:
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)}; give one score a sequence, {logp.shape[0]} of them"
+        )
+    rewards = -beta * kl(logp, ref_logp, kind, keep)
+    return rewards + torch.where(
+        last_token(keep), scores.to(rewards.dtype).unsqueeze(-1), torch.zeros_like(rewards)
+    )
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the real tokens of each row; returns (advantages, returns), 0 where masked.
+
+        delta_t = r_t + gamma * V_next - V_t        A_t = delta_t + gamma * lam * A_next        returns = A + V
+
+    "next" is the row's next *real* token, so masked stretches inside a row (a tool's answer, another turn) are stepped over;
+    after the last real token V_next = A_next = 0: an episode ends there, whether by EOS or by the length limit.
+    """
+    keep = _check(values, mask, "values")
+    _check(rewards, mask, "rewards")
+    zero = values.new_zeros(values.shape[:-1])
+    next_value, next_advantage = zero, zero
+    columns: list[Tensor] = []
+    for t in range(values.shape[-1] - 1, -1, -1):
+        here = keep[..., t]
+        value = torch.where(here, values[..., t], zero)
+        delta = torch.where(here, rewards[..., t], zero) + gamma * next_value - value
+        advantage = delta + gamma * lam * next_advantage
+        next_advantage = torch.where(here, advantage, next_advantage)
+        next_value = torch.where(here, value, next_value)
+        columns.append(torch.where(here, advantage, zero))
+    advantages = torch.stack(columns[::-1], dim=-1) if columns else torch.zeros_like(values)
+    return advantages, torch.where(keep, advantages + values, torch.zeros_like(values))
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float = 0.2,
+    *,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    aggregation: Aggregation = "token",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped surrogate: -min(rho * A, clip(rho, 1 - eps, 1 + eps_high) * A), rho = exp(logp - old_logp).
+
+    cliprange_high: upper half-width if it differs from `cliprange`.
+    dual_clip: c > 1 bounds the loss of a negative advantage at -c * A (Ye et al. 2020); None leaves it out.
+    """
+    keep = _check(logp, mask, "logp")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}; it must be greater than 1, or None to leave it out")
+    high = cliprange if cliprange_high is None else cliprange_high
+    zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
+    log_ratio = torch.where(keep, logp - old_logp, zero)
+    advantages = torch.where(keep, advantages, zero)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - cliprange, 1 + high)
+    losses = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    with torch.no_grad():
+        hit = (-advantages * clipped > -advantages * ratio).to(logp.dtype)
+        metrics = {
+            "ratio": masked_mean(ratio, keep),
+            "ratio_max_deviation": masked_max((ratio - 1).abs(), keep),
+            "clip_fraction": masked_mean(hit, keep),
+            "approx_kl": masked_mean(
+                torch.expm1(log_ratio) - log_ratio, keep
+            ),  # k3 of KL(old || new): never negative
+        }
+    return aggregate(losses, keep, aggregation, normalizer), metrics
+
+
+def masked_max(x: Tensor, mask: Tensor) -> Tensor:
+    """Largest `x` where `mask`; 0 when nothing is left. For non-negative x."""
+    keep = _check(x, mask, "x")
+    kept = torch.where(keep, x, torch.zeros_like(x))
+    return kept.amax() if kept.numel() else kept.new_zeros(())
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cliprange: float | None = 0.2,
+    *,
+    aggregation: Aggregation = "token",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """0.5 * max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2); cliprange None: no clipping."""
+    keep = _check(values, mask, "values")
+    zero = torch.zeros((), dtype=values.dtype, device=values.device)
+    values, old_values, returns = (torch.where(keep, x, zero) for x in (values, old_values, returns))
+    plain = (values - returns).square()
+    losses = plain
+    if cliprange is not None:
+        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+        losses = torch.maximum(plain, (clipped - returns).square())
+    with torch.no_grad():
+        mean = masked_mean(returns, keep)
+        variance = masked_mean((returns - mean).square(), keep)
+        metrics = {
+            "value": masked_mean(values, keep),
+            "value_clip_fraction": masked_mean((losses > plain).to(values.dtype), keep),
+            "explained_variance": 1 - masked_mean(plain, keep) / variance.clamp(min=1e-8),
+        }
+    return 0.5 * aggregate(losses, keep, aggregation, normalizer), metrics
+
+
+def entropy_bonus(
+    entropy: Tensor,
+    mask: Tensor,
+    *,
+    aggregation: Aggregation = "token",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Aggregated entropy of the policy's distributions [B, T]; subtract coefficient * bonus from the loss."""
+    return aggregate(entropy, mask, aggregation, normalizer)
+
+
+def nll_loss(
+    logp: Tensor,
+    mask: Tensor,
+    *,
+    aggregation: Aggregation = "token",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Negative log-likelihood of the completion tokens: the loss of supervised fine-tuning."""
+    loss = aggregate(-logp, mask, aggregation, normalizer)
+    return loss, {"nll": masked_mean(-logp.detach(), mask)}
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    *,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """-log sigmoid(chosen - rejected - margin), mean over pairs [B] (or the sum divided by `normalizer`)."""
+    if chosen.shape != rejected.shape:
+        raise ValueError(
+            f"chosen has shape {tuple(chosen.shape)} but rejected {tuple(rejected.shape)}; a pair needs one score each"
+        )
+    gap = chosen - rejected
+    losses = -F.logsigmoid(gap if margin is None else gap - margin)
+    loss = losses.sum() / (max(losses.numel(), 1) if normalizer is None else normalizer)
+    detached = gap.detach()
+    # A tie counts half, so a model that gives every answer one score has accuracy 0.5 and not 0.
+    accuracy = (detached > 0).to(gap.dtype) + 0.5 * (detached == 0).to(gap.dtype)
+    return loss, {"accuracy": _mean(accuracy), "margin": _mean(detached)}
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean() if x.numel() else x.new_zeros(())
+
+
+def dpo_loss(
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 0.0,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Direct preference optimisation on summed sequence log-probs [B], h = beta * ((c - ref_c) - (r - ref_r)):
+
+    sigmoid  -(1 - s) log sigmoid(h) - s log sigmoid(-h)       s = label_smoothing (cDPO)
+    ipo      (h / beta - 1 / (2 beta))^2                        beta is IPO's tau; give *mean* log-probs
+    """
+    chosen_gain, rejected_gain = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp
+    gap = chosen_gain - rejected_gain
+    if kind == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * gap) - label_smoothing * F.logsigmoid(
+            -beta * gap
+        )
+    elif kind == "ipo":
+        losses = (gap - 1 / (2 * beta)).square()
+    else:
+        raise ValueError(f"DPO loss {kind!r} is unknown; use sigmoid or ipo")
+    loss = losses.sum() / (max(losses.numel(), 1) if normalizer is None else normalizer)
+    with torch.no_grad():
+        metrics = {
+            "accuracy": _mean((gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)),
+            "chosen_reward": _mean(beta * chosen_gain),
+            "rejected_reward": _mean(beta * rejected_gain),
+        }
+    return loss, metrics
+
+
+class FixedKLController:
+    """Coefficient of the KL penalty that stays what it is."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def update(self, current: float, steps: int) -> None:
+        """Does nothing; there so that both controllers are used alike."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = float(state["value"])
+
+
+class AdaptiveKLController(FixedKLController):
+    """Proportional controller of Ziegler et al. 2019: value *= 1 + clip(current / target - 1, -0.2, 0.2) * steps / horizon.
+
+    current: the KL of a whole sequence (summed over its tokens, mean over the batch); steps: sequences seen since the last update.
+    """
+
+    def __init__(self, value: float = 0.15, target: float = 6.0, horizon: int = 10_000) -> None:
+        super().__init__(value)
+        if target <= 0 or horizon <= 0:
+            raise ValueError(
+                f"adaptive KL has target {target} and horizon {horizon}; both must be greater than 0"
+            )
+        self.target, self.horizon = target, horizon
+
+    def update(self, current: float, steps: int) -> None:
+        error = min(max(current / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * steps / self.horizon
+
+
+class RunningMoments:
+    """Mean and standard deviation of all scores seen so far (Chan's parallel update), for reward scaling."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation; 1 while fewer than two scores were seen or all were equal."""
+        std = (self.m2 / self.count) ** 0.5 if self.count > 1 else 0.0
+        return std if std > 1e-8 else 1.0
+
+    def update(self, x: Tensor) -> None:
+        n = x.numel()
+        if n == 0:
+            return
+        x = x.double()
+        mean, m2 = float(x.mean()), float((x - x.mean()).square().sum())
+        total, delta = self.count + n, mean - self.mean
+        self.m2 += m2 + delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.mean, self.m2 = int(state["count"]), float(state["mean"]), float(state["m2"])
