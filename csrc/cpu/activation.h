@@ -1,6 +1,8 @@
 // Elementwise activations and their derivatives on 16 float32 lanes.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace dschat {
@@ -61,6 +63,18 @@ template <Activation A> DSCHAT_INLINE Vec activate_grad(Vec x) {
     return s * fma(x * set1(kQuickGelu), one - s, one);
   } else {
     return one;
+  }
+}
+
+// f(std::integral_constant<Activation, A>) for an activation known at run time.
+template <typename F> inline void dispatch_activation(Activation a, F&& f) {
+  switch (a) {
+    case Activation::none: return f(std::integral_constant<Activation, Activation::none>());
+    case Activation::gelu: return f(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::gelu_tanh: return f(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>());
+    case Activation::silu: return f(std::integral_constant<Activation, Activation::silu>());
+    case Activation::quick_gelu: return f(std::integral_constant<Activation, Activation::quick_gelu>());
   }
 }
 
