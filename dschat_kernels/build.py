@@ -108,7 +108,9 @@ class BuildError(RuntimeError):
 def _first_errors(output: str, limit: int = 6) -> list[str]:
     """The lines that say what went wrong: from the first error on, else the output's first lines."""
     lines = [line for line in output.splitlines() if line.strip()]
-    first = next((i for i, line in enumerate(lines) if re.search(r"error|undefined|cannot find", line, re.I)), 0)
+    first = next(
+        (i for i, line in enumerate(lines) if re.search(r"error|undefined|cannot find", line, re.I)), 0
+    )
     return lines[first : first + limit]
 
 
@@ -124,7 +126,9 @@ def cache_dir() -> Path:
     try:
         return Path.home() / ".cache" / "dschat"
     except RuntimeError:
-        raise BuildError("There is no home folder to cache kernels in; set DSCHAT_CACHE_DIR to a folder.") from None
+        raise BuildError(
+            "There is no home folder to cache kernels in; set DSCHAT_CACHE_DIR to a folder."
+        ) from None
 
 
 def jit_disabled() -> bool:
@@ -327,7 +331,9 @@ class KernelBuild:
                 for path in sorted({*self.sources, *self.headers})
             }
         except OSError as error:
-            raise BuildError(f"The kernel source {error.filename} cannot be read ({error.strerror}).") from None
+            raise BuildError(
+                f"The kernel source {error.filename} cannot be read ({error.strerror})."
+            ) from None
 
     @property
     def compile_flags(self) -> tuple[str, ...]:
@@ -388,7 +394,9 @@ class KernelBuild:
         try:
             return self.import_from(folder)
         except ImportError as error:
-            raise BuildError(f"The compiled module {folder / self.filename} does not load ({error}).") from error
+            raise BuildError(
+                f"The compiled module {folder / self.filename} does not load ({error})."
+            ) from error
 
     def import_from(self, folder: Path) -> ModuleType:
         """Import the module that lies in a published folder."""
@@ -432,7 +440,9 @@ class KernelBuild:
             with self._lock():
                 files = self.snapshot()
                 folder = self.folder(self.key(files))
-                if self._intact(folder) and not (folder.name == f"{self.name}-{unusable}" and stamp == self._stamp(unusable)):
+                if self._intact(folder) and not (
+                    folder.name == f"{self.name}-{unusable}" and stamp == self._stamp(unusable)
+                ):
                     return folder
                 return self._compile_and_publish(files, verbose)
         except OSError as error:
@@ -483,7 +493,9 @@ class KernelBuild:
                 return self._publish(work, files)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-        raise BuildError(f"The kernel sources in {self.root} kept changing while they were compiled: try again.")
+        raise BuildError(
+            f"The kernel sources in {self.root} kept changing while they were compiled: try again."
+        )
 
     def compile_into(self, folder: Path, *, verbose: bool = False) -> None:
         """Compile ahead of time into a folder, without the cache (used by setup.py)."""
@@ -596,7 +608,17 @@ class KernelBuild:
                     raise _Failed(command, output)
 
             def compile_one(source: Path) -> None:
-                run([*compiler.argv, *self.compile_flags, *self._includes(), "-c", str(source), "-o", str(objects[source])])
+                run(
+                    [
+                        *compiler.argv,
+                        *self.compile_flags,
+                        *self._includes(),
+                        "-c",
+                        str(source),
+                        "-o",
+                        str(objects[source]),
+                    ]
+                )
 
             pool = ThreadPoolExecutor(jobs)
             futures: dict[Future[None], Path] = {}
@@ -658,7 +680,9 @@ def csrc_dir() -> Path:
     for folder in (here / "csrc", here.parent / "csrc"):
         if (folder / "cpu").is_dir():
             return folder
-    raise BuildError(f"The kernel sources are missing: neither {here / 'csrc'} nor {here.parent / 'csrc'} has them.")
+    raise BuildError(
+        f"The kernel sources are missing: neither {here / 'csrc'} nor {here.parent / 'csrc'} has them."
+    )
 
 
 def cpu_build(isa: str) -> KernelBuild:
