@@ -1,0 +1,184 @@
+// Bindings of packing, linear and the step plan. Included by cpu.cpp only.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/linear.h"
+#include "cpu/step.h"
+
+namespace dschat {
+
+// (data, n, k, stride_n, stride_k, [(a, b, rank, scale), ...]) as packing.py hands matrices over.
+using Update = std::tuple<uintptr_t, uintptr_t, int64_t, double>;
+using Matrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, std::vector<Update>>;
+
+struct Matrices {
+  std::vector<std::vector<LowRank>> updates;
+  std::vector<DenseMatrix> dense;
+
+  explicit Matrices(const std::vector<Matrix>& parts) : updates(parts.size()) {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const auto& [data, n, k, stride_n, stride_k, deltas] = parts[i];
+      for (const auto& [a, b, rank, scale] : deltas)
+        updates[i].push_back(
+            {reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), rank, float(scale)});
+      dense.push_back({reinterpret_cast<const void*>(data), n, k, stride_n, stride_k, updates[i].data(),
+                       int(updates[i].size())});
+    }
+  }
+};
+
+inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, int64_t k, bool gated) {
+  return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated};
+}
+
+inline void bind_decoder(pybind11::module_& m) {
+  namespace py = pybind11;
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def(
+      "pack_linear",
+      [](int source, int target, const std::vector<Matrix>& parts, bool gated, uintptr_t panels) {
+        Matrices matrices(parts);
+        parallel([&](const Team& team) {
+          pack_linear(team, DType(source), DType(target), matrices.dense.data(), int(matrices.dense.size()), gated,
+                      reinterpret_cast<void*>(panels));
+        });
+      },
+      release());
+
+  m.def(
+      "fuse_lora",
+      [](int source, int target, const Matrix& matrix, uintptr_t out) {
+        Matrices matrices({matrix});
+        parallel([&](const Team& team) {
+          fuse_lora(team, DType(source), DType(target), matrices.dense[0], reinterpret_cast<void*>(out));
+        });
+      },
+      release());
+
+  m.def(
+      "digest",
+      [](uintptr_t data, int64_t bytes) {
+        std::vector<uint64_t> blocks(size_t((bytes + kDigestBlock - 1) / kDigestBlock));
+        parallel([&](const Team& team) {
+          digest_blocks(team, reinterpret_cast<const void*>(data), bytes, blocks.data());
+        });
+        uint64_t h = 0;
+        for (uint64_t b : blocks) h = (h ^ b) * 0x9E3779B97F4A7C15ull + 1;
+        return h;
+      },
+      release());
+
+  m.def(
+      "linear",
+      [](int dtype, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t panels, uintptr_t bias, int64_t n,
+         int64_t k, bool gated, int activation, uintptr_t residual, int64_t residual_stride, bool float_output,
+         uintptr_t y, int64_t y_stride) {
+        const PackedMatrix w = packed_matrix(panels, bias, n, k, gated);
+        LinearEpilogue e;
+        e.activation = Activation(activation);
+        e.residual = reinterpret_cast<const void*>(residual);
+        e.residual_stride = residual_stride;
+        e.float_output = float_output;
+        parallel([&](const Team& team) {
+          linear(team, DType(dtype), reinterpret_cast<const void*>(x), x_stride, rows, w, e,
+                 reinterpret_cast<void*>(y), y_stride);
+        });
+      },
+      release());
+
+  py::class_<StepPlan>(m, "StepPlan")
+      .def(py::init([](int dtype, int64_t heads, int64_t kv_heads, int64_t head_dim) {
+        return StepPlan(DType(dtype), heads, kv_heads, head_dim);
+      }))
+      .def("__len__", &StepPlan::size)
+      .def("set_rope",
+           [](StepPlan& p, uintptr_t cos, uintptr_t sin, int64_t rotary_dim, bool interleaved) {
+             p.set_rope(reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotary_dim,
+                        interleaved ? RopeStyle::interleaved : RopeStyle::half);
+           })
+      .def("set_softcap", &StepPlan::set_softcap)
+      .def("set_buffer",
+           [](StepPlan& p, int index, uintptr_t data, int64_t stride) {
+             p.set_buffer(index, reinterpret_cast<void*>(data), stride);
+           })
+      .def("embed",
+           [](StepPlan& p, int out, uintptr_t table, int64_t width) {
+             Call c{CallKind::embed};
+             c.out = out, c.table = reinterpret_cast<const void*>(table), c.width = width;
+             p.add(c);
+           })
+      .def("add_positions",
+           [](StepPlan& p, int out, uintptr_t table, int64_t width, int64_t offset) {
+             Call c{CallKind::add_positions};
+             c.out = out, c.table = reinterpret_cast<const void*>(table), c.width = width, c.offset = offset;
+             p.add(c);
+           })
+      .def("norm",
+           [](StepPlan& p, bool rms, int in, int out, uintptr_t weight, uintptr_t bias, int64_t width, float eps,
+              int rounding) {
+             Call c{rms ? CallKind::rms_norm : CallKind::layer_norm};
+             c.in = in, c.out = out, c.width = width, c.eps = eps, c.rounding = NormRounding(rounding);
+             c.weight = reinterpret_cast<const float*>(weight), c.bias = reinterpret_cast<const float*>(bias);
+             p.add(c);
+           })
+      .def("linear",
+           [](StepPlan& p, int in, int out, int residual, uintptr_t panels, uintptr_t bias, int64_t n, int64_t k,
+              bool gated, int activation, bool float_output) {
+             Call c{CallKind::linear};
+             c.in = in, c.out = out, c.residual = residual;
+             c.matrix = packed_matrix(panels, bias, n, k, gated);
+             c.activation = Activation(activation), c.float_output = float_output;
+             p.add(c);
+           })
+      .def("rope_append",
+           [](StepPlan& p, int qkv, int64_t layer) {
+             Call c{CallKind::rope_append};
+             c.in = qkv, c.layer = layer;
+             p.add(c);
+           })
+      .def("attention",
+           [](StepPlan& p, int qkv, int out, int64_t layer, float scale, int64_t window) {
+             Call c{CallKind::attention};
+             c.in = qkv, c.out = out, c.layer = layer, c.scale = scale, c.window = window;
+             p.add(c);
+           })
+      .def("select_rows",
+           [](StepPlan& p, int in, int out, int64_t width) {
+             Call c{CallKind::select_rows};
+             c.in = in, c.out = out, c.width = width;
+             p.add(c);
+           })
+      .def(
+          "run",
+          [](StepPlan& p, int64_t tokens, int64_t rows, uintptr_t token_ids, uintptr_t positions,
+             uintptr_t slot_of_token, uintptr_t cu_seqlens, uintptr_t kv_lens, uintptr_t slots, uintptr_t block_table,
+             int64_t block_table_stride, uintptr_t k_cache, uintptr_t v_cache, int64_t k_layer_bytes,
+             int64_t v_layer_bytes, int64_t selected, uintptr_t selected_tokens, int64_t limit) {
+            StepInputs in;
+            in.tokens = tokens, in.rows = rows;
+            in.token_ids = reinterpret_cast<const int64_t*>(token_ids);
+            in.positions = reinterpret_cast<const int32_t*>(positions);
+            in.slot_of_token = reinterpret_cast<const int32_t*>(slot_of_token);
+            in.cu_seqlens = reinterpret_cast<const int32_t*>(cu_seqlens);
+            in.kv_lens = reinterpret_cast<const int32_t*>(kv_lens);
+            in.slots = reinterpret_cast<const int32_t*>(slots);
+            in.block_table = reinterpret_cast<const int32_t*>(block_table);
+            in.block_table_stride = block_table_stride;
+            in.k_cache = reinterpret_cast<char*>(k_cache), in.v_cache = reinterpret_cast<char*>(v_cache);
+            in.k_layer_bytes = k_layer_bytes, in.v_layer_bytes = v_layer_bytes;
+            in.selected = selected, in.selected_tokens = reinterpret_cast<const int64_t*>(selected_tokens);
+            p.run(in, limit);
+          },
+          release());
+}
+
+}  // namespace dschat

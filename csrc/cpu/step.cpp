@@ -1,0 +1,127 @@
+#include "step.h"
+
+#include <algorithm>
+
+#include "layer_norm.h"
+
+namespace dschat {
+namespace {
+
+template <typename T>
+void embed(const Team& team, const Call& call, const int64_t* ids, int64_t rows, const Buffer& out) {
+  const Range mine = team.range(rows);
+  for (int64_t t = mine.begin; t < mine.end; ++t)
+    std::memcpy(static_cast<T*>(out.data) + t * out.stride, static_cast<const T*>(call.table) + ids[t] * call.width,
+                size_t(call.width) * sizeof(T));
+}
+
+// x = round(x + table[position + offset])
+template <typename T>
+void add_positions(const Team& team, const Call& call, const int32_t* positions, int64_t rows, const Buffer& x) {
+  const Range mine = team.range(rows);
+  for (int64_t t = mine.begin; t < mine.end; ++t) {
+    T* row = static_cast<T*>(x.data) + t * x.stride;
+    const T* p = static_cast<const T*>(call.table) + (positions[t] + call.offset) * call.width;
+    for (int64_t i = 0; i < call.width; i += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, call.width - i));
+      store(row + i, load(row + i, n) + load(p + i, n), n);
+    }
+  }
+}
+
+template <typename T>
+void select_rows(const Team& team, const Call& call, const StepInputs& in, const Buffer& x, const Buffer& out) {
+  const Range mine = team.range(in.selected);
+  for (int64_t i = mine.begin; i < mine.end; ++i)
+    std::memcpy(static_cast<T*>(out.data) + i * out.stride,
+                static_cast<const T*>(x.data) + in.selected_tokens[i] * x.stride, size_t(call.width) * sizeof(T));
+}
+
+}  // namespace
+
+void StepPlan::set_buffer(int index, void* data, int64_t stride) {
+  if (index >= int(buffers_.size())) buffers_.resize(size_t(index) + 1);
+  buffers_[size_t(index)] = {data, stride};
+}
+
+void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in, int64_t rows) const {
+  auto buffer = [&](int i) { return i < 0 ? Buffer{} : buffers_[size_t(i)]; };
+  const Buffer x = buffer(call.in), y = buffer(call.out), residual = buffer(call.residual);
+  const bool f32 = dtype_ == DType::f32;
+  const int64_t element = f32 ? 4 : 2;
+  switch (call.kind) {
+    case CallKind::embed:
+      return f32 ? embed<float>(team, call, in.token_ids, rows, y) : embed<bf16>(team, call, in.token_ids, rows, y);
+    case CallKind::add_positions:
+      return f32 ? add_positions<float>(team, call, in.positions, rows, y)
+                 : add_positions<bf16>(team, call, in.positions, rows, y);
+    case CallKind::select_rows:
+      return f32 ? select_rows<float>(team, call, in, x, y) : select_rows<bf16>(team, call, in, x, y);
+    case CallKind::rms_norm:
+      return rms_norm(team, dtype_, dtype_, x.data, nullptr, call.weight, y.data, nullptr, nullptr, rows, call.width,
+                      x.stride, call.eps, call.rounding);
+    case CallKind::layer_norm:
+      return layer_norm(team, dtype_, x.data, nullptr, call.weight, call.bias, y.data, nullptr, nullptr, nullptr, rows, call.width, x.stride, call.eps);
+    case CallKind::linear: {
+      LinearEpilogue e;
+      e.activation = call.activation;
+      e.residual = residual.data;
+      e.residual_stride = residual.stride;
+      e.float_output = call.float_output;
+      return linear(team, dtype_, x.data, x.stride, rows, call.matrix, e, y.data, y.stride);
+    }
+    case CallKind::rope_append: {
+      char* qkv = static_cast<char*>(x.data);
+      RopeAppendArgs a;
+      a.q = a.q_out = qkv;
+      a.k = qkv + num_heads_ * head_dim_ * element;
+      a.v = qkv + (num_heads_ + num_kv_heads_) * head_dim_ * element;
+      a.q_out = qkv;
+      a.q_stride = a.k_stride = a.v_stride = a.q_out_stride = x.stride;
+      a.cos = cos_;
+      a.sin = sin_;
+      a.positions = in.positions;
+      a.seq_of_token = in.slot_of_token;
+      a.block_table = in.block_table;
+      a.block_table_stride = in.block_table_stride;
+      a.k_cache = in.k_cache + call.layer * in.k_layer_bytes;
+      a.v_cache = in.v_cache + call.layer * in.v_layer_bytes;
+      a.T = rows, a.Hq = num_heads_, a.Hkv = num_kv_heads_, a.D = head_dim_;
+      a.rotary_dim = rotary_dim_;
+      a.style = rope_style_;
+      return rope_append(team, dtype_, a);
+    }
+    case CallKind::attention: {
+      AttentionArgs a;
+      a.q = x.data, a.q_stride = x.stride;
+      a.out = y.data, a.out_stride = y.stride;
+      a.k_cache = in.k_cache + call.layer * in.k_layer_bytes;
+      a.v_cache = in.v_cache + call.layer * in.v_layer_bytes;
+      a.block_table = in.block_table;
+      a.block_table_stride = in.block_table_stride;
+      a.slots = in.slots;
+      a.cu_seqlens = in.cu_seqlens;
+      a.kv_lens = in.kv_lens;
+      a.rows = in.rows, a.Hq = num_heads_, a.Hkv = num_kv_heads_, a.D = head_dim_;
+      a.scale = call.scale;
+      a.window = call.window;
+      a.softcap = softcap_;
+      return attention(team, dtype_, a);
+    }
+  }
+}
+
+void StepPlan::run(const StepInputs& in, int64_t limit) const {
+  const int64_t count = limit < 0 ? size() : std::min(limit, size());
+  parallel([&](const Team& team) {
+    int64_t rows = in.tokens;
+    for (int64_t i = 0; i < count; ++i) {
+      const Call& call = calls_[size_t(i)];
+      execute(team, call, in, rows);
+      if (call.kind == CallKind::select_rows) rows = in.selected;
+      team.barrier();
+    }
+  });
+}
+
+}  // namespace dschat

@@ -1,0 +1,92 @@
+// A decoder step as a flat list of kernel calls on preallocated buffers, run in one parallel region.
+//
+// The planner (dschat_kernels/plan.py) builds the list once a pack; a step only sets the token and row tables. The
+// buffers may be moved (they grow with the number of tokens) without touching the list: calls name them by index.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "rms_norm.h"
+#include "rope_append.h"
+
+namespace dschat {
+
+struct Buffer {
+  void* data = nullptr;
+  int64_t stride = 0;  // elements from row to row
+};
+
+enum class CallKind : int { embed, add_positions, rms_norm, layer_norm, linear, rope_append, attention, select_rows };
+
+struct Call {
+  CallKind kind;
+  int in = -1, out = -1, residual = -1;  // buffer indices
+  PackedMatrix matrix{};                 // linear
+  Activation activation = Activation::none;
+  bool float_output = false;
+  const void* table = nullptr;  // embed, add_positions: [entries, width] of the model's dtype
+  int64_t width = 0;            // row width of embed, add_positions, norms, select_rows
+  int64_t offset = 0;           // add_positions: added to the position
+  const float* weight = nullptr;  // norms: float32
+  const float* bias = nullptr;
+  float eps = 0;
+  NormRounding rounding = NormRounding::llama;
+  int64_t layer = 0;  // rope_append, attention
+  float scale = 1;
+  int64_t window = 0;
+};
+
+// What a step reads besides the plan.
+struct StepInputs {
+  int64_t tokens = 0;                     // T
+  int64_t rows = 0;                       // R
+  const int64_t* token_ids = nullptr;     // [T]
+  const int32_t* positions = nullptr;     // [T]
+  const int32_t* slot_of_token = nullptr; // [T]
+  const int32_t* cu_seqlens = nullptr;    // [R + 1]
+  const int32_t* kv_lens = nullptr;       // [R]
+  const int32_t* slots = nullptr;         // [R]
+  const int32_t* block_table = nullptr;
+  int64_t block_table_stride = 0;
+  char* k_cache = nullptr;                // layer 0; layers follow each other
+  char* v_cache = nullptr;
+  int64_t k_layer_bytes = 0, v_layer_bytes = 0;
+  int64_t selected = 0;                   // rows that go on to the head
+  const int64_t* selected_tokens = nullptr;
+};
+
+class StepPlan {
+ public:
+  StepPlan(DType dtype, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) noexcept
+      : dtype_(dtype), num_heads_(num_heads), num_kv_heads_(num_kv_heads), head_dim_(head_dim) {}
+
+  // Rotary tables, float32 [max_positions, rotary_dim / 2]; not set: no rotation.
+  void set_rope(const float* cos, const float* sin, int64_t rotary_dim, RopeStyle style) {
+    cos_ = cos, sin_ = sin, rotary_dim_ = rotary_dim, rope_style_ = style;
+  }
+  void set_softcap(float softcap) { softcap_ = softcap; }
+  void set_buffer(int index, void* data, int64_t stride);
+  void add(const Call& call) { calls_.push_back(call); }
+  int64_t size() const { return int64_t(calls_.size()); }
+
+  // Runs the first `limit` calls (all: -1). Calls after the first select_rows work on the selected rows.
+  void run(const StepInputs& in, int64_t limit) const;
+
+ private:
+  void execute(const Team& team, const Call& call, const StepInputs& in, int64_t rows) const;
+
+  DType dtype_;
+  int64_t num_heads_, num_kv_heads_, head_dim_;
+  const float* cos_ = nullptr;
+  const float* sin_ = nullptr;
+  int64_t rotary_dim_ = 0;
+  RopeStyle rope_style_ = RopeStyle::half;
+  float softcap_ = 0;
+  std::vector<Buffer> buffers_;
+  std::vector<Call> calls_;
+};
+
+}  // namespace dschat
