@@ -14,6 +14,7 @@ namespace dschat {
 
 constexpr int64_t kPage = 64;    // tokens of a page
 constexpr int64_t kChunk = 256;  // keys that attention reduces in one go; cut at absolute positions
+constexpr int64_t kMaxHeadDim = 256;
 
 inline int64_t padded_head_dim(int64_t D) { return (D + kLanes - 1) / kLanes * kLanes; }
 inline int64_t k_page_offset(int64_t page, int64_t head, int64_t Hkv, int64_t D) {

@@ -1,0 +1,441 @@
+#include "attention.h"
+
+#include <cstring>
+#include <limits>
+
+#include "attention_core.h"
+#include "scratch.h"
+
+namespace dschat {
+namespace {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+// The register tile: kMaxRows query rows by kMaxVecs vectors (of keys in scores, of dimensions in weigh).
+#if DSCHAT_VEC_REGISTERS >= 32
+constexpr int kMaxRows = 6, kMaxVecs = 4;
+#elif DSCHAT_VEC_REGISTERS >= 8
+constexpr int kMaxRows = 2, kMaxVecs = 2;
+#else
+constexpr int kMaxRows = 1, kMaxVecs = 2;
+#endif
+
+// Row of scores: one chunk, padded so that rows do not fall into the same cache sets.
+constexpr int64_t kScoreStride = kChunk + kLanes;
+
+// Memory that will be needed soon, fetched a few lines at a time from inside the arithmetic.
+struct Prefetch {
+  const char* at = nullptr;
+  const char* end = nullptr;
+
+  DSCHAT_INLINE void step(int64_t bytes) {
+    if (at < end) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+      at += bytes;
+    }
+  }
+};
+
+// s[r][n * 16 + lane] = dot(q_r, key n * 16 + lane) over D; k: blocks [NV][D][16].
+template <int MR, int NV, typename K>
+DSCHAT_INLINE void scores(const float* q, const K* k, int64_t D, float* s, Prefetch& prefetch) {
+  Vec acc[MR][NV];
+  for (int r = 0; r < MR; ++r)
+    for (int n = 0; n < NV; ++n) acc[r][n] = zero();
+  for (int64_t d = 0; d < D; ++d) {
+    prefetch.step(4 * kLanes * int64_t(sizeof(K)));
+    Vec key[NV];
+    for (int n = 0; n < NV; ++n) key[n] = load(k + (n * D + d) * kLanes);
+    for (int r = 0; r < MR; ++r) {
+      const Vec x = set1(q[r * D + d]);
+      for (int n = 0; n < NV; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int n = 0; n < NV; ++n) store(s + r * kScoreStride + n * kLanes, acc[r][n]);
+}
+
+// o[r][0 .. NV * 16) += sum over keys of p[r][key] * v[key], in the order of the keys.
+template <int MR, int NV, typename V>
+DSCHAT_INLINE void weigh(const float* p, const V* v, int64_t Dp, int64_t keys, float* o, Prefetch& prefetch) {
+  Vec acc[MR][NV];
+  for (int r = 0; r < MR; ++r)
+    for (int n = 0; n < NV; ++n) acc[r][n] = load(o + r * Dp + n * kLanes);
+  for (int64_t j = 0; j < keys; ++j) {
+    prefetch.step(NV * kLanes * int64_t(sizeof(V)));
+    Vec value[NV];
+    for (int n = 0; n < NV; ++n) value[n] = load(v + j * Dp + n * kLanes);
+    for (int r = 0; r < MR; ++r) {
+      const Vec x = set1(p[r * kScoreStride + j]);
+      for (int n = 0; n < NV; ++n) acc[r][n] = fma(x, value[n], acc[r][n]);
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int n = 0; n < NV; ++n) store(o + r * Dp + n * kLanes, acc[r][n]);
+}
+
+// Run-time sizes to templates.
+template <int MR, typename K>
+void scores_rows(int vecs, const float* q, const K* k, int64_t D, float* s, Prefetch& prefetch) {
+  int n = 0;
+  for (; n + kMaxVecs <= vecs; n += kMaxVecs)
+    scores<MR, kMaxVecs>(q, k + n * D * kLanes, D, s + n * kLanes, prefetch);
+  if constexpr (kMaxVecs > 3)
+    if (vecs - n == 3) scores<MR, 3>(q, k + n * D * kLanes, D, s + n * kLanes, prefetch);
+  if constexpr (kMaxVecs > 2)
+    if (vecs - n == 2) scores<MR, 2>(q, k + n * D * kLanes, D, s + n * kLanes, prefetch);
+  if (vecs - n == 1) scores<MR, 1>(q, k + n * D * kLanes, D, s + n * kLanes, prefetch);
+}
+
+template <int MR, typename V>
+void weigh_rows(const float* p, const V* v, int64_t Dp, int64_t keys, float* o, Prefetch& prefetch) {
+  const int vecs = int(Dp / kLanes);
+  int n = 0;
+  for (; n + kMaxVecs <= vecs; n += kMaxVecs)
+    weigh<MR, kMaxVecs>(p, v + n * kLanes, Dp, keys, o + n * kLanes, prefetch);
+  if constexpr (kMaxVecs > 3)
+    if (vecs - n == 3) weigh<MR, 3>(p, v + n * kLanes, Dp, keys, o + n * kLanes, prefetch);
+  if constexpr (kMaxVecs > 2)
+    if (vecs - n == 2) weigh<MR, 2>(p, v + n * kLanes, Dp, keys, o + n * kLanes, prefetch);
+  if (vecs - n == 1) weigh<MR, 1>(p, v + n * kLanes, Dp, keys, o + n * kLanes, prefetch);
+}
+
+// f(std::integral_constant<int, rows>) for 1 <= rows <= kMaxRows.
+template <int MR = kMaxRows, typename F> DSCHAT_INLINE void with_rows(int rows, F&& f) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return with_rows<MR - 1>(rows, f);
+  }
+  f(std::integral_constant<int, MR>{});
+}
+
+Vec lane_numbers() {
+  float n[kLanes];
+  for (int i = 0; i < kLanes; ++i) n[i] = float(i);
+  return load(n);
+}
+
+DSCHAT_INLINE float exp_one(float x) {
+  float lanes[kLanes];
+  to_array(exp(set1(x)), lanes);
+  return lanes[0];
+}
+
+inline const int32_t* table_of(const AttentionArgs& a, const AttentionTile& t) {
+  return a.block_table + (a.slots ? a.slots[t.row] : t.row) * a.block_table_stride;
+}
+
+// One tile at work: query rows widened to float32 and the sums of the current chunk.
+template <typename T> class TileWorker {
+ public:
+  TileWorker(const AttentionArgs& args, const AttentionTile& tile)
+      : a_(args),
+        tile_(tile),
+        group_(args.Hq / args.Hkv),
+        Dp_(padded_head_dim(args.D)),
+        rows_(int(tile.end - tile.begin)),
+        first_(first_position(args, tile.row)),
+        table_(table_of(args, tile)),
+        widen_(sizeof(T) < sizeof(float) && rows_ > kMaxRows) {
+    const int64_t D = a_.D, page_k = widen_ ? kPage * D : 0, page_v = widen_ ? kPage * Dp_ : 0;
+    const int64_t floats = kTileRows * (D + kScoreStride + 2 * Dp_) + page_k + page_v;
+    float* memory = static_cast<float*>(scratch(kScratchAttention, size_t(floats) * sizeof(float)));
+    // What vectors are loaded from comes first: each block starts on a cache line.
+    s_ = memory;
+    o_ = s_ + kTileRows * kScoreStride;
+    chunk_o_ = o_ + kTileRows * Dp_;
+    wide_k_ = chunk_o_ + kTileRows * Dp_;
+    wide_v_ = wide_k_ + page_k;
+    q_ = wide_v_ + page_v;
+    for (int i = 0; i < rows_; ++i) {
+      const T* src = static_cast<const T*>(a_.q) + token(i) * a_.q_stride + head(i) * D;
+      for (int64_t d = 0; d < D; ++d) q_[i * D + d] = to_float(src[d]);
+      seen_[i] = false;
+    }
+  }
+
+  // Sums of chunk c: max_of(i), sum_of(i) and o[i][Dp] of the rows that see any of its keys, live(i) of all. `after`:
+  // memory to prefetch while the last page is at work.
+  void chunk(int64_t c, float* o, const T* after) {
+    const int64_t start = c * kChunk;
+    for (int i = 0; i < rows_; ++i) {
+      const Span seen = visible(a_, position(i));
+      span_[i] = {std::max(seen.lo, start) - start, std::min(seen.hi, start + kChunk) - start};
+      live_[i] = span_[i].lo < span_[i].hi;
+      if (!live_[i]) span_[i].hi = span_[i].lo = span_[i].lo < kChunk ? 0 : kChunk;
+    }
+    const Span all = outer_span(0, rows_);
+    const int64_t lo = all.lo, hi = all.hi;
+    const int64_t page_begin = lo / kPage, page_end = (hi + kPage - 1) / kPage;
+    const int64_t page_number = start / kPage;
+
+    for (int64_t p = page_begin; p < page_end; ++p) {
+      const T* k = k_page(page_number + p);
+      Prefetch prefetch;
+      if (p + 1 < page_end) prefetch = span_of(k_page(page_number + p + 1), kPage * a_.D);
+      else prefetch = span_of(v_page(page_number + page_begin), kPage * Dp_);
+      const int64_t base = p * kPage, vec_end = (std::min(hi - base, kPage) + kLanes - 1) / kLanes;
+      if (widen_) {
+        const int64_t vec_begin = std::max<int64_t>(lo - base, 0) / kLanes;
+        for (int64_t i = vec_begin * a_.D; i < vec_end * a_.D; ++i) store(wide_k_ + i * kLanes, load(k + i * kLanes));
+      }
+      for (int r = 0; r < rows_; r += kMaxRows) {
+        const int rows = std::min(kMaxRows, rows_ - r);
+        const Span keys = outer_span(r, rows);
+        const int64_t from = std::max<int64_t>(keys.lo - base, 0) / kLanes;
+        const int64_t to = std::min((keys.hi - base + kLanes - 1) / kLanes, kPage / kLanes);
+        if (from >= to) continue;
+        float* s = s_ + r * kScoreStride + base + from * kLanes;
+        with_rows(rows, [&](auto mr) {
+          if (widen_)
+            scores_rows<mr()>(int(to - from), q_ + r * a_.D, wide_k_ + from * a_.D * kLanes, a_.D, s, prefetch);
+          else scores_rows<mr()>(int(to - from), q_ + r * a_.D, k + from * a_.D * kLanes, a_.D, s, prefetch);
+        });
+      }
+    }
+
+    for (int i = 0; i < rows_; ++i)
+      if (live_[i]) softmax(i, start);
+
+    std::memset(o, 0, size_t(rows_ * Dp_) * sizeof(float));
+    for (int64_t p = page_begin; p < page_end; ++p) {
+      const T* v = v_page(page_number + p);
+      Prefetch prefetch;
+      if (p + 1 < page_end) prefetch = span_of(v_page(page_number + p + 1), kPage * Dp_);
+      else if (after) prefetch = span_of(after, kPage * a_.D);
+      const int64_t base = p * kPage;
+      if (widen_) {
+        const int64_t from = std::max<int64_t>(lo - base, 0), to = std::min(hi - base, kPage);
+        for (int64_t i = from * Dp_; i < to * Dp_; i += kLanes) store(wide_v_ + i, load(v + i));
+      }
+      for (int r = 0; r < rows_; r += kMaxRows) {
+        const int rows = std::min(kMaxRows, rows_ - r);
+        if (widen_) weigh_page(r, rows, base, wide_v_, o, prefetch);
+        else weigh_page(r, rows, base, v, o, prefetch);
+      }
+    }
+  }
+
+  // Folds a chunk's sums into the running ones.
+  void fold(int i, float m_c, float l_c, const float* o_c) {
+    float* o = o_ + i * Dp_;
+    if (!seen_[i]) {
+      seen_[i] = true;
+      m_[i] = m_c;
+      l_[i] = l_c;
+      if (o != o_c) std::memcpy(o, o_c, size_t(Dp_) * sizeof(float));
+      return;
+    }
+    const float m = m_[i] > m_c ? m_[i] : m_c;
+    const float old_weight = exp_one(m_[i] - m), new_weight = exp_one(m_c - m);
+    l_[i] = l_[i] * old_weight + l_c * new_weight;
+    m_[i] = m;
+    for (int64_t d = 0; d < Dp_; d += kLanes)
+      store(o + d, load(o + d) * set1(old_weight) + load(o_c + d) * set1(new_weight));
+  }
+
+  void write(int i) {
+    T* out = static_cast<T*>(a_.out) + token(i) * a_.out_stride + head(i) * a_.D;
+    const float* o = o_ + i * Dp_;
+    const Vec l = set1(l_[i]);
+    int64_t d = 0;
+    for (; d + kLanes <= a_.D; d += kLanes) store(out + d, load(o + d) / l);
+    if (d < a_.D) store(out + d, load(o + d) / l, int(a_.D - d));
+  }
+
+  float* running() { return o_; }
+  float* chunk_sums() { return chunk_o_; }
+  int rows() const { return rows_; }
+  bool live(int i) const { return live_[i]; }
+  float max_of(int i) const { return max_[i]; }
+  float sum_of(int i) const { return sum_[i]; }
+
+  // First page of keys that the tile needs from chunk c on.
+  const T* first_k_page(int64_t c) const {
+    return k_page(std::max(visible(a_, position(0)).lo, c * kChunk) / kPage);
+  }
+
+ private:
+  const T* k_page(int64_t page) const { 
+    return static_cast<const T*>(a_.k_cache) + k_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
+  }
+  int64_t token(int i) const { return a_.cu_seqlens[tile_.row] + (tile_.begin + i) / group_; }
+  int64_t head(int i) const { return tile_.head * group_ + (tile_.begin + i) % group_; }
+  int64_t position(int i) const { return first_ + (tile_.begin + i) / group_; }
+  const T* v_page(int64_t page) const {
+    return static_cast<const T*>(a_.v_cache) + v_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
+  }
+  static Prefetch span_of(const T* p, int64_t n) {
+    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p + n)};
+  }
+
+  // Keys that any of the rows sees, as offsets in the chunk.
+  Span outer_span(int r, int rows) const {
+    Span all{kChunk, 0};
+    for (int i = r; i < r + rows; ++i)
+      if (live_[i]) all = {std::min(all.lo, span_[i].lo), std::max(all.hi, span_[i].hi)};
+    return all;
+  }
+
+  // Scores to weights exp(s - max) in place; lanes outside the row's span become 0.
+  void softmax(int i, int64_t start) {
+    float* s = s_ + i * kScoreStride;
+    const Span keys = span_[i];
+    const Vec lanes = lane_numbers(), scale = set1(a_.scale), minus_inf = set1(kMinusInf);
+    const Vec lo = set1(float(keys.lo)), hi = set1(float(keys.hi));
+    const Vec cap = set1(a_.softcap);
+    const Vec slope = set1(a_.alibi_slopes ? a_.alibi_slopes[head(i)] : 0.0f);
+    const Vec query = set1(float(position(i) - start));
+    const int64_t from = keys.lo / kLanes * kLanes, to = keys.hi;
+    Vec m = minus_inf;
+    for (int64_t j = from; j < to; j += kLanes) {
+      Vec x = load(s + j) * scale;
+      if (a_.softcap > 0.0f) x = cap * tanh(x / cap);
+      const Vec key = lanes + set1(float(j));
+      if (a_.alibi_slopes) x = fma(slope, key - query, x);
+      if (j < keys.lo || j + kLanes > keys.hi)
+        x = select_lt(key, lo, minus_inf, select_lt(key, hi, x, minus_inf));
+      store(s + j, x);
+      m = max(m, x);
+    }
+    max_[i] = reduce_max(m);
+    const Vec pivot = set1(max_[i]);
+    Vec sum = zero();
+    for (int64_t j = from; j < to; j += kLanes) {
+      const Vec p = exp(load(s + j) - pivot);
+      store(s + j, p);
+      sum = sum + p;
+    }
+    sum_[i] = reduce_add(sum);
+  }
+
+  // One page of values for the rows of one register tile. A key is multiplied only into rows that see it: what else lies
+  // in the page may be another sequence's past, or not finite.
+  template <typename V>
+  void weigh_page(int r, int rows, int64_t base, const V* v, float* o, Prefetch& prefetch) {
+    Span common{0, kChunk};  // keys that all of the rows see
+    for (int i = r; i < r + rows; ++i)
+      common = {std::max(common.lo, span_[i].lo), std::min(common.hi, span_[i].hi)};
+    common = clip(common, base);
+    const float* p = s_ + base;
+    auto weigh_one = [&](int i, int64_t from, int64_t to) {
+      if (from < to) weigh_rows<1>(p + i * kScoreStride + from, v + from * Dp_, Dp_, to - from, o + i * Dp_, prefetch);
+    };
+    // Each row meets its keys in order: before the common ones, common, after.
+    if (common.lo >= common.hi) {
+      for (int i = r; i < r + rows; ++i) {
+        const Span own = clip(span_[i], base);
+        weigh_one(i, own.lo, own.hi);
+      }
+      return;
+    }
+    for (int i = r; i < r + rows; ++i) weigh_one(i, clip(span_[i], base).lo, common.lo);
+    with_rows(rows, [&](auto mr) {
+      weigh_rows<mr()>(p + r * kScoreStride + common.lo, v + common.lo * Dp_, Dp_, common.hi - common.lo, o + r * Dp_,
+                       prefetch);
+    });
+    for (int i = r; i < r + rows; ++i) weigh_one(i, common.hi, clip(span_[i], base).hi);
+  }
+
+  static Span clip(Span s, int64_t base) {
+    return {std::max<int64_t>(s.lo - base, 0), std::min(s.hi - base, kPage)};
+  }
+
+  const AttentionArgs& a_;
+  const AttentionTile& tile_;
+  const int64_t group_, Dp_;
+  const int rows_;
+  const int64_t first_;
+  const int32_t* table_;
+  const bool widen_;  // pages are converted to float32 once for several register tiles
+  float *q_, *s_, *o_, *chunk_o_, *wide_k_, *wide_v_;
+  Span span_[kTileRows];  // keys of the current chunk that the row sees
+  bool live_[kTileRows], seen_[kTileRows];
+  float max_[kTileRows], sum_[kTileRows];  // of the current chunk
+  float m_[kTileRows], l_[kTileRows];      // running
+};
+
+template <typename T>
+void run_tile(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* next) {
+  TileWorker<T> worker(args, tile);
+  const T* after_tile = nullptr;
+  if (next) {
+    const int64_t first = first_position(args, next->row) + next->begin / (args.Hq / args.Hkv);
+    const int64_t page = table_of(args, *next)[visible(args, first).lo / kPage];
+    after_tile = static_cast<const T*>(args.k_cache) + k_page_offset(page, next->head, args.Hkv, args.D);
+  }
+  for (int64_t c = tile.chunk_begin; c < tile.chunk_end; ++c) {
+    // The first chunk is summed in place.
+    float* o = c == tile.chunk_begin ? worker.running() : worker.chunk_sums();
+    worker.chunk(c, o, c + 1 < tile.chunk_end ? worker.first_k_page(c + 1) : after_tile);
+    for (int i = 0; i < worker.rows(); ++i)
+      if (worker.live(i)) worker.fold(i, worker.max_of(i), worker.sum_of(i), o + i * padded_head_dim(args.D));
+  }
+  for (int i = 0; i < worker.rows(); ++i) worker.write(i);
+}
+
+template <typename T>
+void run_partials(const AttentionArgs& args, const AttentionTile& tile, int64_t chunk_begin, int64_t chunk_end,
+                  float* partials) {
+  TileWorker<T> worker(args, tile);
+  const int64_t chunks = tile.chunk_end - tile.chunk_begin, size = partial_size(args.D), Dp = padded_head_dim(args.D);
+  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
+    worker.chunk(c, worker.chunk_sums(), c + 1 < chunk_end ? worker.first_k_page(c + 1) : nullptr);
+    for (int i = 0; i < worker.rows(); ++i) {
+      float* to = partials + (i * chunks + c - tile.chunk_begin) * size;
+      to[0] = worker.max_of(i);
+      to[1] = worker.live(i) ? worker.sum_of(i) : -1.0f;
+      std::memcpy(to + kPartialHead, worker.chunk_sums() + i * Dp, size_t(Dp) * sizeof(float));
+    }
+  }
+}
+
+template <typename T>
+void run_fold(const AttentionArgs& args, const AttentionTile& tile, int64_t begin, int64_t end, const float* partials) {
+  TileWorker<T> worker(args, tile);
+  const int64_t chunks = tile.chunk_end - tile.chunk_begin, size = partial_size(args.D);
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      const float* from = partials + (i * chunks + c) * size;
+      if (from[1] != -1.0f) worker.fold(int(i), from[0], from[1], from + kPartialHead);
+    }
+    worker.write(int(i));
+  }
+}
+
+}  // namespace
+
+void attention_tile(DType dtype, const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* next) {
+  dispatch(dtype, [&](auto t) { run_tile<decltype(t)>(args, tile, next); });
+}
+
+void attention_partials(DType dtype, const AttentionArgs& args, const AttentionTile& tile, int64_t chunk_begin,
+                        int64_t chunk_end, float* partials) {
+  dispatch(dtype, [&](auto t) { run_partials<decltype(t)>(args, tile, chunk_begin, chunk_end, partials); });
+}
+
+void attention_fold(DType dtype, const AttentionArgs& args, const AttentionTile& tile, int64_t begin, int64_t end,
+                    const float* partials) {
+  dispatch(dtype, [&](auto t) { run_fold<decltype(t)>(args, tile, begin, end, partials); });
+}
+
+void attention(const Team& team, DType dtype, const AttentionArgs& args) {
+  int64_t total = 0;
+  if (team.size > 1) for_each_tile(args, [&](const AttentionTile& t) { total += tile_cost(t); });
+  // A tile belongs to the thread whose share of the total cost its middle falls into.
+  int64_t cost = 0;
+  bool waiting = false;
+  AttentionTile mine{};
+  for_each_tile(args, [&](const AttentionTile& t) {
+    if (team.size > 1) {
+      const int64_t middle = 2 * cost + tile_cost(t);
+      cost += tile_cost(t);
+      if (middle * team.size / (2 * total) != team.rank) return;
+    }
+    if (waiting) attention_tile(dtype, args, mine, &t);
+    mine = t;
+    waiting = true;
+  });
+  if (waiting) attention_tile(dtype, args, mine, nullptr);
+}
+
+}  // namespace dschat
