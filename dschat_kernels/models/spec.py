@@ -1,13 +1,15 @@
 """What a decoder is, independent of who wrote it: the vocabulary between adapters and the planner.
 
-An adapter (one file a layout, in this package) reads a Hugging Face model's modules, config fields and the code of its
-forwards, and returns a `DecoderSpec`. The planner and the packed training forward read nothing else of the model.
-A spec holds the modules themselves, never copies of their weights: weights may change under it at any time.
+An adapter (one file a layout, in this package) reads a Hugging Face model's modules, config fields and the
+code of its forwards, and returns a `DecoderSpec`. The planner and the packed training forward read nothing
+else of the model. A spec holds the modules themselves, never copies of their weights: weights may change
+under it at any time.
 
 One layer computes, with x the residual stream [T, hidden] and every product rounded to the model's dtype:
 
     pre:   x = x + o(attention(rope(q(n)), rope(k(n)), v(n)))       n = attn_norm(x)
-           x = x + down(act(gate(m)) * up(m))                       m = mlp_norm(x)     (no gate: down(act(up(m))))
+           x = x + down(act(gate(m)) * up(m))                       m = mlp_norm(x)
+           (without a gate: down(act(up(m))))
     post:  x = attn_norm(x + o(attention(q(x), k(x), v(x))))        (OPT-350m)
            x = mlp_norm(x + down(act(up(x))))
 """
@@ -23,7 +25,8 @@ from torch import nn
 
 
 class Unsupported(ValueError):
-    """The fused decoder does not cover this model exactly; the message names the module and the config value."""
+    """The fused decoder does not cover this model exactly; the message names the module and the config
+    value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +53,11 @@ class NormSpec:
 
 @dataclass(frozen=True, eq=False)
 class LinearSpec:
-    """A projection. `module` is an `nn.Linear` (weight [out, in]), a transformers `Conv1D` (weight [in, out]) or a PEFT LoRA
-    layer around one of them; training calls `module(x)`, so adapters and hooks stay in play.
+    """A projection. `module` is an `nn.Linear` (weight [out, in]), a transformers `Conv1D` (weight [in, out])
+    or a PEFT LoRA layer around one of them; training calls `module(x)`, so adapters and hooks stay in play.
 
-    `rows` is the slice of *output* features that this projection owns when the module is fused (qkv, gate/up);
-    None: all of them.
-    """
+    `rows` is the slice of *output* features that this projection owns when the module is fused (qkv,
+    gate/up); None: all of them."""
 
     module: nn.Module
     rows: tuple[int, int] | None = None
@@ -63,8 +65,8 @@ class LinearSpec:
 
 @dataclass(frozen=True, eq=False)
 class RopeSpec:
-    """Rotary positions: angle = position * inv_freq, cos and sin multiplied by `scaling`; the first `rotary_dim` features
-    of a head rotate. inv_freq: fp32 [rotary_dim / 2]."""
+    """Rotary positions: angle = position * inv_freq, cos and sin multiplied by `scaling`; the first
+    `rotary_dim` features of a head rotate. inv_freq: fp32 [rotary_dim / 2]."""
 
     inv_freq: torch.Tensor
     scaling: float
@@ -74,8 +76,9 @@ class RopeSpec:
 
 @dataclass(frozen=True, eq=False)
 class LayerSpec:
-    """One decoder layer (formula in the module docstring). `window`: a query sees itself and the window - 1 keys before
-    it; None: all. `scale` multiplies q.k. `name` is the layer's path in the model that was given."""
+    """One decoder layer (formula in the module docstring). `window`: a query sees itself and the window - 1
+    keys before it; None: all. `scale` multiplies q.k. `name` is the layer's path in the model that was
+    given."""
 
     attn_norm: NormSpec
     mlp_norm: NormSpec
@@ -98,12 +101,11 @@ class LayerSpec:
 class DecoderSpec:
     """A decoder-only transformer.
 
-    Input is `project_in(embed(ids)) + positions.weight[position + position_offset]` (each part where present), output
-    `lm_head(project_out(final_norm(x)))`. `positions` is only a weight holder: its own forward may take other arguments.
-    `max_positions` is how many positions exist: a hard limit for learned positions, the trained context for rotary.
-    `dropout` lists every probability above zero by its place ("layers.0.attn.attn_dropout": 0.1): active in training
-    mode only, and not part of the fused decoder.
-    """
+    Input is `project_in(embed(ids)) + positions.weight[position + position_offset]` (each part where
+    present), output `lm_head(project_out(final_norm(x)))`. `positions` is only a weight holder: its own
+    forward may take other arguments. `max_positions` is how many positions exist: a hard limit for learned
+    positions, the trained context for rotary. `dropout` lists every probability above zero by its place
+    ("layers.0.attn.attn_dropout": 0.1): active in training mode only, and not part of the fused decoder."""
 
     model_type: str
     hidden_size: int
@@ -144,13 +146,11 @@ class DecoderSpec:
 
 
 def decoder_spec(model: nn.Module) -> DecoderSpec:
-    """Describe `model`: a CausalLM, its trunk, a sequence classifier (its score head stays outside: `lm_head` is None), or a
-    PEFT model around one of these.
+    """Describe `model`: a CausalLM, its trunk, a sequence classifier (its score head stays outside: `lm_head`
+    is None), or a PEFT model around one of these.
 
     Raises `Unsupported` (a ValueError) naming the module and the config value that no adapter covers exactly.
     """
     from . import detect
 
     return detect.describe(model)
-
-
