@@ -1,0 +1,534 @@
+"""From files to token ids: columns, chat templates, length limits, batches with explicit masks.
+
+Sources: .jsonl, .json (a list, as DeepSpeed-Chat's local files), .csv, .parquet, each also .gz except
+parquet; anything else is the name of a hub data set, `org/name` or `org/name:split`, read through `datasets`.
+
+Columns: `prompt` is a text, or a list of chat messages {role, content}; `chosen`, `rejected`, `completion`,
+`response` are texts, or messages of which the last one counts; `messages` is a whole conversation whose last
+message is the response. Texts are taken literally; messages go through the tokenizer's chat template. All
+other columns are kept and reach reward functions by name.
+
+Masks are made from lengths, never from token ids, so a pad token that is also EOS does no harm. A completion
+ends with the token that ends a turn, so that stopping is learnt. Everything random is a function of (seed,
+epoch), so that a data position is a step number.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Message = Mapping[str, str]
+PromptText = str | list[dict[str, str]]
+RESPONSE_COLUMNS = ("completion", "response", "chosen", "messages")
+FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one sentence that names the file, the row and what to do."""
+
+
+@dataclass
+class Record:
+    """One row and where it came from."""
+
+    where: str
+    columns: dict[str, Any]
+
+
+@dataclass
+class DataStats:
+    """What became of the rows; `sentence()` says it."""
+
+    read: int = 0
+    kept: int = 0
+    dropped: int = 0
+    cut: int = 0
+    bad: int = 0
+    first_bad: str = ""
+
+    def sentence(self, what: str) -> str:
+        parts = [f"{what}: {self.kept} of {self.read} rows"]
+        if self.dropped:
+            parts.append(f"{self.dropped} over the length limit dropped")
+        if self.cut:
+            parts.append(f"{self.cut} over the length limit cut")
+        if self.bad:
+            parts.append(f"{self.bad} unreadable skipped (first: {self.first_bad})")
+        return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+
+def read(
+    sources: Sequence[str], limit: int = 0, bad_rows: Literal["error", "skip"] = "error"
+) -> tuple[list[Record], DataStats]:
+    """All rows of all sources in order, at most `limit` (0: all). Raises DataError for what is missing or
+    broken.
+    """
+    stats = DataStats()
+    records: list[Record] = []
+    for source in sources:
+        for item in _read_source(str(source)):
+            if limit and len(records) >= limit:
+                break
+            stats.read += 1
+            if isinstance(item, DataError):
+                if bad_rows == "error":
+                    raise item
+                stats.bad += 1
+                stats.first_bad = stats.first_bad or str(item)
+            else:
+                records.append(item)
+    return records, stats
+
+
+def _read_source(source: str) -> Iterator[Record | DataError]:
+    plain = source[:-3] if source.endswith(".gz") else source
+    if os.path.isdir(source):
+        there = sorted(f for f in os.listdir(source) if f.removesuffix(".gz").endswith(FILE_ENDINGS))
+        raise DataError(
+            f"{source} is a folder; name a file in it"
+            + (f", such as {os.path.join(source, there[0])}" if there else "")
+        )
+    if not os.path.exists(source):
+        if plain.endswith(FILE_ENDINGS) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+            folder = os.path.dirname(source) or "."
+            there = sorted(os.listdir(folder))[:8] if os.path.isdir(folder) else []
+            hint = f"{folder} has {', '.join(there)}" if there else f"and neither does the folder {folder}"
+            raise DataError(f"data file {source} does not exist; {hint}")
+        yield from _read_hub(source)
+        return
+    if plain.endswith(".parquet"):
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(source).to_pylist()
+        except Exception as error:
+            raise DataError(
+                f"{source} is not a readable parquet file: {str(error).splitlines()[0]}"
+            ) from None
+        yield from (Record(f"{source} row {i + 1}", row) for i, row in enumerate(rows))
+        return
+    if not plain.endswith(FILE_ENDINGS):
+        raise DataError(f"{source} has an ending that is not known; use one of {', '.join(FILE_ENDINGS)}")
+    try:
+        with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as f:
+            text = f.read().decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read: {error}") from None
+    if plain.endswith(".csv"):
+        reader = csv.DictReader(io.StringIO(text))
+        for row in reader:
+            where = f"{source} line {reader.line_num}"
+            ragged = None in row or any(v is None for v in row.values())
+            yield (
+                DataError(f"{where} has another number of fields than the header")
+                if ragged
+                else Record(where, dict(row))
+            )
+    elif plain.endswith(".json") and text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source} line {error.lineno} is not valid JSON: {error.msg}") from None
+        for i, row in enumerate(rows):
+            where = f"{source} row {i + 1}"
+            yield (
+                Record(where, row)
+                if isinstance(row, dict)
+                else DataError(f"{where} is a {type(row).__name__}, not an object")
+            )
+    else:
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON texts may hold U+2028
+            if not line.strip():
+                continue
+            where = f"{source} line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield DataError(f"{where} is not valid JSON: {error.msg} (column {error.colno})")
+                continue
+            yield (
+                Record(where, row)
+                if isinstance(row, dict)
+                else DataError(f"{where} is a {type(row).__name__}, not an object")
+            )
+
+
+def _read_hub(source: str) -> Iterator[Record]:
+    name, _, split = source.partition(":")
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(
+            f"{source} is no file here, and as a hub data set it cannot be loaded: {reason}"
+        ) from None
+    yield from (Record(f"{source} row {i + 1}", dict(row)) for i, row in enumerate(rows))
+
+
+def require_columns(records: Sequence[Record], *wanted: Sequence[str]) -> None:
+    """Each of `wanted` is a list of alternatives, one of which some row must have. Raises DataError naming
+    what exists.
+    """
+    have = sorted({name for record in records for name in record.columns})
+    for alternatives in wanted:
+        if records and not any(name in have for name in alternatives):
+            source = records[0].where.rsplit(" ", 2)[0]
+            needed = " or ".join(repr(a) for a in alternatives)
+            raise DataError(f"{source} has no column {needed}; its columns are {', '.join(have)}")
+
+
+# -------------------------------------------------------------------------------------------- texts to tokens
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise DataError(f"{name} is {_short(value)}, which is neither a text nor a list of messages")
+    for message in value:
+        if not (
+            isinstance(message, Mapping)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise DataError(
+                f"{name} holds {_short(message)}, which is no message with the texts role and content"
+            )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def answer_text(value: Any, name: str) -> str:
+    """The text of a completion column: itself, or the content of its last message."""
+    if isinstance(value, str):
+        return value
+    return _messages(value, name)[-1]["content"]
+
+
+def prompt_of(columns: Mapping[str, Any], answer: str | None = None) -> PromptText:
+    """The prompt of a row: its prompt column, or what precedes the last message of the `answer` or messages
+    column.
+    """
+    if "prompt" in columns:
+        value = columns["prompt"]
+        if isinstance(value, str):
+            if not value:
+                raise DataError("prompt is empty")
+            return value
+        return _messages(value, "prompt")
+    source = answer if answer is not None and answer in columns else "messages"
+    if source not in columns:
+        raise DataError(f"there is neither a prompt nor a messages column, but {', '.join(columns)}")
+    conversation = _messages(columns[source], source)
+    if len(conversation) < 2:
+        raise DataError(f"{source} holds a single message, so there is no prompt before it")
+    return conversation[:-1]
+
+
+class Encoder:
+    """Token ids of prompts and completions for one tokenizer.
+
+    system_prompt: put before conversations that have no system message; None leaves it to the template.
+    """
+
+    def __init__(self, tokenizer: Any, system_prompt: str | None = None, name: str = "the tokenizer") -> None:
+        self.tokenizer, self.system_prompt, self.name = tokenizer, system_prompt, name
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{name} has no EOS token, so no end of an answer could be learnt; set tokenizer.eos_token"
+            )
+        self.eos_id = int(tokenizer.eos_token_id)
+        # Any id does for padding, because nothing here looks at it; masks say what is real.
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id)
+        self.end_id = self._end_of_turn() if tokenizer.chat_template else self.eos_id
+
+    def _end_of_turn(self) -> int:
+        """The token with which the chat template ends an assistant's turn (Llama 3: <|eot_id|>, not EOS)."""
+        marker = "dschat-marker"
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:
+            return self.eos_id
+        after = self.tokenizer(text[text.rfind(marker) + len(marker) :], add_special_tokens=False)[
+            "input_ids"
+        ]
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return int(after[0]) if after and after[0] in special else self.eos_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids at which an answer ends: the end of a turn and EOS."""
+        return sorted({self.end_id, self.eos_id})
+
+    def prompt(self, prompt: PromptText) -> list[int]:
+        """Ids of a text (with the tokenizer's own BOS rule) or of messages up to where the assistant
+        speaks.
+        """
+        if isinstance(prompt, str):
+            ids = list(self.tokenizer(prompt)["input_ids"])
+            return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else ids
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{self.name} has no chat template, which prompts made of messages need; use texts or a chat model"
+            )
+        if self.system_prompt is not None and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": self.system_prompt}, *prompt]
+        try:
+            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise DataError(f"the chat template refuses the prompt: {str(error).splitlines()[0]}") from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def completion(self, text: str) -> list[int]:
+        """Ids of an answer, the token that ends the turn included."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+@dataclass
+class Example:
+    """A prompt with its answers: none (PPO), one (SFT), or chosen and rejected (reward model)."""
+
+    prompt_ids: list[int]
+    answers: list[list[int]]
+    prompt: PromptText
+    columns: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+E = TypeVar("E")
+
+
+def _convert(
+    records: Sequence[Record],
+    stats: DataStats,
+    bad_rows: str,
+    make: Callable[[Record], Example | None],
+    limit_key: str,
+) -> list[Example]:
+    """`make` over all rows: an Example, None for one over the length limit, DataError for a bad one."""
+    out: list[Example] = []
+    for record in records:
+        try:
+            example = make(record)
+        except DataError as error:
+            message = f"{record.where}: {error}"
+            if bad_rows == "error":
+                raise DataError(message) from None
+            stats.bad += 1
+            stats.first_bad = stats.first_bad or message
+            continue
+        if example is None:
+            stats.dropped += 1
+        else:
+            out.append(example)
+    stats.kept = len(out)
+    if records and not out:
+        source = records[0].where.rsplit(" ", 2)[0]
+        why = (
+            f"all are over {limit_key}; raise it, or set overlong to cut"
+            if stats.dropped
+            else f"first: {stats.first_bad}"
+        )
+        raise DataError(f"no row of {source} is left: {why}")
+    return out
+
+
+def _fit(
+    prompt: list[int], answers: list[list[int]], limit: int, overlong: str, stats: DataStats
+) -> list[list[int]] | None:
+    """Answers that fit with the prompt into `limit` tokens. Cut answers lose their end-of-turn token:
+    nothing ended there.
+    """
+    if not prompt:
+        raise DataError("the prompt has no token")
+    room = limit - len(prompt)
+    if all(len(a) <= room for a in answers):
+        return answers
+    if overlong == "drop" or room < 1:
+        return None
+    stats.cut += 1
+    return [a[:room] for a in answers]
+
+
+def sft_examples(
+    records: Sequence[Record], encoder: Encoder, stats: DataStats, *, response: str = "auto",
+    max_length: int = 512, overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
+) -> list[Example]:  # fmt: skip
+    """Prompt and response of each row. response: the column, or "auto" for the first of RESPONSE_COLUMNS
+    that a row has.
+    """
+    names = RESPONSE_COLUMNS if response == "auto" else (response,)
+    require_columns(records, names)
+
+    def make(record: Record) -> Example | None:
+        name = next((n for n in names if n in record.columns), None)
+        if name is None:
+            raise DataError(f"there is no response; a column {' or '.join(names)} is needed")
+        text = answer_text(record.columns[name], name)
+        prompt = prompt_of(record.columns, name)
+        ids = encoder.prompt(prompt)
+        answers = _fit(ids, [encoder.completion(text)], max_length, overlong, stats)
+        return None if answers is None else Example(ids, answers, prompt, record.columns, record.where)
+
+    return _convert(records, stats, bad_rows, make, f"max_length {max_length}")
+
+
+def pair_examples(
+    records: Sequence[Record], encoder: Encoder, stats: DataStats, *, max_length: int = 512, margin: str = "",
+    overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
+) -> list[Example]:  # fmt: skip
+    """Prompt, chosen and rejected of each row; pairs of equal answers are bad rows. margin: a numeric
+    column, or empty.
+    """
+    require_columns(records, ["chosen"], ["rejected"], *([[margin]] if margin else []))
+
+    def make(record: Record) -> Example | None:
+        columns = record.columns
+        for name in ("chosen", "rejected", *([margin] if margin else [])):
+            if columns.get(name) is None:
+                raise DataError(f"there is no {name}")
+        if margin and not isinstance(columns[margin], (int, float)):
+            raise DataError(f"{margin} is {_short(columns[margin])}, which is not a number")
+        chosen, rejected = (answer_text(columns[name], name) for name in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise DataError("chosen and rejected are equal, so nothing can be learnt from them")
+        prompt = prompt_of(columns, "chosen")
+        ids = encoder.prompt(prompt)
+        answers = _fit(
+            ids, [encoder.completion(chosen), encoder.completion(rejected)], max_length, overlong, stats
+        )
+        return None if answers is None else Example(ids, answers, prompt, columns, record.where)
+
+    return _convert(records, stats, bad_rows, make, f"max_length {max_length}")
+
+
+def prompt_examples(
+    records: Sequence[Record], encoder: Encoder, stats: DataStats, *, max_prompt_length: int = 256,
+    overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
+) -> list[Example]:  # fmt: skip
+    """Prompts alone. A prompt that is cut keeps its last tokens, which is where the question to the
+    assistant stands.
+    """
+    require_columns(records, ["prompt", "messages", "chosen"])
+
+    def make(record: Record) -> Example | None:
+        prompt = prompt_of(record.columns, "chosen" if "messages" not in record.columns else None)
+        ids = encoder.prompt(prompt)
+        if not ids:
+            raise DataError("the prompt has no token")
+        if len(ids) > max_prompt_length:
+            if overlong == "drop":
+                return None
+            stats.cut += 1
+            ids = ids[-max_prompt_length:]
+        return Example(ids, [], prompt, record.columns, record.where)
+
+    return _convert(records, stats, bad_rows, make, f"max_prompt_length {max_prompt_length}")
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both [B, longest]; mask is bool and made from the lengths."""
+    width = max((len(r) for r in rows), default=0)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[i, where] = torch.as_tensor(row, dtype=torch.long)
+            mask[i, where] = True
+    return ids, mask
+
+
+@dataclass
+class Sequences:
+    """Prompts padded on the left, completions on the right, so that column P is every row's first answer
+    token.
+
+    prompt_ids, prompt_mask [B, P]; completion_ids, completion_mask [B, C]. The same layout as a Rollout.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+    ) -> Sequences:
+        return cls(*pad(prompts, pad_id, "left"), *pad(completions, pad_id, "right"))
+
+    @property
+    def input_ids(self) -> Tensor:
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n rows in an epoch, a function of its arguments alone."""
+    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
+    return [int(i) for i in generator.permutation(n)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows make up step `s`: the data position of a run is its step number, nothing else needs saving.
+
+    Every epoch is a new order; its last batch may be smaller. max_steps cuts short or, being larger, adds
+    epochs.
+    """
+
+    rows: int
+    batch_size: int
+    epochs: int = 1
+    max_steps: int = 0
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps or self.epochs * self.steps_per_epoch
+
+    def indices(self, step: int) -> list[int]:
+        """Rows of step 0, 1, ..."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.rows, self.seed, epoch)[k * self.batch_size : (k + 1) * self.batch_size]
+
+
+def chunks(items: Sequence[E], size: int) -> Iterator[Sequence[E]]:
+    """Consecutive pieces of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

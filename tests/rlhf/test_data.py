@@ -1,0 +1,287 @@
+"""Data: formats, columns, templates, masks, and one sentence for whatever is wrong with a row."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+
+import pytest
+import torch
+
+from dschat.rlhf import data as D
+
+MODEL = os.path.join(os.path.dirname(__file__), "..", "data", "stories260k")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def encoder(plain):
+    return D.Encoder(plain)
+
+
+@pytest.fixture
+def chat(plain):
+    import copy
+
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = TEMPLATE
+    return D.Encoder(tokenizer)
+
+
+ROWS = [
+    {"prompt": "Once upon", "chosen": "a time", "rejected": "the end", "score": 3},
+    {"prompt": "There was", "chosen": "a\u2028cat", "rejected": "no\ncat", "score": 4},
+]
+
+
+def write(path, rows=ROWS) -> str:
+    name = str(path)
+    if name.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), name)
+        return name
+    if ".csv" in name:
+        import io
+
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    elif ".jsonl" in name:
+        text = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
+    else:
+        text = json.dumps(rows)
+    data = text.encode()
+    with gzip.open(name, "wb") if name.endswith(".gz") else open(name, "wb") as f:
+        f.write(data)
+    return name
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet"])
+def test_formats(tmp_path, ending):
+    records, stats = D.read([write(tmp_path / f"x.{ending}")])
+    assert stats.read == 2
+    for record, row in zip(records, ROWS, strict=True):
+        assert {k: str(v) for k, v in record.columns.items()} == {k: str(v) for k, v in row.items()}
+        assert "x." + ending in record.where
+    assert len(D.read([str(tmp_path / f"x.{ending}")] * 2, limit=3)[0]) == 3
+
+
+def test_bad_lines_have_file_and_number(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n[1]\n{"prompt": "b"}\n')
+    with pytest.raises(D.DataError, match=r"x\.jsonl line 2 is not valid JSON"):
+        D.read([str(path)])
+    records, stats = D.read([str(path)], bad_rows="skip")
+    assert [r.where.rsplit(" ", 1)[1] for r in records] == ["1", "4"]
+    assert (stats.read, stats.bad) == (4, 2) and "line 2" in stats.sentence("x")
+    ragged = tmp_path / "x.csv"
+    ragged.write_text("a,b\n1,2\n3\n")
+    with pytest.raises(D.DataError, match=r"x\.csv line 3 has another number of fields"):
+        D.read([str(ragged)])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jsonl", r"data file .*missing\.jsonl does not exist; .* has other\.jsonl"),
+        ("nowhere/x.jsonl", r"nowhere/x\.jsonl does not exist; and neither does the folder"),
+        ("", r"is a folder; name a file in it, such as .*other\.jsonl"),
+        ("x.txt", r"x\.txt has an ending that is not known; use one of \.jsonl"),
+        ("broken.jsonl.gz", r"broken\.jsonl\.gz cannot be read"),
+        ("broken.parquet", r"broken\.parquet is not a readable parquet file"),
+        ("broken.json", r"broken\.json line 1 is not valid JSON"),
+    ],
+)
+def test_bad_files(tmp_path, name, message):
+    write(tmp_path / "other.jsonl")
+    if name and "missing" not in name and "nowhere" not in name:
+        (tmp_path / name).write_text("[garbage")
+    with pytest.raises(D.DataError, match=message) as error:
+        D.read([str(tmp_path / name)])
+    assert "\n" not in str(error.value)
+
+
+def test_hub_name_without_network(monkeypatch):
+    import datasets
+
+    def refuse(name, split):
+        raise ConnectionError(f"no route to {name} {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        D.DataError,
+        match=r"org/name:test is no file here, and as a hub data set .* no route to org/name test",
+    ):
+        D.read(["org/name:test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"prompt": split}])
+    assert D.read(["org/name"])[0][0].columns == {"prompt": "train"}
+
+
+def records(*rows) -> list[D.Record]:
+    return [D.Record(f"f.jsonl line {i + 1}", dict(r)) for i, r in enumerate(rows)]
+
+
+# ------------------------------------------------------------------------------------------------------ texts
+
+
+def test_end_of_answer_is_learnt(encoder, plain):
+    """checklist 2.1 #10 (user asks), N+ details: every reference ends with EOS, and only complete ones do."""
+    (example,) = D.sft_examples(
+        records({"prompt": "Once upon a time", "completion": "there was a cat"}), encoder, D.DataStats()
+    )
+    assert example.answers[0][-1] == plain.eos_token_id
+    assert encoder.decode(example.answers[0]).strip() == "there was a cat"
+    assert example.prompt_ids[0] == plain.bos_token_id and example.prompt_ids[-1] != plain.eos_token_id
+
+
+def test_messages_and_columns(chat, plain):
+    turn = [{"role": "user", "content": "Hi"}]
+    full = [*turn, {"role": "assistant", "content": "Hello"}]
+    rows = records(
+        {"prompt": turn, "response": "Hello"},
+        {"prompt": turn, "completion": [{"role": "assistant", "content": "Hello"}]},
+        {"messages": full},
+        {"chosen": full, "rejected": full[:1] + [{"role": "assistant", "content": "Bye"}]},
+    )
+    examples = D.sft_examples(rows, chat, D.DataStats())
+    assert (
+        len({tuple(e.prompt_ids) for e in examples}) == 1
+        and len({tuple(e.answers[0]) for e in examples}) == 1
+    )
+    assert chat.end_id == 2 != chat.eos_id, "the template ends a turn with </s>"
+    assert examples[0].answers[0][-1] == 2 and chat.stop_ids == [1, 2]
+    assert plain.decode(examples[0].prompt_ids).endswith("<assistant>")
+    assert D.prompt_examples(rows, chat, D.DataStats())[3].prompt_ids == examples[0].prompt_ids
+    (pair,) = D.pair_examples(rows[3:], chat, D.DataStats())
+    assert pair.answers[0] == examples[0].answers[0] != pair.answers[1]
+    with_system = D.Encoder(chat.tokenizer, system_prompt="Be kind")
+    assert "Be kind" in plain.decode(with_system.prompt(turn)) and "Be kind" not in plain.decode(
+        chat.prompt(turn)
+    )
+    own = [{"role": "system", "content": "Own"}, *turn]
+    assert with_system.prompt(own) == chat.prompt(own)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "there is no rejected"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are equal"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "rejected is 3, which is neither a text nor a list"),
+        (
+            {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"},
+            "no message with the texts role and content",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"},
+            "has no chat template",
+        ),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt is empty"),
+        ({"chosen": "b", "rejected": "c"}, "neither a prompt nor a messages|neither a text nor a list"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"},
+            "margin is 'x', which is not a number",
+        ),
+    ],
+)
+def test_bad_rows(encoder, row, message):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0}
+    rows = records(good, {"margin": 0.5} | row)
+    with pytest.raises(D.DataError, match=f"^f.jsonl line 2: .*({message})"):
+        D.pair_examples(rows, encoder, D.DataStats(), margin="margin")
+    stats = D.DataStats()
+    assert (
+        len(D.pair_examples(rows, encoder, stats, margin="margin", bad_rows="skip"))
+        == stats.kept
+        == stats.bad
+        == 1
+    )
+
+
+def test_missing_column(encoder):
+    with pytest.raises(
+        D.DataError, match=r"f\.jsonl has no column 'rejected'; its columns are chosen, prompt"
+    ):
+        D.pair_examples(records({"prompt": "a", "chosen": "b"}), encoder, D.DataStats())
+    with pytest.raises(
+        D.DataError, match="has no column 'completion' or 'response' or 'chosen' or 'messages'"
+    ):
+        D.sft_examples(records({"prompt": "a"}), encoder, D.DataStats())
+    with pytest.raises(D.DataError, match="has no column 'reference'"):
+        D.sft_examples(records({"prompt": "a"}), encoder, D.DataStats(), response="reference")
+
+
+def test_length_limits(encoder):
+    long = "once upon a time there was a little cat and a little dog"
+    rows = records({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": long})
+    dropped, cut = D.DataStats(), D.DataStats()
+    assert len(D.sft_examples(rows, encoder, dropped, max_length=12)) == 1 and dropped.dropped == 1
+    examples = D.sft_examples(rows, encoder, cut, max_length=12, overlong="cut")
+    assert cut.cut == 1 and len(examples[1].prompt_ids) + len(examples[1].answers[0]) == 12
+    assert examples[1].answers[0][-1] != encoder.end_id, "a cut answer did not end"
+    assert "1 over the length limit dropped" in dropped.sentence(
+        "x"
+    ) and "1 over the length limit cut" in cut.sentence("x")
+    with pytest.raises(D.DataError, match=r"no row of f\.jsonl is left: all are over max_length 3; raise it"):
+        D.sft_examples(rows[1:], encoder, D.DataStats(), max_length=3)
+    prompts = records({"prompt": long})
+    (example,) = D.prompt_examples(prompts, encoder, D.DataStats(), max_prompt_length=5, overlong="cut")
+    assert example.prompt_ids == encoder.prompt(long)[-5:]
+    with pytest.raises(D.DataError, match="max_prompt_length 5"):
+        D.prompt_examples(prompts, encoder, D.DataStats(), max_prompt_length=5)
+
+
+def test_tokenizer_without_eos(plain):
+    import copy
+
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.eos_token = None
+    with pytest.raises(D.DataError, match="has no EOS token"):
+        D.Encoder(tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+def test_masks_come_from_lengths():
+    """checklist 2.1 #1, #2: prompts left-padded, answers right-padded, and a pad id inside a row stays
+    real.
+    """
+    s = D.Sequences.of([[7], [0, 5, 0]], [[0, 0], [4]], pad_id=0)
+    assert s.prompt_ids.tolist() == [[0, 0, 7], [0, 5, 0]]
+    assert s.prompt_mask.long().tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert s.completion_ids.tolist() == [[0, 0], [4, 0]]
+    assert s.completion_mask.long().tolist() == [[1, 1], [1, 0]]
+    assert s.input_ids.shape == s.attention_mask.shape == (2, 5)
+    assert s.attention_mask.dtype == torch.bool
+    assert D.Sequences.of([[1]], [[]], 0).completion_ids.shape == (1, 0)
+
+
+def test_schedule_is_a_function_of_the_step():
+    """checklist 2.1 #24, #25: every epoch sees every row once, in another order, and nothing else needs
+    saving.
+    """
+    s = D.Schedule(rows=10, batch_size=4, epochs=2, seed=3)
+    assert (s.steps_per_epoch, s.total_steps) == (3, 6)
+    first, second = ([i for k in range(3) for i in s.indices(e * 3 + k)] for e in range(2))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert s.indices(4) == D.Schedule(rows=10, batch_size=4, seed=3).indices(4)
+    assert s.indices(0) != D.Schedule(rows=10, batch_size=4, seed=4).indices(0)
+    assert D.Schedule(rows=10, batch_size=4, max_steps=7).total_steps == 7
+    assert [len(c) for c in D.chunks(range(5), 2)] == [2, 2, 1]
