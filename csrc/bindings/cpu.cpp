@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/attention.h"
 #include "bindings/decoder.h"
 #include "cpu/bias_act.h"
 #include "cpu/column_sum.h"
@@ -167,5 +168,6 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
     else if (name == "erf") each([](Vec v) { return erf(v); });
     else throw std::invalid_argument("vector_function has exp, tanh and erf, not " + name + ".");
   });
+  bind_attention(m);
   bind_decoder(m);
 }

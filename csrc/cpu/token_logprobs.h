@@ -1,7 +1,7 @@
 // Log-probabilities (and entropies) of given tokens from hidden states and the head, without a [T, V] tensor.
 //
 //   logit = sum_k hidden[k] * weight[v, k]  by fma over k = 0..H-1 in float32 (the order of linear()), + bias[v];
-//   logit = softcap * tanh(logit / softcap);  z = logit * (1 / temperature);  then the chunk rule of logsumexp.h.
+//   logit = softcap * tanh(logit / softcap);  z = logit * inverse_temperature(temperature);  then the chunk rule of logsumexp.h.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct TokenLogprobsArgs {
   const float* bias = nullptr;   // [V] float32 or null
   const int64_t* targets = nullptr;  // [T], 0 <= target < V
   int64_t T = 0, H = 0, V = 0;
-  float inv_temperature = 1.0f;
+  float temperature = 1.0f;
   float softcap = 0.0f;  // 0: none
   float* logprob = nullptr;  // [T]
   float* lse = nullptr;      // [T] log of the sum of exp(z); null: not wanted
