@@ -5,7 +5,7 @@
     print(patch.report())          # every module: patched with what, or left alone and why
     patch.undo()
 
-Importing this package compiles nothing and does not import torch; each name below is imported when it is first used.
+Importing this package compiles nothing and does not import torch; each name is imported when first used.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing the submodule dschat_kernels.patch binds it as the package's attribute `patch`, where the function
-    of that name belongs; such a binding is dropped. `from dschat_kernels.patch import ...` works all the same."""
+    """Keeps `dk.patch` the function: importing the submodule `dschat_kernels.patch` would replace it.
+
+    `from dschat_kernels.patch import ...` works all the same.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _EXPORTS and isinstance(value, ModuleType)):

@@ -1,22 +1,23 @@
 """Compile the native CPU kernels of csrc/ when they are first needed, once per machine.
 
-`load()` returns the compiled module or raises one readable `BuildError`; `try_load()` returns None instead, and
-`status()` says why. Nothing happens at import, and torch is neither imported nor linked: kernels see raw pointers.
+`load()` returns the compiled module or raises one readable `BuildError`; `try_load()` returns None instead,
+and `status()` says why. Nothing happens at import, and torch is neither imported nor linked: kernels see raw
+pointers.
 
 The cache is `$DSCHAT_CACHE_DIR` (else `$XDG_CACHE_HOME/dschat`, else `~/.cache/dschat`):
 
     kernels/<name>-<key>/        one published build: the module and meta.json
     kernels/objects/<key>.o      compiled sources, so that an edited file costs one compilation
-    kernels/logs/                every command of the last build with its output
+    kernels/logs/<name>.log      every command of the last build, with its output and time
     kernels/<name>.lock          flock: it dies with its process, the file itself means nothing
 
-A key covers sources, headers, flags, compiler, Python ABI, pybind11, torch and the instruction set. A build happens
-in a temporary folder and is published by one rename, so a killed builder leaves nothing that could be loaded, and
-meta.json holds the module's SHA-256, so a damaged file is rebuilt, not loaded.
+A key covers sources, headers, flags, compiler, Python ABI, pybind11, torch and the instruction set. A build
+happens in a temporary folder and is published by one rename, so a killed builder leaves nothing that could be
+loaded; meta.json holds the module's SHA-256, so a damaged file is rebuilt, not loaded.
 
-Environment: DSCHAT_CACHE_DIR, DSCHAT_CPU_ISA (portable, avx2, avx512 or amx), DSCHAT_DISABLE_JIT=1 (never run a
-compiler), DSCHAT_CXXFLAGS (extra flags, such as -fsanitize=address), CXX (the compiler), MAX_JOBS (compilations
-at a time).
+Environment: DSCHAT_CACHE_DIR, DSCHAT_CPU_ISA (portable, avx2, avx512 or amx), DSCHAT_DISABLE_JIT=1 (never run
+a compiler), DSCHAT_CXXFLAGS (extra flags, such as -fsanitize=undefined), CXX (the compiler), MAX_JOBS
+(compilations at a time).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import importlib.util
 import json
 import os
 import platform
+import posixpath
 import re
 import shlex
 import shutil
@@ -40,12 +42,12 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 try:
     import fcntl
@@ -55,7 +57,7 @@ except ImportError:  # Windows: load() says so
 FORMAT = 1  # of a published folder; part of every key
 ISA_LEVELS = ("portable", "avx2", "avx512", "amx")
 
-# Instruction sets of a level: (what /proc/cpuinfo must list, compiler flags). Each level contains the one before.
+# A level: (what /proc/cpuinfo must list, compiler flags). Each level contains the one before.
 _ISA_NEEDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "portable": ((), ()),
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
@@ -86,7 +88,7 @@ _LINK_FLAGS = (
 class BuildError(RuntimeError):
     """The native kernels cannot be compiled or loaded.
 
-    `str()` is one sentence, then (where a command failed) the command, its first error lines and the log's path.
+    `str()` is one sentence; where a command failed, the command, its first errors and the log's path follow.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ def _first_errors(output: str, limit: int = 6) -> list[str]:
     return lines[first : first + limit]
 
 
-# ---------------------------------------------------------------------------------------------- the environment
+# -------------------------------------------------------------------------------------------- the environment
 
 
 def cache_dir() -> Path:
@@ -160,7 +162,7 @@ def _available_memory() -> int:
     return available
 
 
-# ------------------------------------------------------------------------------------------------ instruction set
+# -------------------------------------------------------------------------------------------- instruction set
 
 
 @functools.cache
@@ -176,7 +178,7 @@ def cpu_flags() -> frozenset[str]:
 
 @functools.cache
 def amx_permitted() -> bool:
-    """Ask the Linux kernel to let this process use AMX tiles; threads started later inherit the permission."""
+    """Ask the Linux kernel to let this process use AMX tiles; all its threads get the permission."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return False
     sys_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata = 158, 0x1023, 18
@@ -228,7 +230,7 @@ def select_isa() -> str:
     return best
 
 
-# ------------------------------------------------------------------------------------------------------- compiler
+# --------------------------------------------------------------------------------------------------- compiler
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,10 @@ def find_compiler() -> Compiler:
     )
 
 
+def _extra_flags() -> list[str]:
+    return shlex.split(os.environ.get("DSCHAT_CXXFLAGS", ""))
+
+
 @functools.cache
 def _identify(argv: tuple[str, ...], _mtime: int) -> Compiler:
     command = [*argv, "--version"]
@@ -274,11 +280,19 @@ def _identify(argv: tuple[str, ...], _mtime: int) -> Compiler:
     return Compiler(argv, (done.stdout.splitlines() or [""])[0])
 
 
-# -------------------------------------------------------------------------------------------------------- a build
+# ---------------------------------------------------------------------------------------------------- a build
+
+Tree = Mapping[str, bytes]  # path relative to the sources' root, with "/" -> content
+
+_THREADS = threading.RLock()  # one build at a time within a process
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _version(distribution: str) -> str:
@@ -294,9 +308,7 @@ def _say(text: str) -> None:
         sys.stderr.flush()
 
 
-class _Failed(Exception):
-    """A command of the build failed."""
-
+class _CommandFailed(Exception):
     def __init__(self, command: Sequence[str], output: str) -> None:
         self.command, self.output = command, output
 
@@ -305,170 +317,188 @@ class _Failed(Exception):
 class KernelBuild:
     """One native module: its sources, how they are compiled, and where the result is kept.
 
-    name      the module's name; sources see it as the macro DSCHAT_MODULE
-    root      folder that paths in the key are relative to, and an include directory
-    sources   compiled, one object each
-    headers   part of the key
-    label     what the progress line calls it
+    name          the module's name, which sources see as the macro DSCHAT_MODULE
+    root          the folder of the sources, and an include directory
+    sources       compiled, one object each; relative to root
+    headers       everything else that the sources include; relative to root
+    isa           the level whose flags are used
+    include_dirs  further include directories; relative to root
+    label         what the progress line calls the module
+
+    What is compiled is a copy of the very bytes that went into the key, so an edit during a build cannot put
+    the new code under the old key.
     """
 
     name: str
     root: Path
-    sources: Sequence[Path]
-    headers: Sequence[Path] = ()
+    sources: Sequence[str]
+    headers: Sequence[str] = ()
     isa: str = "portable"
-    include_dirs: Sequence[Path] = ()
+    include_dirs: Sequence[str] = ()
     cache: Path = field(default_factory=lambda: cache_dir() / "kernels")
     label: str = "native module"
 
     # ---- identity
 
-    def snapshot(self) -> dict[str, str]:
-        """SHA-256 of every source and header as they are now."""
+    def read(self) -> dict[str, bytes]:
+        """Every source and header as it is now."""
         try:
-            return {
-                os.path.relpath(path, self.root): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted({*self.sources, *self.headers})
-            }
+            return {name: (self.root / name).read_bytes() for name in sorted({*self.sources, *self.headers})}
         except OSError as error:
-            raise BuildError(
-                f"The kernel source {error.filename} cannot be read ({error.strerror})."
-            ) from None
+            raise BuildError(f"The source {error.filename} cannot be read ({error.strerror}).") from None
 
     @property
     def compile_flags(self) -> tuple[str, ...]:
-        extra = shlex.split(os.environ.get("DSCHAT_CXXFLAGS", ""))
-        return (*_COMPILE_FLAGS, *isa_flags(self.isa), *extra, f"-DDSCHAT_MODULE={self.name}")
+        return (*_COMPILE_FLAGS, *isa_flags(self.isa), *_extra_flags(), f"-DDSCHAT_MODULE={self.name}")
 
     @property
     def link_flags(self) -> tuple[str, ...]:
-        return (*_LINK_FLAGS, *shlex.split(os.environ.get("DSCHAT_CXXFLAGS", "")))
-
-    def fingerprint(self, files: Mapping[str, str] | None = None) -> str:
-        """What the module's behaviour depends on, apart from who compiled it: this must match to load a binary
-        that was built ahead of time, perhaps elsewhere."""
-        return _digest(
-            {
-                "format": FORMAT,
-                "name": self.name,
-                "isa": self.isa,
-                "files": dict(self.snapshot() if files is None else files),
-                "flags": [*self.compile_flags, *self.link_flags],
-                "python": sysconfig.get_config_var("EXT_SUFFIX"),
-            }
-        )
-
-    def toolchain(self) -> dict[str, Any]:
-        """What else could change the bytes: a change of any of these means a new build."""
-        compiler = find_compiler()
-        return {
-            "compiler": [*compiler.argv],
-            "compiler_version": compiler.version,
-            "pybind11": _version("pybind11"),
-            "torch": _version("torch"),
-            "libc": platform.libc_ver(),
-            "python": sys.version,
-        }
-
-    def key(self, files: Mapping[str, str] | None = None) -> str:
-        """The cache key: everything that the result depends on."""
-        return _digest([self.fingerprint(files), self.toolchain()])[:20]
+        return (*_LINK_FLAGS, *_extra_flags())
 
     @property
     def filename(self) -> str:
         return self.name + str(sysconfig.get_config_var("EXT_SUFFIX"))
 
+    def fingerprint(self, tree: Tree | None = None) -> str:
+        """What the module does: its sources, flags and Python ABI, but not who compiled it.
+
+        A module that was compiled ahead of time, perhaps on another machine, is used when this matches.
+        """
+        tree = self.read() if tree is None else tree
+        return _digest(
+            {
+                "format": FORMAT,
+                "name": self.name,
+                "isa": self.isa,
+                "files": {name: _sha256(content) for name, content in tree.items()},
+                "compile": self.compile_flags,
+                "link": self.link_flags,
+                "abi": sysconfig.get_config_var("EXT_SUFFIX"),
+            }
+        )
+
+    def toolchain(self) -> dict[str, Any]:
+        """Whatever else could change the bytes, or whether they load."""
+        compiler = find_compiler()
+        return {
+            "compiler": compiler.argv,
+            "compiler_version": compiler.version,
+            "libc": platform.libc_ver(),
+            "pybind11": _version("pybind11"),
+            "python": sys.version,
+            "torch": _version("torch"),
+        }
+
+    def key(self, tree: Tree | None = None) -> str:
+        """The cache key: fingerprint and toolchain."""
+        return _digest([self.fingerprint(tree), self.toolchain()])[:20]
+
     def folder(self, key: str) -> Path:
+        """Where the build of a key is published."""
         return self.cache / f"{self.name}-{key}"
+
+    def intact(self, folder: Path) -> bool:
+        """Whether a folder holds the very bytes that were published in it."""
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            return bool(meta["sha256"] == _sha256((folder / self.filename).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     # ---- load
 
     def load(self) -> ModuleType:
         """The module from the cache, compiled first where it must be."""
-        key = self.key()
-        if self._intact(self.folder(key)):
-            # An import error of an intact file means that the machine changed under it: build anew.
-            with contextlib.suppress(ImportError):
-                return self.import_from(self.folder(key))
-        folder = self.build(force_key=key)
+        folder, fresh = self._obtain(verbose=False)
         try:
             return self.import_from(folder)
         except ImportError as error:
-            raise BuildError(
-                f"The compiled module {folder / self.filename} does not load ({error})."
-            ) from error
+            failure = error
+        if not fresh:  # the bytes are those that once loaded, so the machine changed under them
+            folder, _ = self._obtain(verbose=False, instead_of=folder)
+            try:
+                return self.import_from(folder)
+            except ImportError as error:
+                failure = error
+        raise BuildError(f"The compiled {self.label} do not load ({failure}): is a definition missing?")
 
     def import_from(self, folder: Path) -> ModuleType:
         """Import the module that lies in a published folder."""
-        path = str(folder / self.filename)
-        loader = importlib.machinery.ExtensionFileLoader(self.name, path)
-        spec = importlib.util.spec_from_file_location(self.name, path, loader=loader)
+        loader = importlib.machinery.ExtensionFileLoader(self.name, str(folder / self.filename))
+        spec = importlib.util.spec_from_loader(self.name, loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
         return module
 
-    def _intact(self, folder: Path) -> bool:
-        """Whether a published folder holds the very bytes that were published."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            return bool(meta["sha256"] == hashlib.sha256((folder / self.filename).read_bytes()).hexdigest())
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
     # ---- build
 
-    def build(self, *, verbose: bool = False, force_key: str | None = None) -> Path:
-        """Compile where the cache has nothing intact, and return the published folder.
+    def build(self, *, verbose: bool = False) -> Path:
+        """Compile unless the cache has the module, and return its folder."""
+        return self._obtain(verbose=verbose)[0]
 
-        Processes that need the same module take turns: one compiles, the others wait and find it done.
-        `force_key` names a build that could not be imported and is to be replaced.
+    def compile_into(self, folder: Path, *, verbose: bool = False) -> None:
+        """Compile ahead of time into a folder, past the cache (setup.py does)."""
+        tree = self.read()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as work:
+            self._compile(Path(work), tree, Path(work) / "log", verbose=verbose, objects=None)
+            self._write_meta(Path(work), tree)
+            for name in (self.filename, "meta.json"):
+                shutil.copyfile(Path(work) / name, folder / name)
+
+    def _obtain(self, *, verbose: bool, instead_of: Path | None = None) -> tuple[Path, bool]:
+        """The folder of the module, and whether it was compiled just now.
+
+        Processes that want the same module take turns: the first compiles, the others find it done.
+        `instead_of` is a folder that cannot be imported and is compiled anew.
         """
         if jit_disabled():
+            with contextlib.suppress(BuildError):  # what lies ready may be used, compiler or not
+                folder = self.folder(self.key())
+                if folder != instead_of and self.intact(folder):
+                    return folder, False
             raise BuildError(
                 "DSCHAT_DISABLE_JIT is set and no compiled kernels lie ready: unset it, or install with "
                 "DSCHAT_AOT=1 pip install ."
             )
+        folder = self.folder(self.key())
+        if folder != instead_of and self.intact(folder):
+            return folder, False
         if fcntl is None:
-            raise BuildError("Native kernels are not compiled on Windows: use WSL, or the reference backend.")
-        unusable = force_key if force_key and self._intact(self.folder(force_key)) else None
-        stamp = self._stamp(unusable)
+            raise BuildError("Kernels are not compiled on Windows: use WSL, or the reference backend.")
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            (self.cache / "objects").mkdir(exist_ok=True)
-            (self.cache / "logs").mkdir(exist_ok=True)
+            for name in ("objects", "logs"):
+                (self.cache / name).mkdir(exist_ok=True)
             with self._lock():
-                files = self.snapshot()
-                folder = self.folder(self.key(files))
-                if self._intact(folder) and not (
-                    folder.name == f"{self.name}-{unusable}" and stamp == self._stamp(unusable)
-                ):
-                    return folder
-                return self._compile_and_publish(files, verbose)
+                tree = self.read()
+                folder = self.folder(self.key(tree))
+                if folder != instead_of and self.intact(folder):  # built while this process waited
+                    return folder, False
+                self._build_locked(folder, tree, verbose, reuse=instead_of is None)
+                return folder, True
         except OSError as error:
             raise BuildError(
-                f"The kernel cache {self.cache} cannot be written ({error.strerror}): "
-                "set DSCHAT_CACHE_DIR to a folder that can."
+                f"The kernel cache {self.cache} cannot be used ({error.strerror or error}): "
+                "set DSCHAT_CACHE_DIR to a folder that can be written."
             ) from error
-
-    def _stamp(self, key: str | None) -> int:
-        try:
-            return (self.folder(key) / "meta.json").stat().st_mtime_ns if key else 0
-        except OSError:
-            return 0
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Hold the build lock of this module name. The system drops it when the process ends, however it ends;
-        the file stays and means nothing by itself."""
+        """Hold the build lock of this module name.
+
+        The system drops a flock when its process ends, however it ends. The file stays; that it exists, and
+        the process number in it, mean nothing.
+        """
         with _THREADS, open(self.cache / f"{self.name}.lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                owner = file.read().strip()
                 began = time.monotonic()
-                _say(f"dschat: waiting for process {owner or '?'}, which compiles the {self.label} ... ")
+                owner = file.read(20).strip() or "?"
+                _say(f"dschat: waiting for process {owner}, which compiles the {self.label} ... ")
                 fcntl.flock(file, fcntl.LOCK_EX)
                 _say(f"{time.monotonic() - began:.0f} s\n")
             file.seek(0)
@@ -477,201 +507,233 @@ class KernelBuild:
             file.flush()
             yield
 
-    def _compile_and_publish(self, files: dict[str, str], verbose: bool) -> Path:
-        """With the lock held: compile, and publish under the key of the sources that were really compiled."""
+    def _build_locked(self, folder: Path, tree: Tree, verbose: bool, reuse: bool) -> None:
         for leftover in self.cache.glob(f".{self.name}-*.tmp"):  # of builders that were killed
             shutil.rmtree(leftover, ignore_errors=True)
-        for _ in range(5):
-            work = Path(tempfile.mkdtemp(prefix=f".{self.name}-", suffix=".tmp", dir=self.cache))
-            try:
-                log = self.cache / "logs" / f"{self.name}.log"
-                self._compile(work, files, log, verbose)
-                now = self.snapshot()
-                if now != files:  # edited meanwhile: what was compiled has no name
-                    files = now
-                    continue
-                return self._publish(work, files)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        raise BuildError(
-            f"The kernel sources in {self.root} kept changing while they were compiled: try again."
-        )
-
-    def compile_into(self, folder: Path, *, verbose: bool = False) -> None:
-        """Compile ahead of time into a folder, without the cache (used by setup.py)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = self.snapshot()
-        with tempfile.TemporaryDirectory() as work:
-            self._compile(Path(work), files, Path(work) / "log", verbose, reuse=False)
-            self._write_meta(Path(work), files)
-            for name in (self.filename, "meta.json"):
-                shutil.copyfile(Path(work) / name, folder / name)
-
-    def _publish(self, work: Path, files: dict[str, str]) -> Path:
-        self._write_meta(work, files)
-        ready = work.with_name(work.name + ".ready.tmp")
-        ready.mkdir()
+        work = Path(tempfile.mkdtemp(prefix=f".{self.name}-", suffix=".tmp", dir=self.cache))
         try:
+            log = self.cache / "logs" / f"{self.name}.log"
+            objects = self.cache / "objects"
+            if not reuse:
+                shutil.rmtree(objects, ignore_errors=True)
+                objects.mkdir()
+            self._compile(work, tree, log, verbose=verbose, objects=objects)
+            self._write_meta(work, tree)
+            ready = work / "ready"
+            ready.mkdir()
             for name in (self.filename, "meta.json"):
-                os.replace(work / name, ready / name)
-            folder = self.folder(self.key(files))
-            if folder.exists():  # damaged or not importable; whoever has it loaded keeps the old inode
-                shutil.rmtree(folder)
+                os.rename(work / name, ready / name)
+            if folder.exists():  # damaged; whoever has it loaded keeps the old file
+                os.rename(folder, work / "old")
             os.rename(ready, folder)
         finally:
-            shutil.rmtree(ready, ignore_errors=True)
-        self._prune(folder)
-        return folder
+            shutil.rmtree(work, ignore_errors=True)
+        self._prune(keep=folder)
 
-    def _write_meta(self, work: Path, files: dict[str, str]) -> None:
+    def _write_meta(self, work: Path, tree: Tree) -> None:
         meta = {
             "name": self.name,
             "isa": self.isa,
-            "fingerprint": self.fingerprint(files),
-            "sha256": hashlib.sha256((work / self.filename).read_bytes()).hexdigest(),
-            "flags": [*self.compile_flags],
+            "sha256": _sha256((work / self.filename).read_bytes()),
+            "fingerprint": self.fingerprint(tree),
+            "flags": self.compile_flags,
             "toolchain": self.toolchain(),
-            "files": files,
+            "files": {name: _sha256(content) for name, content in tree.items()},
         }
         (work / "meta.json").write_text(json.dumps(meta, indent=1))
 
-    def _prune(self, keep: Path) -> None:
-        """Forget all but the newest builds and objects."""
-        for pattern, limit in ((f"{self.name}-*/meta.json", 8), ("objects/*.o", 256)):
-            found = sorted(self.cache.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True)
-            for path in found[limit:]:
-                if path.suffix == ".o":
-                    path.unlink(missing_ok=True)
-                elif path.parent != keep:
-                    shutil.rmtree(path.parent, ignore_errors=True)
+    def _prune(self, keep: Path, builds: int = 8, objects: int = 300) -> None:
+        """Forget all but the newest builds of this name, and all but the newest objects."""
+        by_age = [
+            sorted(self.cache.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+            for pattern in (f"{self.name}-*", "objects/*.o")
+        ]
+        for path in by_age[0][builds:]:
+            if path != keep:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in by_age[1][objects:]:
+            path.unlink(missing_ok=True)
+        for path in self.cache.glob("objects/*.tmp"):  # of copies that were killed
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
 
     # ---- compile
 
-    def _includes(self) -> list[str]:
-        dirs = [self.root, *self.include_dirs, Path(sysconfig.get_path("include"))]
-        if spec := importlib.util.find_spec("pybind11"):
-            dirs += [Path(place) / "include" for place in spec.submodule_search_locations or ()]
-        return [f"-I{path}" for path in dict.fromkeys(dirs)]
-
-    def _object_key(self, source: Path, files: Mapping[str, str]) -> str:
-        """Key of one object: the source and the project headers that it includes, directly or not."""
-        names = {path.resolve(): os.path.relpath(path, self.root) for path in {*self.sources, *self.headers}}
-        seen: set[Path] = set()
-        queue = [source.resolve()]
+    def _closure(self, source: str, tree: Tree) -> dict[str, str]:
+        """Digests of a source and of the project's headers that it includes, directly or not."""
+        closure: dict[str, str] = {}
+        queue = [source]
         while queue:
-            path = queue.pop()
-            seen.add(path)
-            for include in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(errors="replace"), re.M):
-                for base in (path.parent, self.root, *self.include_dirs):
-                    found = (base / include).resolve()
-                    if found in names and found not in seen:
+            name = queue.pop()
+            if name in closure:
+                continue
+            closure[name] = _sha256(tree[name])
+            for include in re.findall(rb'^\s*#\s*include\s*"([^"]+)"', tree[name], re.M):
+                for base in (posixpath.dirname(name), "", *self.include_dirs):
+                    found = posixpath.normpath(posixpath.join(base, include.decode(errors="replace")))
+                    if found in tree:
                         queue.append(found)
-        parts = {names[path]: files.get(names[path], "") for path in seen}
-        return _digest([os.path.relpath(source, self.root), parts, self.compile_flags, self.toolchain()])
+        return closure
 
-    def _compile(
-        self, work: Path, files: dict[str, str], log: Path, verbose: bool, *, reuse: bool = True
-    ) -> None:
-        """Compile and link into `work`; fresh objects go to the object cache if no source changed meanwhile."""
+    def _include_flags(self, root: Path) -> list[str]:
+        dirs = [root, *(root / name for name in self.include_dirs), Path(sysconfig.get_path("include"))]
+        spec = importlib.util.find_spec("pybind11")  # finds it without importing it
+        if spec is not None and spec.submodule_search_locations:
+            dirs += [Path(place) / "include" for place in spec.submodule_search_locations]
+        return [f"-I{path}" for path in dirs]
+
+    def _compile(self, work: Path, tree: Tree, log: Path, *, verbose: bool, objects: Path | None) -> None:
+        """Compile `tree` and link the module into `work`, taking from and adding to the object cache."""
         compiler = find_compiler()
         jobs = max_jobs()
+        copy = work / "src"
+        for name, content in tree.items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(content)
+
+        # What takes long starts first: the binding, which parses pybind11, then by size.
+        order = sorted(self.sources, key=lambda name: (not name.startswith("bindings"), -len(tree[name])))
+        target = {name: work / f"{i}.o" for i, name in enumerate(order)}
+        stored: dict[str, Path] = {}
+        if objects is not None:
+            common = [self.compile_flags, self.toolchain()]
+            stored = {n: objects / f"{_digest([n, self._closure(n, tree), *common])}.o" for n in order}
+        taken = [name for name in order if name in stored and _copy(stored[name], target[name])]
+        todo = [name for name in order if name not in taken]
+
+        files = f"{len(todo)} file{'' if len(todo) == 1 else 's'}"
+        _say(f"dschat: compiling {self.label} for {self.isa} ({files}, cached afterwards) ... ")
         began = time.monotonic()
-        # The binding includes pybind11 and takes longest, then big files: start with what takes long.
-        order = sorted(self.sources, key=lambda p: ("bindings" not in p.parts, -p.stat().st_size))
-        cached = {source: self.cache / "objects" / f"{self._object_key(source, files)}.o" for source in order}
-        todo = [source for source in order if not (reuse and cached[source].is_file())]
-        objects = {source: work / f"{i}-{source.stem}.o" for i, source in enumerate(order)}
-        count = f"{len(todo)} file{'' if len(todo) == 1 else 's'}"
-        _say(f"dschat: compiling {self.label} for {self.isa} ({count}, cached afterwards) ... ")
-        if verbose:
-            _say("\n")
-        running: set[subprocess.Popen[str]] = set()
-        with open(log, "w") as log_file:
+        try:
+            with (
+                open(log, "w") as log_file,
+                _Commands(log_file, verbose, {str(copy): str(self.root)}) as commands,
+            ):
 
-            def run(command: list[str]) -> None:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="replace",
-                )
-                running.add(process)
-                output = process.communicate()[0]
-                running.discard(process)
-                record = f"$ {shlex.join(command)}\n{output}"
-                log_file.write(record)
-                if verbose:
-                    _say(record)
-                if process.returncode:
-                    raise _Failed(command, output)
-
-            def compile_one(source: Path) -> None:
-                run(
-                    [
-                        *compiler.argv,
+                def compile_one(name: str) -> None:
+                    flags = [
                         *self.compile_flags,
-                        *self._includes(),
-                        "-c",
-                        str(source),
-                        "-o",
-                        str(objects[source]),
+                        f"-ffile-prefix-map={copy}=csrc",
+                        *self._include_flags(copy),
                     ]
-                )
+                    commands.run([*compiler.argv, *flags, "-c", str(copy / name), "-o", str(target[name])])
+                    if name in stored:
+                        _copy(target[name], stored[name])
 
-            pool = ThreadPoolExecutor(jobs)
-            futures: dict[Future[None], Path] = {}
-            try:
-                futures = {pool.submit(compile_one, source): source for source in todo}
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                linked = [str(objects[s] if s in todo else cached[s]) for s in order]
-                run([*compiler.argv, *linked, *self.link_flags, "-o", str(work / self.filename)])
-            except _Failed as failed:
-                _say("failed\n")
-                sentence = self._failure(failed, compiler)
-                raise BuildError(
-                    sentence, command=_repeatable(failed.command), output=failed.output, log=log
-                ) from None
-            except BaseException:
-                _say("stopped\n")
-                raise
-            finally:
-                for future in futures:
-                    future.cancel()
-                for process in list(running):
-                    with contextlib.suppress(OSError):
-                        process.kill()
-                pool.shutdown()
-                if reuse and self.snapshot() == files:
-                    for future, source in futures.items():
-                        if future.done() and not future.cancelled() and future.exception() is None:
-                            with contextlib.suppress(OSError):
-                                shutil.copyfile(objects[source], work / "publish.o")
-                                os.replace(work / "publish.o", cached[source])
+                def link() -> None:
+                    inputs = [str(target[name]) for name in order]
+                    commands.run([*compiler.argv, *inputs, *self.link_flags, "-o", str(work / self.filename)])
+
+                commands.run_all(compile_one, todo, jobs)
+                try:
+                    link()
+                except _CommandFailed:
+                    if not taken:
+                        raise
+                    commands.run_all(compile_one, taken, jobs)  # an object from the cache may be damaged
+                    link()
+        except _CommandFailed as failed:
+            _say("failed\n")
+            what, again = f"Linking the {self.label}", list(failed.command)
+            if "-c" in again:
+                what = f"Compiling {again[again.index('-c') + 1]}"
+                again[again.index("-o") + 1] = os.devnull  # the object's own folder is temporary
+            raise BuildError(
+                f"{what} for {self.isa} failed with {compiler.argv[0]} ({compiler.version}).",
+                command=again,
+                output=failed.output,
+                log=log,
+            ) from None
+        except BaseException:
+            _say("stopped\n")
+            raise
         _say(f"{time.monotonic() - began:.0f} s\n")
 
-    def _failure(self, failed: _Failed, compiler: Compiler) -> str:
-        if "-c" not in failed.command:
-            return f"Linking the {self.label} for {self.isa} failed with {compiler.argv[0]} ({compiler.version})."
-        source = failed.command[failed.command.index("-c") + 1]
-        return f"Compiling {source} for {self.isa} failed with {compiler.argv[0]} ({compiler.version})."
+
+class _Commands:
+    """Runs compiler commands, several at a time, writes a log, and ends what still runs when it is left.
+
+    `rename` maps a temporary folder to the one that a reader knows, in commands and messages.
+    """
+
+    def __init__(self, log: TextIO, verbose: bool, rename: Mapping[str, str]) -> None:
+        self._log, self._verbose, self._rename = log, verbose, rename
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def __enter__(self) -> _Commands:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        for process in list(self._running):
+            with contextlib.suppress(OSError):
+                process.kill()
+
+    def _shown(self, text: str) -> str:
+        for temporary, known in self._rename.items():
+            text = text.replace(temporary, known)
+        return text
+
+    def run(self, command: Sequence[str]) -> None:
+        if self._stopped:
+            raise _CommandFailed(command, "another command failed first")
+        began = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env={**os.environ, "LC_ALL": "C"},
+            )
+            self._running.add(process)
+            output = self._shown(process.communicate()[0])
+            self._running.discard(process)
+            code = process.returncode
+        except OSError as error:
+            output, code = str(error), 1
+        shown = [self._shown(word) for word in command]
+        record = f"$ {shlex.join(shown)}\n{output}# {time.monotonic() - began:.1f} s\n"
+        self._log.write(record)
+        if self._verbose:
+            _say("\n" + record)
+        if code:
+            raise _CommandFailed(shown, output)
+
+    def run_all(self, task: Callable[[str], None], names: Sequence[str], jobs: int) -> None:
+        """`task` of every name, `jobs` at a time; the first failure ends the rest."""
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(task, name) for name in names]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                self._stop()
+                raise
 
 
-_THREADS = threading.RLock()  # one build at a time within a process
+def _copy(source: Path, target: Path) -> bool:
+    """Copy a file so that the target is complete or absent; False where the source is not there."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+        os.utime(source)  # recently used
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return False
+    return True
 
 
-def _repeatable(command: Sequence[str]) -> list[str]:
-    """A compilation as a user can repeat it: the temporary object's folder is gone."""
-    command = list(command)
-    if "-c" in command:
-        command[command.index("-o") + 1] = os.devnull
-    return command
-
-
-# --------------------------------------------------------------------------------------------- the project's module
+# --------------------------------------------------------------------------------------- the project's module
 
 
 def csrc_dir() -> Path:
@@ -680,9 +742,11 @@ def csrc_dir() -> Path:
     for folder in (here / "csrc", here.parent / "csrc"):
         if (folder / "cpu").is_dir():
             return folder
-    raise BuildError(
-        f"The kernel sources are missing: neither {here / 'csrc'} nor {here.parent / 'csrc'} has them."
-    )
+    raise BuildError(f"The kernel sources are missing from {here / 'csrc'}: install dschat again.")
+
+
+def _names(root: Path, pattern: str) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
 
 
 def cpu_build(isa: str) -> KernelBuild:
@@ -691,10 +755,10 @@ def cpu_build(isa: str) -> KernelBuild:
     return KernelBuild(
         name=f"_dschat_cpu_{isa}",
         root=root,
-        sources=[*sorted((root / "cpu").glob("*.cpp")), root / "bindings" / "cpu.cpp"],
-        headers=[*sorted((root / "cpu").glob("*.h")), *sorted((root / "bindings").glob("*.h"))],
+        sources=[*_names(root, "cpu/*.cpp"), "bindings/cpu.cpp"],
+        headers=[*_names(root, "cpu/*.h"), *_names(root, "bindings/*.h")],
         isa=isa,
-        include_dirs=[root / "cpu"],
+        include_dirs=["cpu"],
         label="CPU kernels",
     )
 
@@ -725,7 +789,7 @@ def _ahead_of_time(kernels: KernelBuild) -> ModuleType | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     with contextlib.suppress(ImportError):
-        return kernels.import_from(folder) if kernels._intact(folder) else None
+        return kernels.import_from(folder) if kernels.intact(folder) else None
     return None
 
 
@@ -770,7 +834,8 @@ def build(verbose: bool = False) -> Path:
 def status() -> dict[str, Any]:
     """What became of the CPU kernels in this process; compiles nothing.
 
-    Keys: tried, loaded, isa, source, path, reason (one sentence, or None), detail (the whole error), compiler, cache.
+    Keys: tried, loaded, isa, source, path, reason (one sentence, or None), detail (the error in full),
+    compiler, cache.
     """
     error = _state.error
     try:

@@ -1,0 +1,98 @@
+"""Which backends run on this machine, and why the others do not.
+
+>>> import dschat_kernels as dk
+>>> print(dk.backends())
+backend    runs  isa     threads  why
+reference  yes   -       2        PyTorch 2.13.0
+cpu        yes   avx512  2        compiled just in time by /usr/bin/c++ (...)
+triton     no    -       -        Triton kernels are not in this version; use cpu or reference.
+cuda       no    -       -        CUDA kernels are not in this version; use cpu or reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dschat_kernels import build
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table: `why` says what it runs with, or why it does not run."""
+
+    name: str
+    runs: bool
+    why: str
+    isa: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The table: iterate it, index it by name, print it."""
+
+    rows: tuple[Backend, ...]
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Backend:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r} is not a backend: give one of {', '.join(NAMES)}.")
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by backend name, for JSON."""
+        return {row.name: asdict(row) for row in self.rows}
+
+    def __str__(self) -> str:
+        head = ("backend", "runs", "isa", "threads", "why")
+        cells = [head] + [
+            (row.name, "yes" if row.runs else "no", row.isa or "-", str(row.threads or "-"), row.why)
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in cells) for i in range(4)]
+        return "\n".join(
+            "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[4]])
+            for line in cells
+        )
+
+    __repr__ = __str__
+
+
+def backends(*, compile: bool = True) -> Backends:
+    """The table of backends. Compiles the CPU kernels if they are not there yet, unless `compile` is False."""
+    return Backends((_reference(), _cpu(compile), *(_missing(name) for name in ("triton", "cuda"))))
+
+
+def _reference() -> Backend:
+    import torch
+
+    return Backend("reference", True, f"PyTorch {torch.__version__}", threads=torch.get_num_threads())
+
+
+def _cpu(compile: bool = True) -> Backend:
+    module = build.try_load() if compile else None
+    status = build.status()
+    if status["loaded"]:
+        module = module or build.load()
+        how = f"compiled {status['source']}"
+        if status["source"] == "just in time":
+            how += f" by {status['compiler']}"
+        return Backend("cpu", True, how, isa=module.isa, threads=module.num_threads())
+    if status["reason"]:
+        return Backend("cpu", False, status["reason"])
+    return Backend("cpu", False, "Not loaded yet in this process; the first use compiles or loads it.")
+
+
+def _missing(name: str) -> Backend:
+    title = {"triton": "Triton", "cuda": "CUDA"}[name]
+    return Backend(name, False, f"{title} kernels are not in this version; use cpu or reference.")
