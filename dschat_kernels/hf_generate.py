@@ -1,0 +1,365 @@
+"""The fused forward of a patched CausalLM, and the cache that `model.generate()` gets.
+
+transformers' generation loop stays in charge (beams, processors, stopping, streamers); what it calls for
+logits is the fused decoder over ragged rows: a left-padded batch runs without its padding, equal prompts are
+computed once. Whatever a fused forward does not cover exactly goes to transformers' own forward, with a note
+in the patch's report.
+
+Logits come back as transformers' do, [rows, kept columns, vocab] in the model's dtype; columns of padding
+hold zeros."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
+
+from .cache import PagedKVCache
+from .hf_cache import PagedDynamicCache
+from .models import parts
+from .models.source import mechanism
+from .models.spec import DecoderSpec, Unsupported, decoder_spec
+from .packing import DTYPES
+from .plan import Decoder
+
+# Hooks that change no value: PEFT's and transformers' for gradient checkpointing, and output capture, which
+# only acts inside transformers' own forward.
+_HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
+_KNOWN_ARGUMENTS = frozenset(
+    [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+    ]
+)
+
+
+def spec_key(spec: Any) -> Any:
+    """Two specs with one key describe the same modules in the same way."""
+    if isinstance(spec, nn.Module):
+        return id(spec)
+    if isinstance(spec, Tensor):
+        return tuple(spec.flatten().tolist())
+    if dataclasses.is_dataclass(spec):
+        return tuple(spec_key(getattr(spec, f.name)) for f in dataclasses.fields(spec))
+    if isinstance(spec, tuple):
+        return tuple(spec_key(item) for item in spec)
+    if isinstance(spec, dict):
+        return tuple(spec.items())
+    return spec
+
+
+def check_dtypes(spec: DecoderSpec) -> None:
+    """One dtype of weights, one that the kernels have, all on the CPU."""
+    weights = {"the embedding": spec.embed.weight}
+    for layer in spec.layers:
+        for field in dataclasses.fields(layer):
+            part = getattr(layer, field.name)
+            if hasattr(part, "rows"):
+                weights[f"{layer.name}'s {field.name} projection"] = parts.base_linear(part.module).weight
+    for norm in spec.norms():
+        if norm.weight is not None:
+            weights[f"a norm ({parts.class_name(norm.module)})"] = getattr(norm.module, norm.weight)
+    first = spec.embed.weight.dtype
+    for place, weight in weights.items():
+        if weight.dtype != first:
+            raise Unsupported(
+                f"{place} has dtype {weight.dtype} and the embedding {first}: cast the model to one dtype"
+            )
+        if weight.device.type != "cpu":
+            raise Unsupported(
+                f"{place} is on {weight.device}: the fused decoder runs on the CPU in this version"
+            )
+    if first not in DTYPES:
+        raise Unsupported(f"the model's dtype is {first}: the fused decoder runs float32 and bfloat16")
+
+
+class FusedForward:
+    """Runs a CausalLM's forward on a `Decoder`, or says why not.
+
+    The spec is read anew for every new cache (adapters may have been added, modules replaced) and the packs
+    refreshed, so that a training step between two generations is always seen."""
+
+    def __init__(self, model: Any, backend: str | None, note: Callable[[str], None]) -> None:
+        self.model = model
+        self.backend = backend
+        self.note = note
+        self.decoder = self._make(decoder_spec(model))
+
+    def _make(self, spec: DecoderSpec) -> Decoder:
+        if spec.lm_head is None:
+            raise Unsupported(f"{parts.class_name(self.model)} has no language-model head to generate with")
+        check_dtypes(spec)
+        return Decoder(spec, backend=self.backend)
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def refresh(self) -> str | None:
+        """Bring spec and packs up to date; the reason when the model is no longer covered."""
+        try:
+            spec = decoder_spec(self.model)
+            check_dtypes(spec)
+            if spec_key(spec) != spec_key(self.decoder.spec):
+                self.decoder = self._make(spec)
+        except Unsupported as reason:
+            return str(reason)
+        hook = self._hook()
+        if hook is not None:
+            return hook
+        self.decoder.refresh()
+        return None
+
+    def _hook(self) -> str | None:
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "a global forward hook is registered"
+        for name, module in self.model.named_modules():
+            if module is self.model:
+                continue
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS:
+                    return f"{name} has a forward hook ({getattr(hook, '__qualname__', hook)})"
+        return None
+
+    def new_cache(self, max_length: int = 0) -> PagedDynamicCache:
+        config = self.model.config.get_text_config(decoder=True)
+        return PagedDynamicCache(config, self._pages, max_length=max_length, owner=self.decoder)
+
+    def _pages(self, slots: int, tokens: int) -> PagedKVCache:
+        return self.decoder.new_cache(slots, max(1, tokens))
+
+    # --------------------------------------------------------------------------------------------- generation
+
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], max_length: int) -> None:
+        """After transformers chose the cache of a `generate` call: replace its plain dynamic cache by
+        ours."""
+        cache: Any = model_kwargs.get("past_key_values")
+        if isinstance(cache, PagedDynamicCache):
+            self._take_over(cache)
+            return
+        if type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.offloading:
+            if cache is not None:
+                self.note(f"generate was given a {type(cache).__name__}, so it ran transformers' own forward")
+            return
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name, None):
+                self.note(f"generate with {name} ran transformers' own forward")
+                return
+        if model_kwargs.get("inputs_embeds") is not None:
+            self.note("generate with inputs_embeds ran transformers' own forward")
+            return
+        reason = self.refresh()
+        if reason is not None:
+            self.note(f"generate ran transformers' own forward: {reason}")
+            return
+        ours = self.new_cache(max_length)
+        if any(cache.is_recording_past(layer) for layer in range(len(cache.layers))):
+            ours.activate_past_recording()
+        ours.fresh_packs = True
+        model_kwargs["past_key_values"] = ours
+
+    def _take_over(self, cache: PagedDynamicCache) -> None:
+        """A cache of ours that comes back for another turn: make the packs those of today's weights."""
+        if cache.is_dense:
+            return
+        reason = self.refresh()
+        if reason is not None or cache.owner is not self.decoder:
+            cache.to_dense()
+            reason = reason or "it belongs to another model or patch"
+            self.note(f"a continued cache went back to transformers: {reason}")
+            return
+        cache.fresh_packs = True
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def forward(self, arguments: dict[str, Any]) -> Any:
+        """The model's output, or None when transformers' forward must run (its cache made dense, the reason
+        noted)."""
+        model = self.model
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            self._release(arguments)
+            return None
+        use_cache = arguments.get("use_cache")
+        if not (use_cache if use_cache is not None else getattr(model.config, "use_cache", True)):
+            self._release(arguments)
+            return None
+        reason = self._unsupported(arguments)
+        output = None
+        if reason is None:
+            output = self._run(arguments)
+            if not isinstance(output, str):
+                return output
+            reason = output
+        self.note(f"a forward ran transformers' own code: {reason}")
+        self._release(arguments)
+        return None
+
+    @staticmethod
+    def _release(arguments: dict[str, Any]) -> None:
+        cache = arguments.get("past_key_values")
+        if isinstance(cache, PagedDynamicCache):
+            cache.to_dense()
+
+    def _unsupported(self, arguments: dict[str, Any]) -> str | None:
+        for name, value in arguments.items():
+            if name not in _KNOWN_ARGUMENTS and value is not None and value is not False:
+                return f"{name} was given"
+        config = self.model.config
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name, False):
+                return f"config.{name}=True"
+        ids = arguments.get("input_ids")
+        if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
+            return "input_ids is not a filled 2-D tensor"
+        if ids.device.type != "cpu" or ids.dtype not in (torch.int64, torch.int32):
+            return f"input_ids is {ids.dtype} on {ids.device}"
+        if self.model.training:
+            if self.decoder.spec.dropout:
+                place, p = next(iter(self.decoder.spec.dropout.items()))
+                return f"the model is in training mode with dropout ({place}={p})"
+            if getattr(self.model, "is_activation_checkpointing", False):
+                return "the model is in training mode with gradient checkpointing"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        cache = arguments.get("past_key_values")
+        if cache is not None and not isinstance(cache, PagedDynamicCache):
+            return (
+                f"past_key_values is a {type(cache).__name__} that dschat did not make (pass none to get one)"
+            )
+        if cache is not None and cache.is_dense:
+            return "the cache was handed to transformers' forward before"
+        return None
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        """The output, or the reason why not."""
+        ids = arguments["input_ids"]
+        cache = arguments.get("past_key_values")
+        if cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0):
+            reason = self.refresh()
+            if reason is not None:
+                return reason
+        if cache is None:
+            cache = self.new_cache()
+        elif cache.owner is not self.decoder:
+            if cache.get_seq_length() != 0:
+                return "past_key_values belongs to another model or patch"
+            cache.adopt(self._pages, self.decoder)
+        rows, columns = ids.shape
+        past = cache.get_seq_length()
+        if past and cache.rows != rows:
+            return f"input_ids has {rows} rows and the cache {cache.rows}"
+        new = self._new_tokens(arguments, cache, rows, columns)
+        if isinstance(new, str):
+            return new
+        keep = arguments.get("logits_to_keep", 0)
+        only_last = columns == 1 or (isinstance(keep, int) and keep == 1)
+        if only_last and not bool(new[:, -1].all()):
+            return "a row ends in padding (pad on the left to generate)"
+
+        logits = self._step(ids, new, cache, past, only_last)
+        if not only_last and not (isinstance(keep, int) and keep == 0):
+            logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        cache.wrote(new)
+        output = self._output_class(logits=logits, past_key_values=cache)
+        return_dict = arguments.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.model.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    @property
+    def _output_class(self) -> Any:
+        signature = inspect.signature(type(self.model).forward)
+        crossed = "CrossAttentions" in str(signature.return_annotation)
+        return CausalLMOutputWithCrossAttentions if crossed else CausalLMOutputWithPast
+
+    def _new_tokens(
+        self, arguments: dict[str, Any], cache: PagedDynamicCache, rows: int, columns: int
+    ) -> Tensor | str:
+        """Which new columns hold tokens, bool [rows, columns]; a reason when mask or positions are not a
+        plain padding."""
+        past = cache.get_seq_length()
+        seen = cache.mask if past else torch.zeros(rows, 0, dtype=torch.bool)
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            if not bool(seen.all()):
+                return "attention_mask is missing, and the cache holds padding"
+            new = torch.ones(rows, columns, dtype=torch.bool)
+        else:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                return "attention_mask is not 2-D"
+            if tuple(mask.shape) != (rows, past + columns):
+                return f"attention_mask has shape {list(mask.shape)}, not [{rows}, {past + columns}]"
+            mask = mask.to(torch.bool)
+            if not torch.equal(mask[:, :past], seen):
+                return "attention_mask changed for columns that the cache already holds"
+            new = mask[:, past:]
+        before = seen.sum(1, keepdim=True)
+        ordinals = before + new.cumsum(1) - 1
+        if not bool((ordinals[:, -1] >= 0).all()):
+            return "a row has no token at all"
+        if any(layer.window is not None for layer in self.decoder.spec.layers):
+            # A window counts columns; dropping padding between tokens would let it see farther.
+            shift = torch.arange(past, past + columns) - ordinals
+            first = torch.cat([seen, new], dim=1).to(torch.int8).argmax(1, keepdim=True)
+            if not bool(((shift == first) | ~new).all()):
+                return "the mask has holes, and the model has a sliding window"
+        positions = arguments.get("position_ids")
+        if positions is None:
+            if mechanism(self.decoder.spec.trunk) == "trunk.opt":
+                return new  # its positions come from the mask
+            positions = torch.arange(past, past + columns)[None]
+        elif not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:
+            return "position_ids is not [rows, columns]"
+        if not bool(((positions == ordinals) | ~new).all()):
+            return (
+                "position_ids does not count the tokens that attention_mask marks (a padded batch needs both)"
+            )
+        return new
+
+    def _step(self, ids: Tensor, new: Tensor, cache: PagedDynamicCache, past: int, only_last: bool) -> Tensor:
+        """Logits [rows, 1 or columns, vocab]; writes the cache's pages."""
+        rows, columns = ids.shape
+        pages = cache.open(rows, past + columns)
+        dtype: Any = self.decoder.dtype
+        source = list(range(rows))
+        if past == 0 and rows > 1:  # equal prompts (beams, n samples) are computed once
+            first: dict[bytes, int] = {}
+            packed = torch.cat([ids.to(torch.int64), new.to(torch.int64)], dim=1).numpy()
+            source = [first.setdefault(packed[row].tobytes(), row) for row in range(rows)]
+        counts = new.sum(1).tolist()
+        computed = [row for row in range(rows) if source[row] == row and counts[row]]
+        chosen, marks = (ids, new) if len(computed) == rows else (ids[computed], new[computed])
+        logits = self.decoder.step(
+            chosen[marks].to(torch.int64),
+            pages,
+            [cache.slots[row] for row in computed],
+            [counts[row] for row in computed],
+            logits="last" if only_last else "all",
+        ).to(dtype)
+        for row in range(rows):
+            if source[row] != row:
+                pages.fork(cache.slots[source[row]], cache.slots[row])
+        place = {row: i for i, row in enumerate(computed)}
+        if only_last:
+            if len(computed) != rows:
+                logits = logits[[place[source[row]] for row in range(rows)]]
+            return logits[:, None]
+        full = torch.zeros(len(computed), columns, logits.shape[-1], dtype=dtype)
+        full[marks] = logits
+        if len(computed) == rows:
+            return full
+        out = torch.zeros(rows, columns, logits.shape[-1], dtype=dtype)
+        for row in range(rows):
+            if source[row] in place:
+                out[row] = full[place[source[row]]]
+        return out
