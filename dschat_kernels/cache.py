@@ -84,7 +84,9 @@ class PagedKVCache:
         self.dtype = dtype
         # Zeroed, because the kernels read whole vectors and padding must stay finite; untouched pages cost no memory.
         self.k = torch.zeros(num_layers, num_pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype)
-        self.v = torch.zeros(num_layers, num_pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype)
+        self.v = torch.zeros(
+            num_layers, num_pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype
+        )
         self._table = np.full((num_slots, max_pages_per_slot), -1, dtype=np.int32)
         self._lengths = np.zeros(num_slots, dtype=np.int32)
         self.block_table = torch.from_numpy(self._table)  # shares memory with _table
@@ -172,7 +174,9 @@ class PagedKVCache:
         targets = [self._slot(slot) for slot in _ints(slots)]
         origins = [self._slot(slot) for slot in _ints(sources)]
         if len(targets) != len(origins):
-            raise ValueError(f"reorder got {len(targets)} slots and {len(origins)} sources: give one source a slot.")
+            raise ValueError(
+                f"reorder got {len(targets)} slots and {len(origins)} sources: give one source a slot."
+            )
         if len(set(targets)) != len(targets):
             raise ValueError(f"reorder slots {targets} repeat a slot: name each once.")
         moves = [(t, o) for t, o in zip(targets, origins, strict=True) if t != o]
@@ -192,11 +196,15 @@ class PagedKVCache:
         """Keeps the first ``length`` tokens of ``slot``; pages beyond them, reserved ones too, are given up."""
         slot = self._slot(slot)
         if not 0 <= length <= self._lengths[slot]:
-            raise ValueError(f"slot {slot} has {self._lengths[slot]} tokens: it cannot be cropped to {length}.")
+            raise ValueError(
+                f"slot {slot} has {self._lengths[slot]} tokens: it cannot be cropped to {length}."
+            )
         self._drop(slot, pages_for(length))
         self._lengths[slot] = length
 
-    def pages_needed(self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor) -> int:
+    def pages_needed(
+        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
+    ) -> int:
         """Free pages that ``prepare_append(slots, n_tokens)`` would take."""
         return self._append_plan(slots, n_tokens)[0]
 
@@ -229,7 +237,9 @@ class PagedKVCache:
             self.k[:, copies] = self.k[:, sources]
             self.v[:, copies] = self.v[:, sources]
 
-    def advance(self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor) -> None:
+    def advance(
+        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
+    ) -> None:
         """Counts ``n_tokens`` new tokens in each slot; they must fit into pages that the slot already has."""
         targets, counts = self._pairs(slots, n_tokens)
         for slot, count in zip(targets, counts, strict=True):
@@ -275,7 +285,9 @@ class PagedKVCache:
             return
         touched = self._table[slot, start // PAGE : pages_for(start + n)]
         if (self._refs[touched] > 1).any():
-            raise ValueError(f"slot {slot} shares the pages of places {start} to {start + n - 1}: call prepare_append first.")
+            raise ValueError(
+                f"slot {slot} shares the pages of places {start} to {start + n - 1}: call prepare_append first."
+            )
         place = torch.arange(start, start + n)
         page = self.block_table[slot].long()[place // PAGE]
         inside = place % PAGE
@@ -297,7 +309,9 @@ class PagedKVCache:
         targets = [self._slot(slot) for slot in _ints(slots)]
         counts = [n_tokens] * len(targets) if isinstance(n_tokens, int) else _ints(n_tokens)
         if len(counts) != len(targets):
-            raise ValueError(f"got {len(targets)} slots and {len(counts)} token counts: give one count a slot.")
+            raise ValueError(
+                f"got {len(targets)} slots and {len(counts)} token counts: give one count a slot."
+            )
         if len(set(targets)) != len(targets):
             raise ValueError(f"slots {targets} repeat a slot: name each once.")
         for count in counts:
@@ -325,7 +339,10 @@ class PagedKVCache:
         need, plan = 0, []
         left: dict[int, int] = {}  # references of a page after the copies planned so far
         index = np.asarray(targets, dtype=np.int64)
-        if self._refs.max() <= 1 and (self._lengths[index] + np.asarray(counts) <= self._owned[index] * PAGE).all():
+        if (
+            self._refs.max() <= 1
+            and (self._lengths[index] + np.asarray(counts) <= self._owned[index] * PAGE).all()
+        ):
             return 0, []
         for slot, count in zip(targets, counts, strict=True):
             grow, copy = self._growth(slot, count), False

@@ -1,0 +1,533 @@
+"""Causal attention over the paged cache (prefill, decode and mixtures), and its differentiable form over packed k and v.
+
+The query tokens of all rows lie packed one row after the other; row r has the tokens cu_seqlens[r] .. cu_seqlens[r + 1].
+Query i of row r stands at position p = kv_lens[r] - q_len(r) + i and sees the keys j with p - window < j <= p:
+
+    s_j = scale * (q . k_j)
+    s_j = softcap * tanh(s_j / softcap)              where softcap is given (Gemma 2)
+    s_j = s_j + slope_h * (j - p)                    where alibi_slopes are given (BLOOM, MPT)
+    out = sum_j softmax(s)_j v_j                     kv head of query head h: h // (Hq / Hkv)
+
+All in float32, rounded once at the end. The cpu backend reduces keys in chunks of 256 cut at absolute positions and folds
+them in order (csrc/cpu/attention.h), so a row's bits depend on nothing but the row: not on the batch, on how many of its
+tokens are queries at once, on threads or on splits. Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021,
+https://arxiv.org/abs/2112.05682
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dschat_kernels.cache import LANES, PAGE, padded_head_dim
+from dschat_kernels.ops._common import (
+    DTYPES,
+    LIBRARY,
+    check,
+    check_device,
+    check_tensor,
+    kernels,
+    ptr,
+    resolve_backend,
+)
+from dschat_kernels.ops.rope_append import (
+    check_cache,
+    check_head_dim,
+    check_heads,
+    check_index,
+    check_pages,
+    float32,
+    int32,
+    packed_heads,
+)
+
+QUERY_BLOCK = 256
+"""Queries of a row that the backward handles at once: bounds its memory at heads * 256 * keys numbers."""
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    slots: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of q [T, Hq, D] over one layer of the paged cache; see the module for the formula. -> [T, Hq, D]
+
+    Args:
+        k_cache, v_cache: `cache.k[layer]`, `cache.v[layer]`; they already hold the keys of the query tokens.
+        block_table: int32 [slots, max_pages]. Row r of the batch is its row `slots[r]`, or r where slots is None.
+        cu_seqlens: int32 [rows + 1], from 0 to T. A row may have no query tokens.
+        kv_lens: int32 [rows], keys of each row, its query tokens included.
+        window: keys seen, the token's own included; None: all. softcap, alibi_slopes (float32 [Hq]): None for none.
+
+    Forward only; `packed_attention` is the differentiable form with the same bits. Raises ValueError or TypeError for
+    wrong shapes, dtypes, lengths, and for pages that are not there.
+    """
+    return run(
+        "attention", q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale, window, softcap, alibi_slopes,
+        slots, backend, 1,
+    )  # fmt: skip
+
+
+def run(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    slots: Tensor | None,
+    backend: str | None,
+    num_splits: int,
+) -> Tensor:
+    """Checks and dispatch of attention and attention_decode."""
+    check_heads(op, "q", q)
+    check_cache(op, q, k_cache, v_cache, block_table)
+    _check_options(op, q, k_cache.shape[1], scale, window, softcap, alibi_slopes)
+    q_lens = _check_cu_seqlens(op, cu_seqlens, q.shape[0])
+    check_index(op, "kv_lens", kv_lens, len(q_lens))
+    lens = kv_lens.tolist()
+    for row, (queries, keys) in enumerate(zip(q_lens, lens, strict=True)):
+        check(
+            keys >= queries,
+            f"{op}: row {row} has {queries} query tokens and kv_lens {keys}; kv_lens counts the query tokens too.",
+        )
+    if slots is None:
+        check(
+            block_table.shape[0] >= len(lens),
+            f"{op}: block_table has {block_table.shape[0]} rows for a batch of {len(lens)}; give a row each, or slots.",
+        )
+        table = block_table[: len(lens)]
+    else:
+        check_index(op, "slots", slots, len(lens))
+        low, high = (int(slots.min()), int(slots.max())) if len(lens) else (0, 0)
+        check(
+            low >= 0 and high < max(block_table.shape[0], 1),
+            f"{op}: slots run from {low} to {high}; the block table has rows 0 to {block_table.shape[0] - 1}.",
+        )
+        table = block_table[slots.long()]
+    longest = max(lens, default=0)
+    check(
+        longest <= block_table.shape[1] * PAGE,
+        f"{op}: kv_lens reaches {longest} and a row of the block table holds {block_table.shape[1] * PAGE} tokens; "
+        "make the cache with more pages per slot.",
+    )
+    used = torch.arange(block_table.shape[1], device=table.device) * PAGE < kv_lens.to(table.device)[:, None]
+    check_pages(op, table[used], k_cache)
+    if resolve_backend(op, backend, q, k_cache) == "reference":
+        return attention_reference(
+            q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale=scale, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes, slots=slots,
+        )  # fmt: skip
+    check_head_dim(op, q.shape[2])
+    arguments = (
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cu_seqlens,
+        kv_lens,
+        slots,
+        float(scale),
+        window,
+        softcap,
+        alibi_slopes,
+    )
+    if op == "attention_decode":
+        return torch.ops.dschat.attention_decode(*arguments, num_splits)
+    return torch.ops.dschat.attention(*arguments)
+
+
+def attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """The specification of `attention`, in plain PyTorch."""
+    bounds, lens = cu_seqlens.tolist(), kv_lens.tolist()
+    rows = range(len(lens)) if slots is None else slots.tolist()
+    heads, dim = k_cache.shape[1], k_cache.shape[3]
+    out = []
+    for begin, end, keys, row in zip(bounds, bounds[1:], lens, rows, strict=True):
+        pages = block_table[row, : -(-keys // PAGE)].long()
+        k = k_cache[pages].permute(0, 2, 4, 1, 3).reshape(-1, heads, dim)[:keys]
+        v = v_cache[pages].transpose(1, 2).reshape(-1, heads, v_cache.shape[3])[:keys, :, :dim]
+        out.append(_row_reference(q[begin:end], k, v, scale, window, softcap, alibi_slopes))
+    return torch.cat(out) if out else q.clone()
+
+
+def _row_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """One sequence: q [L, Hq, D] are the last L tokens of k, v [N, Hkv, D]."""
+    if q.shape[0] == 0:
+        return q.clone()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    query, key, value = (x.to(wide).transpose(0, 1) for x in (q, k, v))
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    s = query @ key.transpose(1, 2) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    distance = _distance(q.shape[0], k.shape[0], q.device)
+    if alibi_slopes is not None:
+        s = s + alibi_slopes.to(wide)[:, None, None] * distance
+    s = s.masked_fill(_hidden(distance, window), float("-inf"))
+    return (s.softmax(-1) @ value).transpose(0, 1).to(q.dtype)
+
+
+def _distance(
+    queries: int, keys: int, device: torch.device, first_key: int = 0, last_query: int | None = None
+) -> Tensor:
+    """[queries, keys]: position of the key minus position of the query, for consecutive keys from first_key on."""
+    end = keys if last_query is None else last_query
+    position = torch.arange(end - queries, end, device=device)
+    return torch.arange(first_key, first_key + keys, device=device) - position[:, None]
+
+
+def _hidden(distance: Tensor, window: int | None) -> Tensor:
+    hidden = distance > 0
+    return hidden | (distance <= -window) if window else hidden
+
+
+# --------------------------------------------------------------------------------------- training form
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention of packed sequences: q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens int32 [rows + 1]. -> [T, Hq, D]
+
+    The forward runs `attention`'s kernel over a temporary cache: it has the bits of the rollout. Differentiable in q, k and
+    v: the backward recomputes the weights row by row in float32, QUERY_BLOCK queries at a time.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes and lengths.
+    """
+    op = "packed_attention"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_heads(op, name, tensor)
+        check(
+            tensor.shape[0] == q.shape[0]
+            and tensor.shape[2] == q.shape[2]
+            and (name == "q" or tensor.shape == k.shape),
+            f"{op}: {name} has shape {list(tensor.shape)} beside q {list(q.shape)} and k {list(k.shape)}; "
+            "give q [T, Hq, D] and k, v [T, Hkv, D].",
+        )
+        check(
+            tensor.dtype == q.dtype,
+            f"{op}: {name} is {tensor.dtype} and q is {q.dtype}; give one dtype.",
+            TypeError,
+        )
+        check_device(op, name, tensor, q)
+    _check_options(op, q, k.shape[1], scale, window, softcap, alibi_slopes)
+    _check_cu_seqlens(op, cu_seqlens, q.shape[0])
+    if resolve_backend(op, backend, q, k, v) == "reference":
+        return packed_attention_reference(
+            q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
+        )
+    check_head_dim(op, q.shape[2])
+    return torch.ops.dschat.packed_attention(q, k, v, cu_seqlens, float(scale), window, softcap, alibi_slopes)
+
+
+def packed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """The specification of `packed_attention`, in plain PyTorch."""
+    bounds = cu_seqlens.tolist()
+    rows = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    out = [_row_reference(q[row], k[row], v[row], scale, window, softcap, alibi_slopes) for row in rows]
+    return torch.cat(out) if out else q.clone()
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _check_options(
+    op: str,
+    q: Tensor,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    check(
+        q.shape[1] % kv_heads == 0,
+        f"{op}: {q.shape[1]} query heads do not divide among {kv_heads} kv heads; give a multiple.",
+    )
+    check(scale == scale and abs(scale) != float("inf"), f"{op}: scale is {scale}; give a finite number.")
+    check(
+        window is None or window > 0,
+        f"{op}: window is {window}; give the number of keys seen, or None for all.",
+    )
+    check(
+        softcap is None or 0 < softcap < float("inf"),
+        f"{op}: softcap is {softcap}; give a positive number or None.",
+    )
+    if alibi_slopes is not None:
+        check_tensor(op, "alibi_slopes", alibi_slopes)
+        check(
+            alibi_slopes.shape == (q.shape[1],),
+            f"{op}: alibi_slopes has shape {list(alibi_slopes.shape)}; give [{q.shape[1]}], one slope a query head.",
+        )
+        check_device(op, "alibi_slopes", alibi_slopes, q)
+
+
+def _check_cu_seqlens(op: str, cu_seqlens: Any, tokens: int) -> list[int]:
+    """Lengths of the rows."""
+    check_tensor(op, "cu_seqlens", cu_seqlens, floating=False)
+    check(cu_seqlens.dim() == 1, f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}; give [rows + 1].")
+    check_index(op, "cu_seqlens", cu_seqlens, max(1, cu_seqlens.shape[0]))
+    bounds = cu_seqlens.tolist()
+    lens = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    check(
+        bounds[0] == 0 and bounds[-1] == tokens and min(lens, default=0) >= 0,
+        f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]} with a smallest step of {min(lens, default=0)}; "
+        f"it must rise from 0 to the {tokens} tokens of q.",
+    )
+    return lens
+
+
+# --------------------------------------------------------------------------------------- torch.library
+
+_OPTIONS = "float scale, int? window, float? softcap, Tensor? alibi_slopes"
+_CACHE = "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens, Tensor kv_lens, Tensor? slots"
+LIBRARY.define(f"attention({_CACHE}, {_OPTIONS}) -> Tensor")
+LIBRARY.define(f"packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, {_OPTIONS}) -> Tensor")
+LIBRARY.define(
+    f"packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, {_OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def attention_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    slots: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    num_splits: int = 1,
+) -> Tensor:
+    q, block_table, cu_seqlens, kv_lens = (
+        packed_heads(q),
+        int32(block_table),
+        int32(cu_seqlens),
+        int32(kv_lens),
+    )
+    slots = None if slots is None else int32(slots)
+    slopes = float32(alibi_slopes)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    kernels().attention(
+        DTYPES[q.dtype], ptr(q), q.stride(0), ptr(out), out.stride(0), ptr(k_cache), ptr(v_cache), ptr(block_table),
+        block_table.shape[1], ptr(slots), ptr(cu_seqlens), ptr(kv_lens), kv_lens.shape[0], q.shape[1], k_cache.shape[1],
+        q.shape[2], scale, window or 0, softcap or 0.0, ptr(slopes), num_splits,
+    )  # fmt: skip
+    return out
+
+
+def _attention_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    slots: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _packed_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    tokens, kv_heads, dim = k.shape
+    lens = cu_seqlens.diff().to(torch.int32)
+    pages = (lens + (PAGE - 1)) // PAGE
+    total, widest = int(pages.sum()), int(pages.max()) if len(pages) else 0
+    k_cache = torch.zeros(max(total, 1), kv_heads, PAGE // LANES, dim, LANES, dtype=k.dtype)
+    v_cache = torch.zeros(max(total, 1), kv_heads, PAGE, padded_head_dim(dim), dtype=k.dtype)
+    # Row r owns the pages that follow those of the rows before it; entries past its last are never read.
+    table = int32((pages.cumsum(0) - pages)[:, None] + torch.arange(max(widest, 1)))
+    rows = torch.repeat_interleave(torch.arange(len(lens), dtype=torch.int32), lens)
+    positions = int32(torch.arange(tokens) - cu_seqlens[:-1].repeat_interleave(lens))
+    k, v = packed_heads(k), packed_heads(v)
+    kernels().rope_append(
+        DTYPES[k.dtype], 0, 0, ptr(k), k.stride(0), ptr(v), v.stride(0), 0, 0, 0, 0, ptr(positions), ptr(rows), ptr(table),
+        table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q.shape[1], kv_heads, dim, 0, 0,
+    )  # fmt: skip
+    return attention_cpu(
+        q, k_cache, v_cache, table, cu_seqlens, lens, None, scale, window, softcap, alibi_slopes
+    )
+
+
+def _packed_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _packed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P = softmax(s): dV = P' dO, ds = P (dO V' - rowsum(P dO V')), through the softcap, dQ = scale ds K,
+    dK = scale ds' Q. Summed in float32 and rounded once."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    slopes = None if alibi_slopes is None else alibi_slopes.detach().to(wide).view(heads, group, 1, 1)
+    bounds = cu_seqlens.tolist()
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        # [Hkv, group, tokens, D] and [Hkv, tokens, D]
+        query, grad = (
+            x[begin:end].detach().to(wide).unflatten(1, (heads, group)).permute(1, 2, 0, 3) for x in (q, dout)
+        )
+        key, value = (x[begin:end].detach().to(wide).transpose(0, 1).contiguous() for x in (k, v))
+        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
+        for first in range(0, end - begin, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, end - begin)
+            low = max(0, first - window + 1) if window else 0  # keys that these queries see: low .. last
+            n = last - first
+            qb = query[:, :, first:last].reshape(heads, group * n, dim)
+            gb = grad[:, :, first:last].reshape(heads, group * n, dim)
+            kb, vb = key[:, low:last], value[:, low:last]
+            s = (qb @ kb.transpose(1, 2)).mul_(scale).view(heads, group, n, last - low)
+            slope_of_cap = None
+            if softcap:
+                t = torch.tanh(s / softcap)
+                s, slope_of_cap = softcap * t, 1 - t * t
+            distance = _distance(n, last - low, q.device, low, last)
+            if slopes is not None:
+                s = s + slopes * distance
+            p = s.masked_fill_(_hidden(distance, window), float("-inf")).softmax(-1)
+            dp = (gb @ vb.transpose(1, 2)).view_as(p)
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+            if slope_of_cap is not None:
+                ds = ds * slope_of_cap
+            flat = ds.view(heads, group * n, last - low)
+            value_grad[:, low:last] += p.view_as(flat).transpose(1, 2) @ gb
+            key_grad[:, low:last] += (flat.transpose(1, 2) @ qb).mul_(scale)
+            block = (flat @ kb).mul_(scale).view(heads, group, n, dim)
+            dq[begin + first : begin + last] = block.permute(2, 0, 1, 3).flatten(1, 2)
+        dk[begin:end] = key_grad.transpose(0, 1)
+        dv[begin:end] = value_grad.transpose(0, 1)
+    return dq, dk, dv
+
+
+def _packed_backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _packed_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_seqlens, ctx.scale, ctx.window, ctx.softcap, alibi_slopes = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, alibi_slopes)
+
+
+def _packed_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_seqlens, alibi_slopes = ctx.saved_tensors
+    dq, dk, dv = torch.ops.dschat.packed_attention_backward(
+        dout, q, k, v, cu_seqlens, ctx.scale, ctx.window, ctx.softcap, alibi_slopes
+    )
+    return dq, dk, dv, None, None, None, None, None
+
+
+LIBRARY.impl("attention", attention_cpu, "CPU")
+LIBRARY.impl("packed_attention", _packed_cpu, "CPU")
+LIBRARY.impl("packed_attention_backward", _packed_backward, "CPU")
+torch.library.register_fake("dschat::attention", _attention_fake, lib=LIBRARY)
+torch.library.register_fake("dschat::packed_attention", _packed_fake, lib=LIBRARY)
+torch.library.register_fake("dschat::packed_attention_backward", _packed_backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "dschat::packed_attention", _packed_grad, setup_context=_packed_save, lib=LIBRARY
+)
