@@ -1,0 +1,148 @@
+"""Linear layer over packed weights, with the epilogues that a decoder needs.
+
+    z = round(x W^T + b)                      accumulated in float32 over k = 0, 1, ...; the bias is added in float32
+    y = round(act(z))                         activation, not gated
+    y = round(act(z_gate) * z_up)             gated pack (gate and up in one matrix)
+    y = round(residual + y)                   residual
+
+Every rounding is where the separate ops would round, so fusing an epilogue never changes bits, and a row's bits depend
+neither on the other rows nor on the number of threads. `float_output` returns x W^T + b in float32, unrounded (logits).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dschat_kernels.ops._common import (
+    ACTIVATIONS,
+    DTYPES,
+    LIBRARY,
+    as_rows,
+    check,
+    check_choice,
+    check_device,
+    check_tensor,
+    kernels,
+    ptr,
+    resolve_backend,
+)
+from dschat_kernels.ops.bias_act import bias_act_reference
+from dschat_kernels.ops.gated_act import gated_act_reference
+from dschat_kernels.packing import PackedLinear
+
+
+def linear(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    float_output: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """x [..., k] times a packed matrix: [..., n] of x's dtype (float32 with `float_output`). See the module for the formula.
+
+    `packed` has the dtype of x; `residual` the shape and dtype of the result. Forward only: training goes through the
+    model's own linear layers, or through `forward.exact_linear`.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, activations and backends.
+    """
+    check_tensor("linear", "x", x)
+    check(isinstance(packed, PackedLinear), f"linear: packed is a {type(packed).__name__}; give a PackedLinear.", TypeError)
+    check(
+        x.dim() > 0 and x.shape[-1] == packed.k,
+        f"linear: x has shape {list(x.shape)}; its last dimension must be {packed.k}, the width of the packed weight.",
+    )
+    check(
+        x.dtype == packed.dtype,
+        f"linear: x is {x.dtype} and the packed weight {packed.dtype}; pack the weight in the dtype of x.",
+        TypeError,
+    )
+    check_choice("linear", "activation", activation, ACTIVATIONS)
+    if residual is not None:
+        check_tensor("linear", "residual", residual)
+        expected = [*x.shape[:-1], packed.n]
+        check(list(residual.shape) == expected, f"linear: residual has shape {list(residual.shape)}; give {expected}.")
+        check(residual.dtype == x.dtype, f"linear: residual is {residual.dtype} and x {x.dtype}; give one dtype.", TypeError)
+        check_device("linear", "residual", residual, x)
+    check(
+        not float_output or (activation == "none" and residual is None and not packed.gated),
+        "linear: float_output returns the bare sums; give it without activation, residual or gate.",
+    )
+    if resolve_backend("linear", backend, x) == "reference" or packed.panels is None:
+        return linear_reference(x, packed, activation=activation, residual=residual, float_output=float_output)
+    return torch.ops.dschat.linear(
+        x, packed.panels, packed.bias, packed.n, packed.k, packed.gated, activation, residual, float_output
+    )
+
+
+def linear_reference(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    float_output: bool = False,
+) -> Tensor:
+    """The specification, in plain PyTorch."""
+    z = x.float() @ packed.to_dense().float().t()
+    bias = packed.plain_bias()
+    if bias is not None:
+        z = z + bias
+    if float_output:
+        return z
+    y = z.to(x.dtype)
+    if packed.gated:
+        gate, up = y.split(packed.n, dim=-1)
+        y = gated_act_reference(gate, up, activation)
+    elif activation != "none":
+        y = bias_act_reference(y, None, activation)
+    return y if residual is None else residual + y
+
+
+# ------------------------------------------------------------------------------------------- torch.library
+
+LIBRARY.define(
+    "linear(Tensor x, Tensor panels, Tensor? bias, int n, int k, bool gated, str activation, Tensor? residual, "
+    "bool float_output) -> Tensor"
+)
+
+
+def _forward_cpu(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    gated: bool,
+    activation: str,
+    residual: Tensor | None,
+    float_output: bool,
+) -> Tensor:
+    rows, stride = as_rows(x)
+    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype)
+    residual = None if residual is None else residual.contiguous()
+    kernels().linear(
+        DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(panels), ptr(bias), n, k, gated, ACTIVATIONS[activation],
+        ptr(residual), n, float_output, ptr(y), n,
+    )  # fmt: skip
+    return y
+
+
+def _forward_fake(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    gated: bool,
+    activation: str,
+    residual: Tensor | None,
+    float_output: bool,
+) -> Tensor:
+    return torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype, device=x.device)
+
+
+LIBRARY.impl("linear", _forward_cpu, "CPU")
+torch.library.register_fake("dschat::linear", _forward_fake, lib=LIBRARY)

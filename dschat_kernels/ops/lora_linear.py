@@ -1,0 +1,179 @@
+"""Linear layer with a low-rank side path (LoRA), and the fusion of such an update into a weight.
+
+    lora_linear   y = round(x W^T + b + scale * (x A^T) B^T)       one pass; the side path is float32 throughout
+    fuse_lora     W' = round(W + scale * B A)                      accumulated in float32, rounded once, W untouched
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, https://arxiv.org/abs/2106.09685
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dschat_kernels.ops._common import (
+    DTYPES,
+    LIBRARY,
+    as_rows,
+    check,
+    check_device,
+    check_tensor,
+    check_vector,
+    kernels,
+    ptr,
+    resolve_backend,
+)
+from dschat_kernels.packing import PackedLinear
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """x [..., k], weight [n, k], bias [n] or None, lora_a [rank, k], lora_b [n, rank] -> [..., n] of x's dtype.
+
+    weight has the dtype of x; lora_a and lora_b may be float32 or that dtype. Differentiable in x, lora_a and lora_b;
+    weight and bias are the frozen base and get no gradient.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices and backends.
+    """
+    _check_lora("lora_linear", weight, lora_a, lora_b)
+    check_tensor("lora_linear", "x", x)
+    check(
+        x.dim() > 0 and x.shape[-1] == weight.shape[1],
+        f"lora_linear: x has shape {list(x.shape)}; its last dimension must be {weight.shape[1]}, the width of the weight.",
+    )
+    check(
+        x.dtype == weight.dtype, f"lora_linear: x is {x.dtype} and weight {weight.dtype}; give one dtype.", TypeError
+    )
+    check_device("lora_linear", "weight", weight, x)
+    if bias is not None:
+        check_vector("lora_linear", "bias", bias, x, weight.shape[0])
+    check(
+        not (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        "lora_linear: weight or bias requires a gradient; freeze the base (requires_grad_(False)) or use F.linear.",
+    )
+    if resolve_backend("lora_linear", backend, x, weight, lora_a, lora_b) == "reference":
+        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale)
+    return torch.ops.dschat.lora_linear(x, weight, bias, lora_a, lora_b, scale)
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    """The specification, in plain PyTorch."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    v = x.to(wide)
+    y = v @ weight.to(wide).t()
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (y + (v @ lora_a.to(wide).t() * scale) @ lora_b.to(wide).t()).to(x.dtype)
+
+
+def fuse_lora(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, *, backend: str | None = None
+) -> Tensor:
+    """round(weight + scale * lora_b @ lora_a) as a new [n, k] tensor of weight's dtype; nothing is written in place.
+
+    weight [n, k] (any strides), lora_a [rank, k], lora_b [n, rank]. Forward only.
+    """
+    _check_lora("fuse_lora", weight, lora_a, lora_b)
+    if resolve_backend("fuse_lora", backend, weight, lora_a, lora_b) == "reference":
+        return fuse_lora_reference(weight, lora_a, lora_b, scale)
+    return torch.ops.dschat.fuse_lora(weight, lora_a, lora_b, scale)
+
+
+def fuse_lora_reference(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """The specification, in plain PyTorch."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return (weight.to(wide) + scale * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
+
+
+def _check_lora(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        check_tensor(op, name, tensor)
+        check(tensor.dim() == 2, f"{op}: {name} has shape {list(tensor.shape)}; give a matrix.")
+    n, k = weight.shape
+    rank = lora_a.shape[0]
+    check(
+        lora_a.shape[1] == k and tuple(lora_b.shape) == (n, rank) and rank > 0,
+        f"{op}: weight {list(weight.shape)}, lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit; "
+        f"give lora_a [rank, {k}] and lora_b [{n}, rank].",
+    )
+    check_device(op, "lora_a", lora_a, weight)
+    check_device(op, "lora_b", lora_b, weight)
+
+
+# ------------------------------------------------------------------------------------------- torch.library
+
+LIBRARY.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> Tensor"
+)
+LIBRARY.define("fuse_lora(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
+
+
+def _lora_linear_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    base = PackedLinear.from_weight(weight, bias)
+    a = PackedLinear.from_weight(lora_a.detach().float())
+    b = PackedLinear.from_weight(lora_b.detach().float())
+    rows, stride = as_rows(x)
+    n, k = weight.shape
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    kernels().lora_linear(
+        DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(base.panels), ptr(base.bias), n, k, ptr(a.panels),
+        ptr(b.panels), lora_a.shape[0], scale, ptr(y), n,
+    )  # fmt: skip
+    return y
+
+
+def _fuse_lora_cpu(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    a, b = lora_a.detach().float().contiguous(), lora_b.detach().float().contiguous()
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    matrix = (ptr(weight), *weight.shape, *weight.stride(), [(ptr(a), ptr(b), a.shape[0], scale)])
+    kernels().fuse_lora(DTYPES[weight.dtype], DTYPES[weight.dtype], matrix, ptr(out))
+    return out
+
+
+def _lora_linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    return torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+
+
+def _fuse_lora_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, lora_a, lora_b, ctx.scale = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b)
+
+
+def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = dy W + scale (dy B) A,  dA = scale (dy B)^T x,  dB = scale dy^T (x A^T); the side path in float32."""
+    x, weight, lora_a, lora_b = ctx.saved_tensors
+    rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    inner = ctx.scale * (grads.float() @ lora_b.float())  # [rows, rank]
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = ((grads @ weight).float() + inner @ lora_a.float()).to(x.dtype).view(x.shape)
+    d_a = inner.t() @ rows.float()
+    d_b = ctx.scale * (grads.float().t() @ (rows.float() @ lora_a.float().t()))
+    return dx, None, None, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype), None
+
+
+LIBRARY.impl("lora_linear", _lora_linear_cpu, "CPU")
+LIBRARY.impl("fuse_lora", _fuse_lora_cpu, "CPU")
+torch.library.register_fake("dschat::lora_linear", _lora_linear_fake, lib=LIBRARY)
+torch.library.register_fake("dschat::fuse_lora", _fuse_lora_fake, lib=LIBRARY)
+torch.library.register_autograd("dschat::lora_linear", _grad, setup_context=_save, lib=LIBRARY)
