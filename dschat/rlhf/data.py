@@ -288,9 +288,7 @@ class Encoder:
             ids = list(self.tokenizer(prompt)["input_ids"])
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else ids
         if not self.tokenizer.chat_template:
-            raise DataError(
-                f"{self.name} has no chat template, which prompts made of messages need; use texts or a chat model"
-            )
+            raise DataError(f"{self.name} has no chat template, which messages need; use texts as prompts")
         if self.system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self.system_prompt}, *prompt]
         try:
@@ -376,7 +374,8 @@ def _fit(
 
 def sft_examples(
     records: Sequence[Record], encoder: Encoder, stats: DataStats, *, response: str = "auto",
-    max_length: int = 512, overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
+    max_length: int = 512, overlong: Literal["drop", "cut"] = "drop",
+    bad_rows: Literal["error", "skip"] = "error",
 ) -> list[Example]:  # fmt: skip
     """Prompt and response of each row. response: the column, or "auto" for the first of RESPONSE_COLUMNS
     that a row has.

@@ -1,0 +1,241 @@
+"""Checkpoints: complete or absent, exact, and free of pickle.
+
+A checkpoint is a folder `step-000042` with `tensors.safetensors` (trainable weights, optimizer moments,
+torch's random state) and `state.json` (everything else, and the size and hash of the tensor file). It is
+written under a temporary name, flushed to disk, and renamed: a kill at any moment leaves the previous
+checkpoint and at most a temporary folder, which the next save removes. Floats go through JSON by their
+shortest exact form, so nothing is rounded.
+
+`atomic_folder` gives the same promise to everything else that a run writes (final models, adapters).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+PREFIX, TEMPORARY = "step-", ".tmp-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it and says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- atomic writes
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_folder(final: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `final` that becomes `final` when the block ends, and vanishes when it
+    raises.
+
+    Everything in it is on disk before the rename. An older `final` is replaced.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _sync(path)
+        _sync(temporary)
+        old = final.parent / f"{TEMPORARY}old-{final.name}-{os.getpid()}"
+        if final.exists():
+            os.rename(final, old)
+        os.rename(temporary, final)
+        _sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def atomic_text(path: str | Path, text: str) -> None:
+    """Write a file so that it holds either the old or the new text."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.rename(temporary, path)
+    _sync(path.parent)
+
+
+# --------------------------------------------------------------------------------------- states as plain data
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of Python's, NumPy's and torch's global generators as (tensors, JSON values)."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    position, has_gauss, cached = rest
+    numpy_state = [name, [int(k) for k in np.asarray(keys)], int(position), int(has_gauss), float(cached)]
+    return tensors, {"python": [version, list(internal), gauss], "numpy": numpy_state}
+
+
+def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["rng.torch"])
+    cuda = [tensors[k] for k in sorted(tensors) if k.startswith("rng.cuda.")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def module_state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters of a module, by name. Frozen ones come back from the model that the config
+    names.
+    """
+    return {f"{prefix}.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def load_module_state(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy back what `module_state` gave; names and shapes must be the same."""
+    own = {f"{prefix}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
+    saved = {k for k in tensors if k.startswith(prefix + ".")}
+    for name, parameter in own.items():
+        if name not in saved or tensors[name].shape != parameter.shape:
+            found = f"has shape {tuple(tensors[name].shape)}" if name in saved else "is missing"
+            raise CheckpointError(
+                f"{name} {found} in the checkpoint but the model needs {tuple(parameter.shape)}; "
+                "resume with the settings of the first run, or use another output_dir"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def optimizer_state(
+    prefix: str, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as (tensors, JSON values)."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            key = f"{prefix}.{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                values[key] = value
+    return tensors, {"values": values, "groups": state["param_groups"]}
+
+
+def load_optimizer_state(
+    prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> None:
+    """Put back what `optimizer_state` gave."""
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *saved["values"].items()]:
+        if key.startswith(prefix + "."):
+            index, name = key[len(prefix) + 1 :].split(".", 1)
+            entries.setdefault(int(index), {})[name] = value
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in saved["groups"]]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+# ------------------------------------------------------------------------------------------- save, find, load
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()
+
+
+def save(
+    folder: str | Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write checkpoint `step` into `folder`, then remove all but the newest `keep` and what killed runs left
+    behind.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    final = folder / f"{PREFIX}{step:06d}"
+    with atomic_folder(final) as temporary:
+        path = temporary / "tensors.safetensors"
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "tensors": {"bytes": path.stat().st_size, "blake2b": _hash(path)},
+            "state": dict(state),
+        }
+        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    for old in _all(folder)[:-keep] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]))
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest checkpoint in `folder`; None where there is none."""
+    found = _all(Path(folder))
+    return found[-1] if found else None
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """(tensors, state, step) of a checkpoint. Raises CheckpointError, one sentence, if it is not whole."""
+    path = Path(path)
+    others = [p for p in _all(path.parent) if p != path]
+    cure = f"delete {path} to go on from {others[-1].name}" if others else f"delete {path} to start again"
+    for name in ("state.json", "tensors.safetensors"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"checkpoint {path} has no {name}; {cure}")
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        wanted, version, state, step = (content[k] for k in ("tensors", "format", "state", "step"))
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise CheckpointError(f"checkpoint {path} has a broken state.json; {cure}") from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {version}, but this version reads {FORMAT}; {cure}"
+        )
+    file = path / "tensors.safetensors"
+    if file.stat().st_size != wanted["bytes"] or _hash(file) != wanted["blake2b"]:
+        raise CheckpointError(
+            f"checkpoint {path} has a tensors.safetensors that is not what was written; {cure}"
+        )
+    try:
+        return load_file(file), state, int(step)
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); {cure}") from None
