@@ -15,9 +15,10 @@ def assert_close_to_fp64(
 ) -> None:
     """error(actual) <= factor * error(torch_result) + floor, errors being the largest distance to float64.
 
-    `exact` is the float64 result of the same formula on the same (already rounded) inputs and `torch_result` what
-    PyTorch computes from them in the dtype of `actual`. The floor, by default, is one rounding of the largest value
-    (four in float32, where a sum of a few terms is legitimately ordered otherwise). NaN and infinities must agree.
+    `exact` is the float64 result of the same formula on the same (already rounded) inputs and `torch_result`
+    what PyTorch computes from them in the dtype of `actual`. The floor, by default, is one rounding of the
+    largest value (four in float32, where a sum of a few terms is legitimately ordered otherwise). NaN and
+    infinities must agree.
     """
     assert actual.shape == exact.shape, f"shape {list(actual.shape)}, expected {list(exact.shape)}"
     assert actual.dtype == torch_result.dtype, f"dtype {actual.dtype}, expected {torch_result.dtype}"
@@ -35,7 +36,8 @@ def assert_close_to_fp64(
         roundings = 0.5 if actual.dtype == torch.bfloat16 else 2.0
         floor = roundings * torch.finfo(actual.dtype).eps * e.abs().max().item()
     assert ours <= factor * theirs + floor, (
-        f"error {ours:.3e} against float64; torch's own is {theirs:.3e}, allowed {factor} times that + {floor:.1e}"
+        f"error {ours:.3e} against float64; torch's own is {theirs:.3e}, "
+        f"allowed {factor} times that + {floor:.1e}"
     )
 
 
@@ -47,7 +49,8 @@ def ulp_error(actual: Tensor, exact: Tensor) -> Tensor:
 
 
 def non_contiguous(tensor: Tensor) -> list[Tensor]:
-    """Views that equal `tensor` [rows, n] and are laid out otherwise: strided rows, strided columns, transposed."""
+    """Views that equal `tensor` [rows, n] and are laid out otherwise: strided rows, strided columns,
+    transposed."""
     rows, n = tensor.shape
     wide = tensor.new_zeros(rows, n + 3)
     wide[:, 1 : n + 1] = tensor

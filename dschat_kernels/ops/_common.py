@@ -1,7 +1,8 @@
 """What every op shares: argument checks, the choice of a backend, and the way to the native kernels.
 
-A public op checks its arguments, asks `resolve_backend`, and then either runs its `*_reference` (plain PyTorch, any
-dtype and device, differentiable by autograd) or calls `torch.ops.dschat.<op>`, whose CPU implementation is native.
+A public op checks its arguments, asks `resolve_backend`, and then either runs its `*_reference` (plain
+PyTorch, any dtype and device, differentiable by autograd) or calls `torch.ops.dschat.<op>`, whose CPU
+implementation is native.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def check(condition: bool, message: str, error: type[Exception] = ValueError) ->
 
 
 def check_tensor(op: str, name: str, value: Any, *, floating: bool = True) -> None:
-    check(isinstance(value, Tensor), f"{op}: {name} is a {type(value).__name__}; give a torch.Tensor.", TypeError)
+    check(
+        isinstance(value, Tensor),
+        f"{op}: {name} is a {type(value).__name__}; give a torch.Tensor.",
+        TypeError,
+    )
     if floating:
         check(
             value.dtype.is_floating_point,
@@ -66,7 +71,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def native() -> ModuleType | None:
-    """The compiled CPU kernels (built on the first call), or None; `dschat_kernels.build.status()` says why."""
+    """The compiled CPU kernels (built on the first call), or None; `dschat_kernels.build.status()` says
+    why."""
     from dschat_kernels import build
 
     return build.try_load()
@@ -95,8 +101,8 @@ def _have_native() -> bool:
 def runs_directly(*tensors: Tensor | None) -> bool:
     """Nothing of torch needs to see this call: no gradient, no trace, no fake or wrapped tensor.
 
-    Then an op may call its CPU implementation itself; the dispatcher's way through Python costs more than a small
-    kernel does.
+    Then an op may call its CPU implementation itself; the dispatcher's way through Python costs more than a
+    small kernel does.
     """
     if (
         torch.compiler.is_compiling()
@@ -119,7 +125,8 @@ def ptr(tensor: Tensor | None) -> int:
 
 
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """`tensor` [..., n] as [rows, n] with a stride between rows and elements side by side; copies only if it must."""
+    """`tensor` [..., n] as [rows, n] with a stride between rows and elements side by side; copies only if it
+    must."""
     n = tensor.shape[-1]
     if tensor.is_contiguous():
         return tensor.view(-1, n) if tensor.numel() else tensor.reshape(0, n), n
@@ -182,7 +189,7 @@ def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> st
         return "reference"
     check(
         backend is None or backend in BACKENDS,
-        f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}, or None for the fastest that runs.",
+        f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}, or None for automatic.",
     )
     if backend in ("triton", "cuda"):
         raise ValueError(f"{op}: the {backend} backend is not in this version; use backend='cpu' or None.")

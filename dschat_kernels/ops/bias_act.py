@@ -1,11 +1,9 @@
 """Bias and activation in one pass:  y = act(x + bias), rounded once.
 
-    none        x
-    gelu        x Phi(x), Phi the normal distribution function (by erf)
-    gelu_tanh   x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))          HF: gelu_new, gelu_pytorch_tanh, gelu_fast
-    relu        max(x, 0)
-    silu        x sigmoid(x)                                           HF: silu, swish
-    quick_gelu  x sigmoid(1.702 x)
+    none        x gelu        x Phi(x), Phi the normal distribution function (by erf) gelu_tanh   x/2 (1 +
+    tanh(sqrt(2/pi) (x + 0.044715 x^3)))          HF: gelu_new, gelu_pytorch_tanh, gelu_fast relu
+    max(x, 0) silu        x sigmoid(x)                                           HF: silu, swish quick_gelu  x
+    sigmoid(1.702 x)
 
 Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, https://arxiv.org/abs/1606.08415
 """
@@ -41,7 +39,8 @@ def bias_act(
 ) -> Tensor:
     """act(x + bias) of x [..., n] with bias [n] or None; see the module for the activations.
 
-    The arithmetic is float32 (float64 for float64 input), the result has the dtype of x. Differentiable in both.
+    The arithmetic is float32 (float64 for float64 input), the result has the dtype of x. Differentiable in
+    both.
 
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, activations and backends.
     """
@@ -84,7 +83,8 @@ def bias_act_reference(x: Tensor, bias: Tensor | None = None, activation: str = 
 
 LIBRARY.define("bias_act(Tensor x, Tensor? bias, str activation) -> Tensor")
 LIBRARY.define(
-    "bias_act_backward(Tensor dy, Tensor x, Tensor? bias, str activation, bool bias_grad) -> (Tensor dx, Tensor dbias)"
+    "bias_act_backward(Tensor dy, Tensor x, Tensor? bias, str activation, bool bias_grad) "
+    "-> (Tensor dx, Tensor dbias)"
 )
 
 
@@ -93,7 +93,14 @@ def _forward_cpu(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     bias = widen(bias)
     y = torch.empty(x.shape, dtype=x.dtype)
     kernels().bias_act(
-        DTYPES[x.dtype], ACTIVATIONS[activation], ptr(rows), ptr(bias), ptr(y), rows.shape[0], rows.shape[1], stride
+        DTYPES[x.dtype],
+        ACTIVATIONS[activation],
+        ptr(rows),
+        ptr(bias),
+        ptr(y),
+        rows.shape[0],
+        rows.shape[1],
+        stride,
     )
     return y
 
@@ -110,8 +117,8 @@ def _backward_cpu(
     partial = row_scratch(module, n, columns, int(bias_grad))
     bias = widen(bias)
     module.bias_act_backward(
-        DTYPES[x.dtype], ACTIVATIONS[activation], ptr(dy), ptr(rows), ptr(bias), ptr(dx), ptr(dbias), ptr(partial),
-        n, columns, stride,
+        DTYPES[x.dtype], ACTIVATIONS[activation], ptr(dy), ptr(rows), ptr(bias), ptr(dx), ptr(dbias),
+        ptr(partial), n, columns, stride,
     )  # fmt: skip
     return dx, dbias
 

@@ -43,8 +43,8 @@ def gated_act(
 ) -> Tensor:
     """act(gate + gate_bias) * (up + up_bias), elementwise; gate and up [..., n], biases [n] or None.
 
-    Without `up`, gate is packed: [..., 2n] = [gate | up]. The arithmetic is float32 (float64 for float64 input), the
-    result has the dtype of gate. Differentiable in every tensor.
+    Without `up`, gate is packed: [..., 2n] = [gate | up]. The arithmetic is float32 (float64 for float64
+    input), the result has the dtype of gate. Differentiable in every tensor.
 
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, activations and backends.
     """
@@ -54,8 +54,8 @@ def gated_act(
     if up is None:
         check(
             gate.shape[-1] % 2 == 0,
-            f"gated_act: without up, gate is packed [gate | up], but its last dimension {gate.shape[-1]} is odd; "
-            "give an even one, or give up.",
+            f"gated_act: without up, gate is packed [gate | up], but its last dimension {gate.shape[-1]} is "
+            "odd; give an even one, or give up.",
         )
         columns = gate.shape[-1] // 2
     else:
@@ -105,8 +105,9 @@ LIBRARY.define(
     "gated_act(Tensor gate, Tensor? up, Tensor? gate_bias, Tensor? up_bias, str activation) -> Tensor"
 )
 LIBRARY.define(
-    "gated_act_backward(Tensor dy, Tensor gate, Tensor? up, Tensor? gate_bias, Tensor? up_bias, str activation, "
-    "bool gate_bias_grad, bool up_bias_grad) -> (Tensor dgate, Tensor dup, Tensor dgate_bias, Tensor dup_bias)"
+    "gated_act_backward(Tensor dy, Tensor gate, Tensor? up, Tensor? gate_bias, Tensor? up_bias, "
+    "str activation, bool gate_bias_grad, bool up_bias_grad) "
+    "-> (Tensor dgate, Tensor dup, Tensor dgate_bias, Tensor dup_bias)"
 )
 
 
@@ -132,8 +133,8 @@ def _forward_cpu(
     gate_bias, up_bias = widen(gate_bias), widen(up_bias)
     y = torch.empty(_result_shape(gate, up), dtype=gate.dtype)
     kernels().gated_act(
-        DTYPES[gate.dtype], ACTIVATIONS[activation], gate_at, up_at, ptr(gate_bias), ptr(up_bias), ptr(y), rows,
-        columns, gate_stride, up_stride,
+        DTYPES[gate.dtype], ACTIVATIONS[activation], gate_at, up_at, ptr(gate_bias), ptr(up_bias), ptr(y),
+        rows, columns, gate_stride, up_stride,
     )  # fmt: skip
     return y
 
@@ -160,8 +161,8 @@ def _backward_cpu(
     partial = row_scratch(module, rows, columns, int(gate_bias_grad) + int(up_bias_grad))
     module.gated_act_backward(
         DTYPES[gate.dtype], ACTIVATIONS[activation], ptr(dy), gate_at, up_at, ptr(gate_bias), ptr(up_bias),
-        ptr(dgate), dup_at, ptr(dgate_bias), ptr(dup_bias), ptr(partial), rows, columns, gate_stride, up_stride,
-        gate.shape[-1],
+        ptr(dgate), dup_at, ptr(dgate_bias), ptr(dup_bias), ptr(partial), rows, columns, gate_stride,
+        up_stride, gate.shape[-1],
     )  # fmt: skip
     return dgate, dup, dgate_bias, dup_bias
 

@@ -42,9 +42,9 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of x [..., hidden] with weight and bias [hidden] or None; see the module for the formula.
 
-    With `residual` (shape and dtype of x) the sum round(x + residual) is normalised, and returned as second result.
-    The statistics are float32 (float64 for float64 input), the result has the dtype of x; weight and bias may have
-    another. Differentiable in x, residual, weight and bias.
+    With `residual` (shape and dtype of x) the sum round(x + residual) is normalised, and returned as second
+    result. The statistics are float32 (float64 for float64 input), the result has the dtype of x; weight and
+    bias may have another. Differentiable in x, residual, weight and bias.
 
     Raises ValueError or TypeError for wrong shapes, dtypes, devices and backends.
     """
@@ -88,8 +88,8 @@ LIBRARY.define(
     "-> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)"
 )
 LIBRARY.define(
-    "layer_norm_backward(Tensor dy, Tensor? d_residual_out, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, "
-    "bool weight_grad, bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "layer_norm_backward(Tensor dy, Tensor? d_residual_out, Tensor h, Tensor? weight, Tensor mean, "
+    "Tensor rstd, bool weight_grad, bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -105,8 +105,8 @@ def _forward_cpu(
     residual_out = no_tensor(x) if residual is None else torch.empty(x.shape, dtype=x.dtype)
     weight, bias = widen(weight), widen(bias)
     module.layer_norm(
-        DTYPES[x.dtype], ptr(rows), ptr(residual), ptr(weight), ptr(bias), ptr(y), ptr(residual_out), ptr(mean),
-        ptr(rstd), rows.shape[0], rows.shape[1], stride, eps,
+        DTYPES[x.dtype], ptr(rows), ptr(residual), ptr(weight), ptr(bias), ptr(y), ptr(residual_out),
+        ptr(mean), ptr(rstd), rows.shape[0], rows.shape[1], stride, eps,
     )  # fmt: skip
     return y, residual_out, mean, rstd
 

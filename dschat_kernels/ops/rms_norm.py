@@ -50,10 +50,10 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm of x [..., hidden] with weight [hidden]; see the module for the formula.
 
-    With `residual` (shape and dtype of x) the sum round(x + residual) is normalised, and returned as second result.
-    The statistics are float32 (float64 for float64 input). The result has the dtype of x, but for rounding "llama"
-    with a weight of another dtype: then torch's promotion of the two, as in HF. Differentiable in x, residual and
-    weight.
+    With `residual` (shape and dtype of x) the sum round(x + residual) is normalised, and returned as second
+    result. The statistics are float32 (float64 for float64 input). The result has the dtype of x, but for
+    rounding "llama" with a weight of another dtype: then torch's promotion of the two, as in HF.
+    Differentiable in x, residual and weight.
 
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, roundings and backends.
     """
@@ -73,7 +73,10 @@ def rms_norm(
 def check_arguments(op: str, x: Tensor, eps: float, residual: Tensor | None) -> None:
     """The checks that both norms share."""
     check_tensor(op, "x", x)
-    check(x.dim() > 0 and x.shape[-1] > 0, f"{op}: x has shape {list(x.shape)}; give [..., hidden] with hidden > 0.")
+    check(
+        x.dim() > 0 and x.shape[-1] > 0,
+        f"{op}: x has shape {list(x.shape)}; give [..., hidden] with hidden > 0.",
+    )
     check(eps >= 0.0, f"{op}: eps is {eps}; give a number that is not negative.")
     if residual is not None:
         check_tensor(op, "residual", residual)
@@ -145,8 +148,8 @@ def _forward_cpu(
     residual_out = no_tensor(x) if residual is None else torch.empty(x.shape, dtype=x.dtype)
     scale = _scale(weight, offset, rounding)
     module.rms_norm(
-        DTYPES[x.dtype], DTYPES[y.dtype], ptr(rows), ptr(residual), ptr(scale), ptr(y), ptr(residual_out), ptr(rstd),
-        rows.shape[0], rows.shape[1], stride, eps, ROUNDINGS[rounding],
+        DTYPES[x.dtype], DTYPES[y.dtype], ptr(rows), ptr(residual), ptr(scale), ptr(y), ptr(residual_out),
+        ptr(rstd), rows.shape[0], rows.shape[1], stride, eps, ROUNDINGS[rounding],
     )  # fmt: skip
     return y, residual_out, rstd
 
@@ -171,8 +174,8 @@ def _backward_cpu(
     partial = row_scratch(module, rows, hidden, int(weight_grad))
     scale = _scale(weight, offset, rounding)
     module.rms_norm_backward(
-        DTYPES[h.dtype], DTYPES[dy.dtype], ptr(dy), ptr(d_residual_out), ptr(h), ptr(scale), ptr(rstd), ptr(dx),
-        ptr(dscale), ptr(partial), rows, hidden, ROUNDINGS[rounding],
+        DTYPES[h.dtype], DTYPES[dy.dtype], ptr(dy), ptr(d_residual_out), ptr(h), ptr(scale), ptr(rstd),
+        ptr(dx), ptr(dscale), ptr(partial), rows, hidden, ROUNDINGS[rounding],
     )  # fmt: skip
     return dx, dscale
 
@@ -211,7 +214,14 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, _: Tensor) -> tuple[Tens
     h, weight, rstd = ctx.saved_tensors
     weight_grad = ctx.needs_input_grad[1]
     dx, dweight = torch.ops.dschat.rms_norm_backward(
-        dy, d_residual_out if ctx.has_residual else None, h, weight, rstd, ctx.offset, ctx.rounding, weight_grad
+        dy,
+        d_residual_out if ctx.has_residual else None,
+        h,
+        weight,
+        rstd,
+        ctx.offset,
+        ctx.rounding,
+        weight_grad,
     )
     dweight = dweight.to(weight.dtype) if weight_grad else None
     return dx, dweight, dx if ctx.has_residual else None, None, None, None

@@ -2,20 +2,20 @@
 
     z     = logits / temperature
     kept  = all tokens
-            -> top_k: z >= the k-th largest z (ties stay)
-            -> top_p: the fewest tokens in order of falling z (ties: rising index) whose probability reaches top_p
-            -> min_p: tokens at least min_p times as probable as the most probable one
+            -> top_k: z >= the k-th largest z (ties stay) -> top_p: the fewest tokens in order of falling z
+            (ties: rising index) whose probability reaches top_p -> min_p: tokens at least min_p times as
+            probable as the most probable one
     token = inverse distribution function of softmax(z over kept), in order of index, at
             u = Philox4x32-10(key = seed, counter = (stream, position))
     log_prob = log_softmax(z)[token], over the whole row
 
-The filters and their order are those of HF's logits warpers. A draw is a pure function of a row's logits, the seed,
-its stream and its position: the batch, the order of the rows and the number of threads cannot matter. Temperature 0
-is greedy: the largest logit, the lowest index among equals, with its log-prob at temperature 1.
+The filters and their order are those of HF's logits warpers. A draw is a pure function of a row's logits, the
+seed, its stream and its position: the batch, the order of the rows and the number of threads cannot matter.
+Temperature 0 is greedy: the largest logit, the lowest index among equals, with its log-prob at temperature 1.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Holtzman et al., "The curious case of neural
-text degeneration", 2020 (top-p), https://arxiv.org/abs/1904.09751. Nguyen et al., "Turning up the heat: min-p
-sampling", 2024, https://arxiv.org/abs/2407.01082.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Holtzman et al., "The curious case of
+neural text degeneration", 2020 (top-p), https://arxiv.org/abs/1904.09751. Nguyen et al., "Turning up the
+heat: min-p sampling", 2024, https://arxiv.org/abs/2407.01082.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Tokens int64 [rows] and their log-probs float32 [rows] from logits [rows, vocab]; see the module.
 
-    streams and positions, int64 [rows], number the random draws: give every sequence a stream of its own and every
-    token of it a position. They may be None for temperature 0. top_k 0, top_p 1 and min_p 0 are off. Entries of -inf
-    are never drawn. Not differentiable.
+    streams and positions, int64 [rows], number the random draws: give every sequence a stream of its own and
+    every token of it a position. They may be None for temperature 0. top_k 0, top_p 1 and min_p 0 are off.
+    Entries of -inf are never drawn. Not differentiable.
 
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices and settings, and ValueError naming the row where
-    a row has a NaN or an infinite logit, or allows no token.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices and settings, and ValueError naming the
+    row where a row has a NaN or an infinite logit, or allows no token.
     """
     check_tensor("sample", "logits", logits)
     check(
@@ -66,14 +66,19 @@ def sample(
         f"sample: logits has shape {list(logits.shape)}; give [rows, vocab] with 0 < vocab < 2^31.",
     )
     # Written so that NaN fails.
-    check(0.0 <= temperature < float("inf"), f"sample: temperature is {temperature}; give a number from 0 (greedy).")
+    check(
+        0.0 <= temperature < float("inf"),
+        f"sample: temperature is {temperature}; give a number from 0 (greedy).",
+    )
     check(top_k >= 0, f"sample: top_k is {top_k}; give a number of tokens, or 0 for no limit.")
     check(0.0 <= top_p <= 1.0, f"sample: top_p is {top_p}; give a probability from 0 to 1 (off).")
     check(0.0 <= min_p <= 1.0, f"sample: min_p is {min_p}; give a share from 0 (off) to 1.")
     check(0 <= seed < 2**63, f"sample: seed is {seed}; give a whole number from 0 to 2^63 - 1.")
     for name, numbers in (("streams", streams), ("positions", positions)):
         if numbers is None:
-            check(temperature == 0.0, f"sample: {name} is None at temperature {temperature}; give int64 [rows].")
+            check(
+                temperature == 0.0, f"sample: {name} is None at temperature {temperature}; give int64 [rows]."
+            )
             continue
         check_tensor("sample", name, numbers, floating=False)
         check(
@@ -83,14 +88,14 @@ def sample(
         )
         check(
             numbers.shape == logits.shape[:1],
-            f"sample: {name} has shape {list(numbers.shape)}; give [{logits.shape[0]}], one number a row of logits.",
+            f"sample: {name} has shape {list(numbers.shape)}; give [{logits.shape[0]}], one a row of logits.",
         )
         check_device("sample", name, numbers, logits)
     logits = logits.detach()
     if resolve_backend("sample", backend, logits) == "reference":
         return sample_reference(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, streams=streams,
-            positions=positions,
+            logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+            streams=streams, positions=positions,
         )  # fmt: skip
     op = _forward_cpu if runs_directly(logits, streams, positions) else torch.ops.dschat.sample
     return op(logits, temperature, top_k, top_p, min_p, seed, streams, positions)
@@ -109,7 +114,8 @@ def philox_uniform(seed: int, stream: int, position: int) -> float:
 
 
 def kept_tokens(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Which tokens the filters keep: bool, shaped like z [rows, vocab], the logits at the sampling temperature."""
+    """Which tokens the filters keep: bool, shaped like z [rows, vocab], the logits at the sampling
+    temperature."""
     z = z.double()
     kept = torch.ones_like(z, dtype=torch.bool)
     if 0 < top_k < z.shape[1]:
@@ -174,8 +180,8 @@ def _raise_for_bad_rows(tokens: Tensor, temperature: float) -> None:
 # ------------------------------------------------------------------------------------------- torch.library
 
 LIBRARY.define(
-    "sample(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, Tensor? streams, "
-    "Tensor? positions) -> (Tensor tokens, Tensor log_probs)"
+    "sample(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, "
+    "Tensor? streams, Tensor? positions) -> (Tensor tokens, Tensor log_probs)"
 )
 
 
@@ -195,8 +201,8 @@ def _forward_cpu(
     tokens = torch.empty(rows.shape[0], dtype=torch.int64)
     log_probs = torch.empty(rows.shape[0], dtype=torch.float32)
     kernels().sample(
-        DTYPES[logits.dtype], ptr(rows), rows.shape[0], rows.shape[1], stride, temperature, top_k, top_p, min_p, seed,
-        ptr(streams), ptr(positions), ptr(tokens), ptr(log_probs),
+        DTYPES[logits.dtype], ptr(rows), rows.shape[0], rows.shape[1], stride, temperature, top_k, top_p,
+        min_p, seed, ptr(streams), ptr(positions), ptr(tokens), ptr(log_probs),
     )  # fmt: skip
     _raise_for_bad_rows(tokens, temperature)
     return tokens, log_probs
