@@ -1,0 +1,231 @@
+"""What a run tells: numbers (JSONL always, TensorBoard), a progress bar, phase times, memory, completions.
+
+`metrics.jsonl` has one object a step, written with a single append, so a line is there whole or not at all.
+Wall-clock keys start with `time/`; everything else is the same in a resumed run as in a straight one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from torch import Tensor
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line with a single write. Numbers that JSON lacks (nan, inf) become
+    null.
+    """
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    data = (json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; a last line without its end (the writer was killed) is left out; [] without
+    the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps later than `step`: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
+    )
+    os.replace(temporary, path)
+
+
+def reset_peak_memory() -> None:
+    """Start the peak anew, so that a stage does not report the one before. Where the system cannot, nothing
+    happens.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        pass
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of this process since `reset_peak_memory` (the GPU's, where one is used), in
+    GiB.
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        with open("/proc/self/status") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 2**20
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Metrics:
+    """Collects one step's numbers and hands them to every place that shows or keeps them.
+
+    with metrics.phase("decode"): ...      seconds of a phase; several blocks of one name add up within a step
+    metrics.log(step, {"loss": ...})       one line; Python numbers or one-element tensors
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        total_steps: int,
+        *,
+        tensorboard: bool = True,
+        progress: bool = True,
+        after_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.folder, self.name, self.total_steps = Path(folder), name, total_steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.completions_path = self.folder / "metrics.jsonl", self.folder / "completions.jsonl"
+        for path in (self.path, self.completions_path):
+            drop_after(path, after_step)
+        self.console = console or Console()
+        self._phases: dict[str, float] = {}
+        self._step_start = time.perf_counter()
+        self._last_plain = -math.inf
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=after_step + 1 if after_step else None
+            )
+        self._bar: Progress | None = None
+        self._quiet = not progress
+        if progress and self.console.is_terminal:
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                       TimeRemainingColumn(), TextColumn("{task.fields[status]}"))  # fmt: skip
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task(name, total=total_steps, completed=after_step, status="")
+            self._bar.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_time(name, time.perf_counter() - start)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
+
+    def log(
+        self, step: int, values: Mapping[str, float | Tensor], show: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Write step's numbers with the phase times since the last call; `show` names those for the progress
+        bar.
+        """
+        now = time.perf_counter()
+        line: dict[str, float] = {k: float(v) for k, v in values.items()}
+        line |= {f"time/{name}_s": seconds for name, seconds in self._phases.items()}
+        line |= {
+            "time/step_s": now - self._step_start,
+            "time/peak_memory_gib": peak_memory_gib(),
+            "time/unix": time.time(),
+        }
+        self._phases, self._step_start = {}, now
+        append_line(self.path, {"step": step} | line)
+        if self._writer is not None:
+            for key, value in line.items():
+                if key != "time/unix":
+                    self._writer.add_scalar(f"{self.name}/{key}", value, step)
+        status = "  ".join(f"{key.rpartition('/')[2]} {line[key]:.3g}" for key in show if key in line)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        elif not self._quiet and (now - self._last_plain > PLAIN_EVERY or step >= self.total_steps):
+            self._last_plain = now
+            self.console.print(f"{self.name} {step}/{self.total_steps}  {status}", highlight=False)
+        return line
+
+    def say(self, text: str) -> None:
+        """A line of text above the progress bar."""
+        if not self._quiet:
+            (self._bar.console if self._bar else self.console).print(escape(text), highlight=False)
+
+    def completions(
+        self, step: int, rows: Sequence[Mapping[str, Any]], show: int = 0, title: str = ""
+    ) -> None:
+        """Keep prompts and answers with their scores in completions.jsonl, and show the first `show` as a
+        table.
+        """
+        for row in rows:
+            append_line(self.completions_path, {"step": step} | dict(row))
+        if show and not self._quiet and rows:
+            (self._bar.console if self._bar else self.console).print(completions_table(rows[:show], title))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "", width: int = 70) -> Table:
+    """A table with one column for each key of the rows; texts are cut to `width` characters, numbers
+    rounded.
+    """
+    table = Table(title=title or None, show_lines=True, title_justify="left")
+    for key, value in rows[0].items():
+        table.add_column(key, justify="left" if isinstance(value, str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(v, width) for v in row.values()))
+    return table
+
+
+def _cell(value: Any, width: int) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    text = str(value).strip()
+    return escape(text if len(text) <= width else text[: width - 1] + "…")
