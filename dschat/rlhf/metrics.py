@@ -136,8 +136,10 @@ class Metrics:
         self._bar: Progress | None = None
         self._quiet = not progress
         if progress and self.console.is_terminal:
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TimeRemainingColumn(), TextColumn("{task.fields[status]}"))  # fmt: skip
+            columns = (
+                *(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn()),
+                *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}")),
+            )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task(name, total=total_steps, completed=after_step, status="")
             self._bar.start()

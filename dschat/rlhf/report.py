@@ -11,6 +11,11 @@ from typing import Any
 from .checkpoint import atomic_text
 from .metrics import read_lines
 
+STYLE = (
+    "<style>body{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    "table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.3em .6em;vertical-align:top;"
+    "white-space:pre-wrap;text-align:left}</style>"
+)
 STAGES = ("sft", "reward", "ppo")
 # What is drawn for each stage: panel title -> (key, label) of its lines.
 PANELS: dict[str, list[tuple[str, list[tuple[str, str]]]]] = {
@@ -21,11 +26,13 @@ PANELS: dict[str, list[tuple[str, list[tuple[str, str]]]]] = {
     ],
     "ppo": [
         ("PPO: score of the rollouts", [("score/mean", "score"), ("score/total", "score - KL penalty")]),
-        ("PPO: KL to the reference", [("kl/sequence", "a whole answer (k1)"), ("kl/sequence_k3", "a whole answer (k3)")]),
+        ("PPO: KL to the reference, a whole answer", [("kl/sequence", "k1"), ("kl/sequence_k3", "k3")]),
         ("PPO: losses", [("policy/loss", "policy"), ("value/loss", "value")]),
         ("PPO: answer length", [("rollout/length", "tokens")]),
-        ("PPO: seconds of a step", [("time/prefill_s", "prefill"), ("time/decode_s", "decode"), ("time/score_s", "score"),
-                                    ("time/logprobs_s", "log-probs"), ("time/update_s", "update"), ("time/flip_s", "flip")]),
+        ("PPO: seconds of a step", [
+            *(("time/prefill_s", "prefill"), ("time/decode_s", "decode"), ("time/score_s", "score")),
+            *(("time/logprobs_s", "log-probs"), ("time/update_s", "update"), ("time/flip_s", "flip")),
+        ]),
     ],
 }  # fmt: skip
 
@@ -108,11 +115,12 @@ def write(
     cells = [[f"{v:.2f}" if isinstance(v, float) else str(v).strip() for v in row.values()] for row in table]
 
     md = [f"# {title}", "", *(f"- {s}" for s in sentences), ""]
-    page = ["<!doctype html><meta charset='utf-8'>", f"<title>{html.escape(title)}</title>",
-            "<style>body{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}img{max-width:100%}"
-            "table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.3em .6em;vertical-align:top;"
-            "white-space:pre-wrap;text-align:left}</style>", f"<h1>{html.escape(title)}</h1><ul>",
-            *(f"<li>{html.escape(s)}</li>" for s in sentences), "</ul>"]  # fmt: skip
+    page = ["<!doctype html><meta charset='utf-8'>", f"<title>{html.escape(title)}</title>", STYLE]
+    page += [
+        f"<h1>{html.escape(title)}</h1><ul>",
+        *(f"<li>{html.escape(s)}</li>" for s in sentences),
+        "</ul>",
+    ]
     if picture:
         md += ["![curves](curves.png)", ""]
         page.append("<img src='curves.png' alt='curves'>")
