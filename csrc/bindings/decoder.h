@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/linear.h"
+#include "cpu/lora_linear.h"
 #include "cpu/step.h"
 
 namespace dschat {
@@ -91,6 +92,20 @@ inline void bind_decoder(pybind11::module_& m) {
         parallel([&](const Team& team) {
           linear(team, DType(dtype), reinterpret_cast<const void*>(x), x_stride, rows, w, e,
                  reinterpret_cast<void*>(y), y_stride);
+        });
+      },
+      release());
+
+  m.def(
+      "lora_linear",
+      [](int dtype, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t panels, uintptr_t bias, int64_t n,
+         int64_t k, uintptr_t a_panels, uintptr_t b_panels, int64_t rank, float scale, uintptr_t y, int64_t y_stride) {
+        const PackedMatrix w = packed_matrix(panels, bias, n, k, false);
+        const PackedMatrix a = packed_matrix(a_panels, 0, rank, k, false);
+        const PackedMatrix b = packed_matrix(b_panels, 0, n, rank, false);
+        parallel([&](const Team& team) {
+          lora_linear(team, DType(dtype), reinterpret_cast<const void*>(x), x_stride, rows, w, a, b, scale,
+                      reinterpret_cast<void*>(y), y_stride);
         });
       },
       release());

@@ -1,12 +1,37 @@
-// The register tile under linear and token_logprobs: MR rows by NP panels of 32 columns over the whole of k.
+// The matrix product under linear, lora_linear and token_logprobs: MR rows by NP panels of 32 columns over the whole
+// of k in registers, and the loops around it (gemm.cpp). What happens to the sums is the sink's business.
 #pragma once
 
 #include <algorithm>
 
-#include "linear.h"
+#include <cstdint>
+
+#include "parallel.h"
 #include "scratch.h"
+#include "simd.h"
 
 namespace dschat {
+
+constexpr int64_t kPanel = 32;  // output columns of a panel
+
+// Receives finished sums: rows x (panels * 32) float32 of the tile whose first row and panel are given.
+struct TileSink {
+  virtual void write(const float* sums, int64_t row, int rows, int64_t panel, int panels) const = 0;
+
+ protected:
+  ~TileSink() = default;
+};
+
+// Rows [r0, r1) of x [rows, k] (row stride in elements) times the panels [p0, p1), on the calling thread. Weight
+// panels have x's dtype, or float32.
+void multiply_panels(DType x_type, DType w_type, const void* x, int64_t x_stride, int64_t k, const void* panels,
+                     int64_t r0, int64_t r1, int64_t p0, int64_t p1, const TileSink& sink);
+
+// This thread's rectangle of rows x panels: the grid of threads whose largest share is smallest, panels cut first.
+struct Share {
+  int64_t r0, r1, p0, p1;
+};
+Share share_of(const Team& team, int64_t rows, int64_t panels);
 
 // Rows are widened to float32 in tiles of kTileK values with a fixed row stride: the stride is a compile-time
 // constant (one address register serves all rows) and no multiple of 4096 bytes (rows fall in different sets).

@@ -12,12 +12,11 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "gemm.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace dschat {
-
-constexpr int64_t kPanel = 32;
 
 struct PackedMatrix {
   const void* data;   // panels

@@ -29,7 +29,7 @@ from dschat_kernels.ops._common import (
 )
 from dschat_kernels.ops.bias_act import bias_act_reference
 from dschat_kernels.ops.gated_act import gated_act_reference
-from dschat_kernels.packing import PackedLinear
+from dschat_kernels.packing import PANEL, PackedLinear
 
 
 def linear(
@@ -49,7 +49,11 @@ def linear(
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, activations and backends.
     """
     check_tensor("linear", "x", x)
-    check(isinstance(packed, PackedLinear), f"linear: packed is a {type(packed).__name__}; give a PackedLinear.", TypeError)
+    check(
+        isinstance(packed, PackedLinear),
+        f"linear: packed is a {type(packed).__name__}; give a PackedLinear.",
+        TypeError,
+    )
     check(
         x.dim() > 0 and x.shape[-1] == packed.k,
         f"linear: x has shape {list(x.shape)}; its last dimension must be {packed.k}, the width of the packed weight.",
@@ -63,15 +67,24 @@ def linear(
     if residual is not None:
         check_tensor("linear", "residual", residual)
         expected = [*x.shape[:-1], packed.n]
-        check(list(residual.shape) == expected, f"linear: residual has shape {list(residual.shape)}; give {expected}.")
-        check(residual.dtype == x.dtype, f"linear: residual is {residual.dtype} and x {x.dtype}; give one dtype.", TypeError)
+        check(
+            list(residual.shape) == expected,
+            f"linear: residual has shape {list(residual.shape)}; give {expected}.",
+        )
+        check(
+            residual.dtype == x.dtype,
+            f"linear: residual is {residual.dtype} and x {x.dtype}; give one dtype.",
+            TypeError,
+        )
         check_device("linear", "residual", residual, x)
     check(
         not float_output or (activation == "none" and residual is None and not packed.gated),
         "linear: float_output returns the bare sums; give it without activation, residual or gate.",
     )
     if resolve_backend("linear", backend, x) == "reference" or packed.panels is None:
-        return linear_reference(x, packed, activation=activation, residual=residual, float_output=float_output)
+        return linear_reference(
+            x, packed, activation=activation, residual=residual, float_output=float_output
+        )
     return torch.ops.dschat.linear(
         x, packed.panels, packed.bias, packed.n, packed.k, packed.gated, activation, residual, float_output
     )
@@ -99,6 +112,24 @@ def linear_reference(
     elif activation != "none":
         y = bias_act_reference(y, None, activation)
     return y if residual is None else residual + y
+
+
+def linear_sums(x: Tensor, packed: PackedLinear) -> tuple[Tensor, ...]:
+    """round(x W_p^T + b_p) of every part of a pack, one [T, n_p] each, x [T, k]: a gated pack's two halves unmultiplied.
+
+    The bits are those that `linear` and its epilogues start from.
+    """
+    if packed.panels is None:
+        z = x.float() @ packed.to_dense().float().t()
+        bias = packed.plain_bias()
+        z = (z if bias is None else z + bias).to(x.dtype)
+        return z.split([n for n, _ in packed.shapes], dim=-1)
+    columns = packed.num_panels * PANEL if packed.gated else packed.n
+    y = torch.ops.dschat.linear(x, packed.panels, packed.bias, columns, packed.k, False, "none", None, False)
+    if not packed.gated:
+        return y.split([n for n, _ in packed.shapes], dim=-1)
+    halves = y.view(len(y), packed.num_panels, 2, PANEL // 2)
+    return tuple(halves[:, :, i].reshape(len(y), -1)[:, : packed.n] for i in range(2))
 
 
 # ------------------------------------------------------------------------------------------- torch.library

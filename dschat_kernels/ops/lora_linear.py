@@ -52,7 +52,9 @@ def lora_linear(
         f"lora_linear: x has shape {list(x.shape)}; its last dimension must be {weight.shape[1]}, the width of the weight.",
     )
     check(
-        x.dtype == weight.dtype, f"lora_linear: x is {x.dtype} and weight {weight.dtype}; give one dtype.", TypeError
+        x.dtype == weight.dtype,
+        f"lora_linear: x is {x.dtype} and weight {weight.dtype}; give one dtype.",
+        TypeError,
     )
     check_device("lora_linear", "weight", weight, x)
     if bias is not None:

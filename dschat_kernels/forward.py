@@ -1,0 +1,201 @@
+"""The training forward of a decoder on packed rows: no padding, the ops of the rollout, gradients for what is trained.
+
+`packed_hidden` walks a `DecoderSpec`. By default projections run through the model's own modules (so adapters, hooks and
+sharded weights behave as ever) and everything between them through our differentiable ops. With `exact` they run through
+the packs of a `Decoder`: then every op has the kernel, the weights and the rounding of the rollout, and hidden states,
+hence log-probs, are equal to the rollout's bit for bit. Gradients to weights, A and B are those of W + scale B A; the one
+rounding of the packed weight is passed straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .models.spec import DecoderSpec, LayerSpec, LinearSpec
+from .ops.attention import packed_attention
+from .ops.bias_act import bias_act
+from .ops.gated_act import gated_act
+from .ops.linear import linear_sums
+from .ops.rope_append import rope
+from .packing import PackedLinear, ResolvedLinear, resolve_linear
+from .plan import Decoder, apply_norm
+
+
+def packed_hidden(
+    spec: DecoderSpec,
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    exact: Decoder | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Hidden states that the head reads, [T, width], for packed rows.
+
+    Args:
+        input_ids: int64 [T], the tokens of all rows one after the other.
+        cu_seqlens: int32 [rows + 1], row r owns the tokens cu_seqlens[r] .. cu_seqlens[r + 1]; positions start at 0.
+        exact: a refreshed `Decoder` of the same model: its packs do the projections.
+        backend: of the ops between the projections.
+
+    Gradient checkpointing is applied layer by layer where the model has it switched on. Dropout is not applied.
+    """
+    if input_ids.dim() != 1 or input_ids.dtype != torch.int64:
+        raise TypeError(
+            f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give int64 of shape [T]."
+        )
+    vocabulary = spec.embed.weight.shape[0]
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise ValueError(
+            f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: the vocabulary has {vocabulary}."
+        )
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if spec.positions is not None and longest > spec.max_positions:
+        raise ValueError(
+            f"a row has {longest} tokens and the model {spec.max_positions} positions: shorten it."
+        )
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
+    positions = torch.arange(input_ids.numel()) - starts
+
+    walk = _Walk(spec, cu_seqlens, positions, longest, exact, backend)
+    x = spec.embed(input_ids)
+    if spec.project_in is not None:
+        x = walk.project(x, "project_in", [spec.project_in])[0]
+    if spec.positions is not None:
+        x = x + torch.nn.functional.embedding(positions + spec.position_offset, spec.positions.weight)
+    checkpointing = torch.is_grad_enabled() and getattr(spec.trunk, "gradient_checkpointing", False)
+    for i, layer in enumerate(spec.layers):
+        if checkpointing:
+            x = checkpoint(walk.layer, i, layer, x, use_reentrant=False)
+        else:
+            x = walk.layer(i, layer, x)
+    if spec.final_norm is not None:
+        x = apply_norm(spec.final_norm, x, backend)
+    if spec.project_out is not None:
+        x = walk.project(x, "project_out", [spec.project_out])[0]
+    return x
+
+
+class _Walk:
+    """What the layers of one forward share."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        longest: int,
+        exact: Decoder | None,
+        backend: str | None,
+    ):
+        self.spec, self.cu_seqlens, self.positions, self.exact, self.backend = (
+            spec,
+            cu_seqlens,
+            positions,
+            exact,
+            backend,
+        )
+        self.tables = None
+        if spec.rope is not None:
+            self.tables = exact.rope_tables(longest) if exact is not None else spec.rope.tables(longest)
+
+    def layer(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
+        if layer.norm_position == "pre":
+            x = x + self.attention(i, layer, apply_norm(layer.attn_norm, x, self.backend))
+            return x + self.mlp(i, layer, apply_norm(layer.mlp_norm, x, self.backend))
+        x = apply_norm(layer.attn_norm, x + self.attention(i, layer, x), self.backend)
+        return apply_norm(layer.mlp_norm, x + self.mlp(i, layer, x), self.backend)
+
+    def attention(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
+        dim = self.spec.head_dim
+        q, k, v = (
+            y.reshape(len(x), -1, dim)
+            for y in self.project(x, f"layers.{i}.qkv", [layer.q, layer.k, layer.v])
+        )
+        if self.tables is not None and self.spec.rope is not None:
+            rotary = {
+                "style": self.spec.rope.style,
+                "rotary_dim": self.spec.rope.rotary_dim,
+                "backend": self.backend,
+            }
+            q, k = (rope(y, *self.tables, self.positions, **rotary) for y in (q, k))
+        out = packed_attention(
+            q, k, v, self.cu_seqlens, scale=layer.scale, window=layer.window, softcap=self.spec.attn_softcap,
+            backend=self.backend,
+        )  # fmt: skip
+        return self.project(out.reshape(len(x), -1), f"layers.{i}.o", [layer.o])[0]
+
+    def mlp(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
+        if layer.gate is not None:
+            gate, up = self.project(x, f"layers.{i}.gate_up", [layer.gate, layer.up])
+            mid = gated_act(gate, up, layer.activation, backend=self.backend)
+        else:
+            (up,) = self.project(x, f"layers.{i}.up", [layer.up])
+            mid = bias_act(up, None, layer.activation, backend=self.backend)
+        return self.project(mid, f"layers.{i}.down", [layer.down])[0]
+
+    def project(self, x: Tensor, name: str, specs: Sequence[LinearSpec]) -> Sequence[Tensor]:
+        """One output a spec. A module that several specs share (fused qkv) is called once."""
+        if self.exact is not None:
+            return exact_linear(x, self.exact.packed(name), [resolve_linear(s, name) for s in specs])
+        outputs: dict[int, Tensor] = {}
+        result = []
+        for spec in specs:
+            y = outputs.get(id(spec.module))
+            if y is None:
+                y = outputs[id(spec.module)] = spec.module(x)
+            result.append(y if spec.rows is None else y[:, spec.rows[0] : spec.rows[1]])
+        return result
+
+
+def exact_linear(x: Tensor, packed: PackedLinear, parts: Sequence[ResolvedLinear]) -> tuple[Tensor, ...]:
+    """round(x W_p^T + b_p) for every part of a pack, with the pack's bits; differentiable in x and in the parts' weight,
+    bias, A and B. x: [T, k]; one [T, n_p] a part."""
+    tensors = [t for p in parts for t in (p.weight, p.bias)]
+    updates = [t for p in parts for u in p.updates for t in (u.a, u.b)]
+    scales = [[u.scale for u in p.updates] for p in parts]
+    return _ExactLinear.apply(x, packed, scales, len(tensors), *tensors, *updates)
+
+
+class _ExactLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: PackedLinear, scales: Any, count: int, *tensors: Tensor | None
+    ) -> Any:
+        ctx.scales, ctx.count = scales, count
+        ctx.save_for_backward(x, *tensors)
+        return linear_sums(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """With dy of a part: dx += dy W + s (dy B) A, dW = dy^T x, db = sum dy, dA = s (dy B)^T x, dB = s dy^T (x A^T)."""
+        x, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        base, updates = tensors[: ctx.count], iter(range(ctx.count, len(tensors)))
+        out: list[Tensor | None] = [None] * len(tensors)
+        dx: Tensor | None = None
+        for p, dy in enumerate(grads):
+            weight = base[2 * p]
+            if needs[0]:
+                part = dy @ weight
+                dx = part if dx is None else dx + part
+            if needs[4 + 2 * p]:
+                out[2 * p] = dy.t() @ x
+            if base[2 * p + 1] is not None and needs[4 + 2 * p + 1]:
+                out[2 * p + 1] = dy.sum(0)
+            for scale in ctx.scales[p]:
+                ia, ib = next(updates), next(updates)
+                a, b = tensors[ia], tensors[ib]
+                inner = scale * (dy.to(b.dtype) @ b)  # [T, rank]
+                if needs[0]:
+                    dx = dx + (inner @ a).to(dx.dtype)
+                if needs[4 + ia]:
+                    out[ia] = inner.t() @ x.to(a.dtype)
+                if needs[4 + ib]:
+                    out[ib] = scale * (dy.to(b.dtype).t() @ (x.to(a.dtype) @ a.t()))
+        return (dx, None, None, None, *out)

@@ -1,0 +1,251 @@
+"""Weights as the rollout reads them: packed in panels, LoRA fused, rebuilt only when something changed.
+
+`resolve_linear` finds what a projection computes right now (weight, bias, the active LoRA adapters). `PackedLinear` holds one
+packed matrix, `W + sum of scale * B A` accumulated in float32 and rounded once, so the training weight is only read.
+`digest` says whether a tensor's bytes changed; a tensor's version counter cannot (fused optimizers and `.data` bypass it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .models.spec import LinearSpec, Unsupported
+from .ops._common import native, ptr
+
+PANEL = 32
+"""Output columns of a panel (csrc/cpu/linear.h)."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that can be packed, with their number in the binding."""
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """One adapter's update `scale * b @ a`; a: [rank, in], b: [out, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class ResolvedLinear:
+    """What a projection computes now: x @ (weight + sum of updates)^T + bias. weight: [out, in] view of the parameter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    updates: tuple[LoraUpdate, ...]
+
+    def tensors(self) -> list[Tensor]:
+        found = [self.weight] + ([self.bias] if self.bias is not None else [])
+        return found + [t for u in self.updates for t in (u.a, u.b)]
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether `module` is a PEFT LoRA layer (told by its parts: peft need not be installed)."""
+    return hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "get_base_layer")
+
+
+def _lora_updates(module: nn.Module, name: str) -> tuple[LoraUpdate, ...]:
+    if module.disable_adapters or module.merged:  # merged: the base weight already holds them
+        return ()
+    updates = []
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A:
+            continue
+        if getattr(module, "use_dora", {}).get(adapter, False):
+            raise Unsupported(
+                f"{name} uses DoRA in adapter {adapter!r}, which is not a plain low-rank update: merge it first."
+            )
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        if getattr(b, "bias", None) is not None:
+            raise Unsupported(
+                f"{name} has a LoRA bias in adapter {adapter!r}: train it with lora_bias=False."
+            )
+        updates.append(LoraUpdate(a.weight, b.weight, float(module.scaling[adapter])))
+    return tuple(updates)
+
+
+def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
+    """Weight, bias and active LoRA updates of a projection as they are at this moment.
+
+    Raises:
+        Unsupported: the module is neither a plain linear layer nor plain LoRA around one.
+    """
+    module, updates = spec.module, ()
+    if is_lora(module):
+        updates = _lora_updates(module, name)
+        module = module.get_base_layer()
+    kind = type(module).__name__
+    if kind not in ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear"):
+        raise Unsupported(f"{name} is a {kind}: only nn.Linear, Conv1D and LoRA around them can be packed.")
+    weight = module.weight.t() if kind == "Conv1D" else module.weight
+    bias = module.bias
+    if spec.rows is not None:
+        begin, end = spec.rows
+        weight = weight[begin:end]
+        bias = None if bias is None else bias[begin:end]
+        updates = tuple(LoraUpdate(u.a, u.b[begin:end], u.scale) for u in updates)
+    return ResolvedLinear(weight, bias, updates)
+
+
+def digest(tensor: Tensor) -> int:
+    """64-bit digest of a tensor's values; changing any one 4-byte word of it always changes the digest."""
+    data = tensor.detach()
+    if not data.is_contiguous():
+        data = data.t() if data.dim() == 2 and data.t().is_contiguous() else data.contiguous()
+    module = native()
+    if module is not None:
+        return int(module.digest(ptr(data), data.numel() * data.element_size()))
+    words = data.reshape(-1).view(torch.uint8).to(torch.int64)
+    weights = torch.arange(1, words.numel() + 1, dtype=torch.int64) * 0x9E3779B1
+    return int((words * weights).sum())
+
+
+def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
+    """round(W + sum of scale * B A) as a dense [out, in] tensor of `dtype`, accumulated in float32 (PyTorch)."""
+    weight = part.weight.detach().float()
+    for update in part.updates:
+        weight = weight + update.scale * (update.b.detach().float() @ update.a.detach().float())
+    return weight.to(dtype)
+
+
+class PackedLinear:
+    """One matrix for `ops.linear`: several projections below each other (q, k, v), or a gate/up pair.
+
+    With the native kernels `panels` holds the packed layout and `dense` is None; without them `dense` is the fused
+    [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
+
+    Args:
+        shapes: (out, in) of the parts; all `in` equal.
+        dtype: float32 or bfloat16, of the packed weights and of the activations they meet.
+        gated: exactly two parts of one shape, gate and up; the result has `out` of one of them.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        has_bias: bool = False,
+    ):
+        if dtype not in DTYPES:
+            raise TypeError(f"weights cannot be packed as {dtype}: use torch.float32 or torch.bfloat16.")
+        ks = {k for _, k in shapes}
+        if len(ks) != 1 or (gated and (len(shapes) != 2 or shapes[0] != shapes[1])):
+            raise ValueError(
+                f"parts of shapes {list(shapes)} cannot be packed together: give equal widths (gated: two alike)."
+            )
+        self.shapes = [tuple(s) for s in shapes]
+        self.dtype = dtype
+        self.gated = gated
+        self.k = ks.pop()
+        self.n = shapes[0][0] if gated else sum(n for n, _ in shapes)
+        half = PANEL // 2
+        self.num_panels = -(-self.n // half) if gated else -(-self.n // PANEL)
+        self.bias = torch.zeros(self.num_panels * PANEL) if has_bias else None
+        self.panels: Tensor | None = None
+        self.dense: Tensor | None = None
+        if native() is not None:
+            self.panels = torch.empty(self.num_panels * self.k * PANEL, dtype=dtype)
+        else:
+            self.dense = torch.empty(sum(n for n, _ in shapes), self.k, dtype=dtype)
+
+    @classmethod
+    def from_parts(
+        cls, parts: Sequence[ResolvedLinear], dtype: torch.dtype | None = None, *, gated: bool = False
+    ) -> PackedLinear:
+        """Allocates and fills a pack for `parts`; dtype defaults to that of the weights."""
+        packed = cls(
+            [(p.weight.shape[0], p.weight.shape[1]) for p in parts],
+            dtype or parts[0].weight.dtype,
+            gated=gated,
+            has_bias=any(p.bias is not None for p in parts),
+        )
+        packed.fill(parts)
+        return packed
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        """Packs one plain weight [out, in]."""
+        return cls.from_parts([ResolvedLinear(weight, bias, ())], dtype)
+
+    @property
+    def nbytes(self) -> int:
+        held = [t for t in (self.panels, self.dense, self.bias) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def fill(self, parts: Sequence[ResolvedLinear]) -> None:
+        """Writes the parts' present values into the pack, in place: pointers to it stay good."""
+        shapes = [tuple(p.weight.shape) for p in parts]
+        if shapes != self.shapes:
+            raise ValueError(f"the pack was made for shapes {self.shapes}, not {shapes}: make a new one.")
+        if self.bias is not None:
+            self.bias.copy_(self._panel_order(parts))
+        if self.panels is None:
+            torch.cat([fused_weight(p, self.dtype) for p in parts], out=self.dense)
+            return
+        keep: list[Tensor] = []  # temporaries stay alive until the kernel has read them
+        matrices = []
+        for part in parts:
+            weight = part.weight.detach()
+            if weight.dtype not in DTYPES:
+                raise TypeError(
+                    f"a weight of dtype {weight.dtype} cannot be packed: use torch.float32 or torch.bfloat16."
+                )
+            updates = []
+            for update in part.updates:
+                a, b = (t.detach().to(torch.float32).contiguous() for t in (update.a, update.b))
+                keep += [a, b]
+                updates.append((ptr(a), ptr(b), a.shape[0], update.scale))
+            keep.append(weight)
+            matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
+        source = parts[0].weight.dtype
+        native().pack_linear(DTYPES[source], DTYPES[self.dtype], matrices, self.gated, ptr(self.panels))
+
+    def to_dense(self) -> Tensor:
+        """The fused matrix [n, k] (a gated pair: [2 n, k], gate first) that the pack stands for, bit for bit."""
+        if self.dense is not None:
+            return self.dense.clone()
+        assert self.panels is not None
+        rows = self.panels.view(self.num_panels, self.k, PANEL)
+        if self.dtype == torch.bfloat16:  # pairs (c, c + 16) -> columns in order
+            rows = (
+                rows.view(self.num_panels, self.k, PANEL // 2, 2)
+                .transpose(2, 3)
+                .reshape(self.num_panels, self.k, PANEL)
+            )
+        rows = rows.transpose(1, 2)
+        if self.gated:
+            halves = rows.reshape(self.num_panels, 2, PANEL // 2, self.k)
+            return torch.cat([halves[:, i].reshape(-1, self.k)[: self.n] for i in range(2)])
+        return rows.reshape(-1, self.k)[: self.n].contiguous()
+
+    def plain_bias(self) -> Tensor | None:
+        """The bias in output order (a gated pair: gate's, then up's), float32."""
+        if self.bias is None or not self.gated:
+            return None if self.bias is None else self.bias[: self.n]
+        halves = self.bias.view(self.num_panels, 2, PANEL // 2)
+        return torch.cat([halves[:, i].reshape(-1)[: self.n] for i in range(2)])
+
+    def _panel_order(self, parts: Sequence[ResolvedLinear]) -> Tensor:
+        columns = [
+            torch.zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach().to(torch.float32)
+            for p in parts
+        ]
+        out = torch.zeros(self.num_panels * PANEL)
+        if self.gated:
+            halves = out.view(self.num_panels, 2, PANEL // 2)
+            for i, column in enumerate(columns):
+                padded = torch.zeros(self.num_panels * PANEL // 2)
+                padded[: self.n] = column
+                halves[:, i] = padded.view(self.num_panels, PANEL // 2)
+        else:
+            out[: self.n] = torch.cat(columns)
+        return out
