@@ -1,0 +1,347 @@
+"""Log-probabilities (and entropies) of given tokens from hidden states and the head, without a [T, V] tensor.
+
+    logit = hidden . weight_v + bias_v                       float32, summed over the hidden size in order
+    logit = softcap * tanh(logit / softcap)                  where logit_softcap is given (Gemma 2)
+    z     = logit * (1 / temperature)
+    logprob[t] = z[target_t] - logsumexp(z)         entropy[t] = logsumexp(z) - sum_v softmax(z)_v z_v
+
+The cpu backend walks over the vocabulary in chunks of 1024 and folds them by the rule of csrc/cpu/logsumexp.h; its logits
+have the bits of `linear` and its log-probabilities those of `sample`, so that the ratio of a rollout to its recomputation
+is exactly one. The backward recomputes logits block by block. Its matrix products run in float32 on widened inputs (also
+for bfloat16, whose own products would round every block), and the gradients are rounded once at the end.
+
+Fused linear cross-entropy: Hsu et al., "Liger Kernel", 2024, https://arxiv.org/abs/2410.10989
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from dschat_kernels.ops._common import (
+    DTYPES,
+    LIBRARY,
+    as_rows,
+    check,
+    check_device,
+    check_tensor,
+    kernels,
+    no_tensor,
+    ptr,
+    resolve_backend,
+)
+
+ROW_BLOCK, VOCAB_BLOCK = 512, 4096
+"""The backward's block of logits: 8 MiB of float32, a few of which live at once."""
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = ...,
+    bias: Tensor | None = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = ...,
+    bias: Tensor | None = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = ...,
+    bias: Tensor | None = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of targets [T] under the head weight [V, H] (bias [V]) at hidden [T, H]. -> float32 [T]
+
+    With return_entropy also the entropy of every row's distribution, float32 [T]. (float64 in: float64 out, by the
+    reference.) Differentiable in hidden, weight and bias. weight has the dtype of hidden.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes and devices, a target outside 0 .. V - 1, and a temperature
+    that is not positive.
+    """
+    op = "token_logprobs"
+    check_tensor(op, "hidden", hidden)
+    check_tensor(op, "weight", weight)
+    check(
+        hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1] > 0 and weight.shape[0] > 0,
+        f"{op}: hidden has shape {list(hidden.shape)} and weight {list(weight.shape)}; give [T, H] and [V, H].",
+    )
+    check(
+        hidden.dtype == weight.dtype,
+        f"{op}: hidden is {hidden.dtype} and weight is {weight.dtype}; give one dtype.",
+        TypeError,
+    )
+    check_device(op, "weight", weight, hidden)
+    check_tensor(op, "targets", targets, floating=False)
+    check(
+        targets.dtype in (torch.int32, torch.int64),
+        f"{op}: targets has dtype {targets.dtype}; give int64.",
+        TypeError,
+    )
+    check(
+        targets.shape == hidden.shape[:1],
+        f"{op}: targets has shape {list(targets.shape)}; give [{hidden.shape[0]}], one token a row of hidden.",
+    )
+    check_device(op, "targets", targets, hidden)
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+        check(
+            bias.shape == weight.shape[:1],
+            f"{op}: bias has shape {list(bias.shape)}; give [{weight.shape[0]}], one number a row of weight.",
+        )
+        check_device(op, "bias", bias, hidden)
+    check(
+        0.0 < temperature < float("inf"),
+        f"{op}: temperature is {temperature}; give a positive number (greedy log-probabilities are those at 1).",
+    )
+    check(
+        logit_softcap is None or 0.0 < logit_softcap < float("inf"),
+        f"{op}: logit_softcap is {logit_softcap}; give a positive number or None.",
+    )
+    if targets.numel():
+        low, high = int(targets.min()), int(targets.max())
+        check(
+            low >= 0 and high < weight.shape[0],
+            f"{op}: target {low if low < 0 else high} is outside the vocabulary of {weight.shape[0]}; mask padding out "
+            "before the call.",
+        )
+    if resolve_backend(op, backend, hidden, weight) == "reference":
+        return token_logprobs_reference(
+            hidden,
+            weight,
+            targets,
+            temperature=temperature,
+            bias=bias,
+            logit_softcap=logit_softcap,
+            return_entropy=return_entropy,
+        )
+    logprob, _, entropy = torch.ops.dschat.token_logprobs(
+        hidden, weight, targets, bias, float(temperature), logit_softcap, return_entropy
+    )
+    return (logprob, entropy) if return_entropy else logprob
+
+
+def token_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The specification, in plain PyTorch (with a [T, V] tensor)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).t()
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    if logit_softcap:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    log_p = (logits / temperature).log_softmax(-1)
+    logprob = log_p.gather(1, targets.long()[:, None])[:, 0]
+    return (logprob, -(log_p.exp() * log_p).sum(-1)) if return_entropy else logprob
+
+
+# --------------------------------------------------------------------------------------- torch.library
+
+LIBRARY.define(
+    "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
+    "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy)"
+)
+LIBRARY.define(
+    "token_logprobs_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor targets, "
+    "Tensor? bias, Tensor lse, Tensor entropy, float temperature, float? logit_softcap, bool[3] wanted) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+
+
+def _forward_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, stride = as_rows(hidden)
+    weight, targets = weight.contiguous(), targets.to(torch.int64).contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    tokens, size = hidden.shape
+    logprob, lse = torch.empty(tokens), torch.empty(tokens)
+    entropy = torch.empty(tokens if with_entropy else 0)
+    kernels().token_logprobs(
+        DTYPES[hidden.dtype], ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size, weight.shape[0],
+        temperature, logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if with_entropy else 0,
+    )  # fmt: skip
+    return logprob, lse, entropy
+
+
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = hidden.shape[0]
+    logprob, lse, entropy = (
+        torch.empty(n, dtype=torch.float32, device=hidden.device)
+        for n in (tokens, tokens, tokens if with_entropy else 0)
+    )
+    return logprob, lse, entropy
+
+
+def _backward_cpu(
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    logit_softcap: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy), then through temperature and softcap."""
+    (tokens, size), vocab = hidden.shape, weight.shape[0]
+    h = hidden.detach().float()
+    targets = targets.long()
+    dh = torch.zeros(tokens, size) if wanted[0] else None
+    dw = torch.empty_like(weight) if wanted[1] else None
+    db = torch.zeros(vocab) if wanted[2] and bias is not None else None
+    rows = torch.arange(tokens)
+    for v0 in range(0, vocab, VOCAB_BLOCK):
+        v1 = min(v0 + VOCAB_BLOCK, vocab)
+        w = weight[v0:v1].detach().float()
+        dw_block = torch.zeros_like(w) if wanted[1] else None
+        for r0 in range(0, tokens, ROW_BLOCK):
+            block = slice(r0, min(r0 + ROW_BLOCK, tokens))
+            z = h[block] @ w.t()
+            if bias is not None:
+                z += bias[v0:v1].detach()
+            slope = None
+            if logit_softcap:
+                t = z.div_(logit_softcap).tanh_()
+                slope = 1 - t * t
+                z = t * logit_softcap
+            log_p = z.mul_(1.0 / temperature).sub_(lse[block, None])
+            g = dlogprob[block, None].float()
+            if dentropy is None:
+                dz = log_p.exp_().mul_(-g)
+            else:
+                p = log_p.exp()
+                dz = p * -(g + dentropy[block, None] * (log_p + entropy[block, None]))
+                dz.masked_fill_(p == 0, 0.0)  # where log p is -inf
+            here = (targets[block] >= v0) & (targets[block] < v1)
+            dz[rows[: len(here)][here], targets[block][here] - v0] += dlogprob[block][here].float()
+            dz.mul_(1.0 / temperature)
+            if slope is not None:
+                dz.mul_(slope)
+            if dh is not None:
+                dh[block].addmm_(dz, w)
+            if dw_block is not None:
+                dw_block.addmm_(dz.t(), h[block])
+            if db is not None:
+                db[v0:v1] += dz.sum(0)
+        if dw is not None and dw_block is not None:
+            dw[v0:v1] = dw_block
+    return (
+        no_tensor(hidden) if dh is None else dh.to(hidden.dtype),
+        no_tensor(weight) if dw is None else dw,
+        no_tensor(weight) if db is None or bias is None else db.to(bias.dtype),
+    )
+
+
+def _backward_fake(
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    logit_softcap: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape) if wanted[0] else no_tensor(hidden),
+        weight.new_empty(weight.shape) if wanted[1] else no_tensor(weight),
+        bias.new_empty(bias.shape) if wanted[2] and bias is not None else no_tensor(weight),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, targets, bias, ctx.temperature, ctx.logit_softcap, ctx.with_entropy = inputs
+    _, lse, entropy = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
+
+
+def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    grads = torch.ops.dschat.token_logprobs_backward(
+        dlogprob,
+        dentropy if ctx.with_entropy else None,
+        hidden,
+        weight,
+        targets,
+        bias,
+        lse,
+        entropy,
+        ctx.temperature,
+        ctx.logit_softcap,
+        wanted,
+    )
+    dh, dw, db = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return dh, dw, None, db, None, None, None
+
+
+LIBRARY.impl("token_logprobs", _forward_cpu, "CPU")
+LIBRARY.impl("token_logprobs_backward", _backward_cpu, "CPU")
+torch.library.register_fake("dschat::token_logprobs", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("dschat::token_logprobs_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("dschat::token_logprobs", _grad, setup_context=_save, lib=LIBRARY)
