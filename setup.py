@@ -1,7 +1,8 @@
-"""Installation. The native sources travel inside the package as dschat_kernels/csrc and are compiled at first use.
+"""Installation: the native sources travel in the package as dschat_kernels/csrc, compiled when first used.
 
-`DSCHAT_AOT=1 pip install .` compiles them now, for this machine's instruction set, so that no compiler is needed
-later; `DSCHAT_AOT=portable,avx2,avx512` names the levels, for an image or a wheel that other machines will use.
+`DSCHAT_AOT=1 pip install .` compiles them now, for this machine's instruction set, so that no compiler is
+needed later; `DSCHAT_AOT=portable,avx2,avx512` names the levels, for an image or a wheel that other machines
+will use.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class CompileKernels(build_ext):
 serve = ["fastapi", "uvicorn"]
 triton = ["triton; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
-dev = ["hypothesis", "mypy", "psutil", "pytest", "pytest-benchmark", "ruff", "scipy"]
+dev = ["hypothesis", "mypy", "psutil", "pytest", "pytest-benchmark", "ruff", "scipy", "setuptools>=77"]
 
 setup(
     name="dschat",

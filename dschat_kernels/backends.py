@@ -69,7 +69,7 @@ class Backends:
 
 
 def backends(*, compile: bool = True) -> Backends:
-    """The table of backends. Compiles the CPU kernels if they are not there yet, unless `compile` is False."""
+    """The table. The CPU kernels are compiled if they are not there yet, unless `compile` is False."""
     return Backends((_reference(), _cpu(compile), *(_missing(name) for name in ("triton", "cuda"))))
 
 
