@@ -14,6 +14,7 @@ transformers'."""
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import re
 from collections.abc import Callable
@@ -113,6 +114,8 @@ def _fused_class(original: type, make_forward: Callable[..., Any], options: tupl
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, arguments, state, *rest = super(fused, self).__reduce_ex__(protocol)
         arguments = tuple(original if argument is fused else argument for argument in arguments)
+        if function is copyreg.__newobj__:  # pickle insists that its class is the object's own
+            function, arguments = copyreg._reconstructor, (original, object, None)
         if isinstance(state, dict):
             state = {key: value for key, value in state.items() if key != _MARK}
         return (function, arguments, state, *rest)
@@ -491,7 +494,9 @@ def _unfit(model: nn.Module) -> str:
     """Why the norm, gate and activation kernels cannot run on this model's weights; empty when they can."""
     for weight in model.parameters():
         if weight.is_floating_point() and (weight.dtype not in DTYPES or weight.device.type != "cpu"):
-            return f"weights are {weight.dtype} on {weight.device}; the kernels run float32 and bfloat16 on the CPU"
+            return (
+                f"weights are {weight.dtype} on {weight.device}; kernels run float32 and bfloat16 on the CPU"
+            )
     return ""
 
 
