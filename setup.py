@@ -115,6 +115,7 @@ setup(
         "numpy>=2",
         "packaging",
         "peft>=0.21",
+        "pyarrow>=20",
         "pybind11>=3.0",
         "pyyaml>=6",
         "rich>=14",
