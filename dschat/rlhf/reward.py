@@ -1,0 +1,141 @@
+"""Reward model: a sequence classifier that scores the chosen answer of a pair above the rejected one.
+
+The score is read at the last real token. When training is done, mean and deviation of the scores of training
+answers are stored in the model's config (`reward_mean`, `reward_std`), and every reader (models.Scorer) takes
+them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config import RewardConfig
+from . import data, losses, models
+from .run import Run, clip_gradients, interruptible, learning_rate, make_optimizer, require_data, set_lr
+
+NORMALISE_ON = 128  # training pairs whose scores give mean and deviation
+
+
+def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    """Run (or go on with, or return the result of) the reward run in `config.output_dir`.
+
+    model: a sequence classifier with one label to use instead of loading `config.model`. Writes `model/` and,
+    with LoRA, `adapter/`.
+    """
+    with Run(config, "reward") as run, interruptible(run):
+        if run.result is not None:
+            return run.result
+        require_data(config)
+        tokenizer = tokenizer or models.load_tokenizer(config.model)
+        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
+        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+
+        model = model or models.load_scorer(config.model, models.pick_dtype(config.dtype), config.seed)
+        models.set_scorer_padding(model, tokenizer, encoder)
+        model = models.make_trainable(model, config, "SEQ_CLS")
+        model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+        scorer = models.Scorer(model)
+        parameters = models.trainable(model)
+        optimizer = make_optimizer(parameters, config, config.learning_rate)
+
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
+        total = schedule.total_steps
+        metrics = run.start(total)
+        metrics.say(train_stats.sentence("reward data"))
+        if eval_set:
+            metrics.say(eval_stats.sentence("reward held-out data"))
+        run.restore({"reward": model}, {"reward": optimizer})
+
+        final: dict[str, float] = {}
+        for step in range(run.step, total):
+            examples = [train_set[i] for i in schedule.indices(step)]
+            with metrics.phase("update"):
+                values = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+                for piece in data.chunks(examples, config.batch_size):
+                    chosen, rejected = pair_scores(scorer, piece, encoder.pad_id)
+                    loss, found = losses.bradley_terry_loss(
+                        chosen, rejected, _margins(piece, config.margin), normalizer=len(examples)
+                    )
+                    loss.backward()
+                    values["loss"] += float(loss.detach())
+                    for name in ("accuracy", "margin"):
+                        values[name] += float(found[name]) * len(piece) / len(examples)
+                values["grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
+                values["lr"] = learning_rate(config, config.learning_rate, step, total)
+                run.check_finite(values["grad_norm"], "gradient", step + 1)
+                set_lr(optimizer, values["lr"])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if eval_set and (
+                step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0)
+            ):
+                with metrics.phase("eval"):
+                    held_out = evaluate(scorer, eval_set, encoder.pad_id, config)
+                values |= {f"eval/{k}": v for k, v in held_out.items()}
+                final |= {f"eval_{k}": v for k, v in held_out.items()}
+            metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
+            run.save(step + 1, {"reward": model}, {"reward": optimizer})
+            final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
+
+        if config.normalise:
+            mean, std = moments(scorer, train_set[:NORMALISE_ON], encoder.pad_id, config.batch_size)
+            model.config.reward_mean, model.config.reward_std = mean, std
+            final |= {"reward_mean": mean, "reward_std": std}
+        if eval_set:
+            longer = [len(e.answers[0]) > len(e.answers[1]) for e in eval_set]
+            final["eval_longer_wins"] = sum(longer) / len(longer)
+        written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
+        return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
+
+
+def _examples(
+    config: RewardConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
+) -> tuple[list[data.Example], data.DataStats]:
+    records, stats = data.read(sources, limit, config.bad_rows)
+    examples = data.pair_examples(
+        records, encoder, stats, max_length=config.max_length, margin=config.margin,
+        overlong=config.overlong, bad_rows=config.bad_rows,
+    )  # fmt: skip
+    return examples, stats
+
+
+def _margins(examples: Sequence[data.Example], column: str) -> torch.Tensor | None:
+    return torch.tensor([float(e.columns[column]) for e in examples]) if column else None
+
+
+def pair_scores(
+    scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of chosen and rejected, each [B], from one packed forward over both."""
+    prompts = [e.prompt_ids for e in examples]
+    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
+    scores = scorer.scores(data.Sequences.of(prompts * 2, answers, pad_id))
+    return scores[: len(examples)], scores[len(examples) :]
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int, config: RewardConfig
+) -> dict[str, float]:
+    """Loss, accuracy and margin on held-out pairs."""
+    pieces = [pair_scores(scorer, piece, pad_id) for piece in data.chunks(examples, config.batch_size)]
+    chosen, rejected = (torch.cat([p[i] for p in pieces]) for i in range(2))
+    loss, metrics = losses.bradley_terry_loss(chosen, rejected, _margins(examples, config.margin))
+    return {"loss": float(loss), "accuracy": float(metrics["accuracy"]), "margin": float(metrics["margin"])}
+
+
+@torch.no_grad()
+def moments(
+    scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int, batch_size: int
+) -> tuple[float, float]:
+    """Mean and biased standard deviation of the raw scores of all answers of some pairs."""
+    scores = torch.cat(
+        [torch.cat(pair_scores(scorer, piece, pad_id)) for piece in data.chunks(examples, batch_size)]
+    ).double()
+    std = float(scores.std(correction=0))
+    return float(scores.mean()), std if std > 1e-6 else 1.0

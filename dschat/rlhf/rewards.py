@@ -1,0 +1,158 @@
+"""Where scores come from: reward models, Python functions, or several of them weighted and added.
+
+A reward function is called with keywords only and gets one entry a completion in every list:
+
+    def fn(prompts, completions, **columns) -> list[float | None]
+
+prompts: the prompt column as it is in the data (a text, or messages); completions: texts without special
+tokens; columns: every other column of the data by name. None means that the function has nothing to say about
+that completion.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+class RewardError(ValueError):
+    """A reward function that gave something that is no list of scores; the message is one sentence."""
+
+
+class ScoresBatches(Protocol):
+    """A reward model: scores token sequences (see models.Scorer)."""
+
+    def scores(self, batch: Any) -> Tensor: ...
+
+
+def is_function_name(source: str) -> bool:
+    """Whether a reward in the config names a function (`package.module:function`, `file.py:function`) and
+    not a model.
+    """
+    module, colon, function = source.rpartition(":")
+    return bool(colon) and function.isidentifier() and not os.path.exists(source) and bool(module)
+
+
+def load_function(source: str) -> RewardFunction:
+    """The function that `package.module:function` or `path/file.py:function` names; the working directory is
+    searched too.
+    """
+    module_name, _, function_name = source.rpartition(":")
+    try:
+        if module_name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
+            if spec is None or spec.loader is None or not os.path.isfile(module_name):
+                raise ConfigError(f"reward {source} names the file {module_name}, which does not exist")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(module_name)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"reward {source} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        there = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")][:8]
+        raise ConfigError(
+            f"reward {source}: {module_name} has no function {function_name}; it has {', '.join(there)}"
+        )
+    return function
+
+
+def call_function(
+    function: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> Tensor:
+    """Scores float32 [B], NaN where the function said None. Raises RewardError for anything else."""
+    name = getattr(function, "__name__", type(function).__name__)
+    values = function(
+        prompts=list(prompts), completions=list(completions), **{k: list(v) for k, v in columns.items()}
+    )
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)) or len(values) != len(completions):
+        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else f"a {type(values).__name__}"
+        raise RewardError(
+            f"reward function {name} returned {got} for {len(completions)} completions; return one each"
+        )
+    scores = []
+    for i, value in enumerate(values):
+        if value is None:
+            scores.append(math.nan)
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise RewardError(
+                f"reward function {name} returned {value!r} for completion {i}; return a number or None"
+            ) from None
+        if not math.isfinite(number):
+            raise RewardError(
+                f"reward function {name} returned {number} for completion {i}; return a finite number or None"
+            )
+        scores.append(number)
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+class Rewards:
+    """A weighted sum of reward models and reward functions.
+
+    A completion about which no source has anything to say is invalid; it is left out of the update, not
+    scored 0.
+    """
+
+    def __init__(
+        self, sources: Sequence[tuple[str, ScoresBatches | RewardFunction]], weights: Sequence[float] = ()
+    ) -> None:
+        if not sources:
+            raise ConfigError(
+                "there is no reward; name a reward model folder or a function (module:function)"
+            )
+        if weights and len(weights) != len(sources):
+            raise ConfigError(
+                f"there are {len(weights)} weights for {len(sources)} rewards; give one weight a reward"
+            )
+        self.sources = list(sources)
+        self.weights = list(weights) or [1.0] * len(sources)
+
+    def __call__(
+        self,
+        batch: Any,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(scores float32 [B], valid bool [B], each source's own scores by name with NaN where it said
+        nothing).
+        """
+        total = torch.zeros(len(completions))
+        valid = torch.zeros(len(completions), dtype=torch.bool)
+        parts: dict[str, Tensor] = {}
+        for (name, source), weight in zip(self.sources, self.weights, strict=True):
+            if hasattr(source, "scores"):
+                with torch.no_grad():
+                    scores = source.scores(batch).float().cpu()
+            else:
+                scores = call_function(source, prompts, completions, columns)
+            said = ~torch.isnan(scores)
+            total = total + weight * torch.where(said, scores, torch.zeros_like(scores))
+            valid |= said
+            parts[name] = scores
+        return total, valid, parts

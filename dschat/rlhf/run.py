@@ -1,0 +1,249 @@
+"""One run: its folder, what it was started with, its seeds, its checkpoints, its metrics, its end.
+
+A run's folder holds `config.yaml` (resolved), `run.json` (config, versions, seed), `metrics.jsonl`,
+`tensorboard/`, `checkpoints/`, `completions.jsonl`, and when it is done the models and `result.json`.
+Starting it again goes on where it was: a finished run returns its result, an unfinished one resumes from its
+newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import config as configs
+from ..config import ConfigError, StageConfig
+from . import checkpoint
+from .metrics import Metrics, reset_peak_memory
+
+# Keys that may differ when a run goes on: they change what is shown or kept, never what is computed.
+FREE_KEYS = {
+    "resume",
+    "overwrite",
+    "progress",
+    "tensorboard",
+    "save_every",
+    "keep_checkpoints",
+    "threads",
+    "output_dir",
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that numbers depend on."""
+    import importlib.metadata
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("dschat", "torch", "transformers", "peft", "safetensors", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def learning_rate(config: StageConfig, peak: float, step: int, total: int) -> float:
+    """Learning rate of step 0 .. total - 1: linear warm-up to `peak`, then constant, or linear or cosine
+    down to 0.
+    """
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    if config.lr_schedule == "linear":
+        return peak * (1 - progress)
+    if config.lr_schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: StageConfig, lr: float) -> torch.optim.AdamW:
+    if not parameters:
+        raise ConfigError("no parameter is trainable; set lora_r, or 0 to train all weights")
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
+    )
+
+
+def require_data(config: StageConfig) -> None:
+    """Raise ConfigError when a run has nothing to train on."""
+    if not config.data:
+        raise ConfigError("data is empty; name at least one file (.jsonl, .csv, .parquet) or hub data set")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
+    """Scale gradients down to `limit` (0: never) and return their norm before that."""
+    return float(nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf))
+
+
+class Run:
+    """Open a run's folder; use as a context manager. `result` is not None when the run is finished
+    already.
+    """
+
+    def __init__(self, config: StageConfig, stage: str) -> None:
+        self.config, self.stage = config, stage
+        self.folder = Path(config.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.metrics: Metrics | None = None
+        self.result: dict[str, Any] | None = None
+        self.tensors: dict[str, Tensor] = {}
+        self.state: dict[str, Any] = {}
+        self.step = 0
+        self._open()
+
+    def _open(self) -> None:
+        file = self.folder / "run.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"output_dir {self.folder} is a file; name a folder")
+        if self.config.overwrite and file.is_file():
+            shutil.rmtree(self.folder)
+        elif self.config.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ConfigError(
+                f"output_dir {self.folder} holds files of no run, so it is not deleted; name another"
+            )
+        if file.is_file():
+            self._continue(json.loads(file.read_text(encoding="utf-8")))
+        if self.result is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "stage": self.stage,
+            "config": self.config.to_dict(),
+            "versions": versions(),
+            "seed": self.config.seed,
+        }
+        checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
+        checkpoint.atomic_text(file, json.dumps(content, indent=1) + "\n")
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        random.seed(self.config.seed)
+        np.random.seed(self.config.seed % 2**32)
+        torch.manual_seed(self.config.seed)
+        reset_peak_memory()
+
+    def _continue(self, before: dict[str, Any]) -> None:
+        if self.config.resume == "never":
+            raise ConfigError(
+                f"output_dir {self.folder} holds a run already; name another, or add --overwrite"
+            )
+        if before.get("stage") != self.stage:
+            raise ConfigError(
+                f"output_dir {self.folder} holds a run of {before.get('stage')}; name another folder"
+            )
+        now = self.config.to_dict()
+        for key, value in now.items():
+            if key not in FREE_KEYS and before["config"].get(key) != value:
+                old = before["config"].get(key)
+                raise ConfigError(
+                    f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
+                    "name another output_dir, or add --overwrite"
+                )
+        done = self.folder / "result.json"
+        if done.is_file():
+            self.result = json.loads(done.read_text(encoding="utf-8"))
+            return
+        newest = checkpoint.latest(self.checkpoints)
+        if newest is not None:
+            self.tensors, self.state, self.step = checkpoint.load(newest)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def start(self, total_steps: int) -> Metrics:
+        """Open the metrics, at the step where the run goes on."""
+        self.metrics = Metrics(
+            self.folder, self.stage, total_steps, after_step=self.step,
+            tensorboard=self.config.tensorboard, progress=self.config.progress,
+        )  # fmt: skip
+        if self.step:
+            self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
+        return self.metrics
+
+    def restore(
+        self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Any]:
+        """Put the newest checkpoint into modules, optimizers and random generators; returns what else was
+        saved ({} at the start).
+        """
+        if not self.step:
+            return {}
+        for name, module in modules.items():
+            checkpoint.load_module_state(name, module, self.tensors)
+        for name, optimizer in optimizers.items():
+            checkpoint.load_optimizer_state(
+                f"optimizer.{name}", optimizer, self.tensors, self.state["optimizers"][name]
+            )
+        checkpoint.set_rng_state(self.tensors, self.state["rng"])
+        self.tensors = {}
+        return dict(self.state["extra"])
+
+    def save(
+        self, step: int, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
+        extra: Mapping[str, Any] | None = None, last: bool = False,
+    ) -> None:  # fmt: skip
+        """Checkpoint after `step` if it is due. extra: what else to keep, as JSON values."""
+        every = self.config.save_every
+        if not every or (step % every and not last):
+            return
+        assert self.metrics is not None
+        with self.metrics.phase("checkpoint"):
+            all_tensors, rng = checkpoint.rng_state()
+            states = {}
+            for name, module in modules.items():
+                all_tensors |= checkpoint.module_state(name, module)
+            for name, optimizer in optimizers.items():
+                found, states[name] = checkpoint.optimizer_state(f"optimizer.{name}", optimizer)
+                all_tensors |= found
+            state = {"optimizers": states, "rng": rng, "extra": dict(extra or {})}
+            checkpoint.save(self.checkpoints, step, all_tensors, state, self.config.keep_checkpoints)
+
+    def eval_due(self, step: int, total: int) -> bool:
+        """Whether held-out data is looked at after `step`."""
+        every = self.config.eval_every
+        return step == total or bool(every and step % every == 0)
+
+    def check_finite(self, value: float, what: str, step: int) -> None:
+        """Stop before anything is saved when training has blown up."""
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"
+            )
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write result.json, the sign that the run is done."""
+        self.result = dict(result)
+        checkpoint.atomic_text(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
+        return self.result
+
+
+@contextlib.contextmanager
+def interruptible(run: Run) -> Iterator[None]:
+    """Ctrl-C ends a run with one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        newest = checkpoint.latest(run.checkpoints)
+        where = f"after {newest.name}" if newest else "from the start"
+        raise ConfigError(
+            f"interrupted; the same command goes on {where} ({os.fspath(run.folder)})"
+        ) from None

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning: maximum likelihood of the responses, end of turn included, prompts not trained
+on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config import SFTConfig
+from ..engine.hybrid_engine import HybridEngine
+from . import data, losses, models
+from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
+
+
+def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    """Run (or go on with, or return the result of) the SFT run in `config.output_dir`.
+
+    model, tokenizer: use these instead of loading `config.model`. Writes `model/` and, with LoRA, `adapter/`.
+    """
+    with Run(config, "sft") as run, interruptible(run):
+        if run.result is not None:
+            return run.result
+        require_data(config)
+        tokenizer = tokenizer or models.load_tokenizer(config.model)
+        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
+        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+
+        model = model or models.load_policy(config.model, models.pick_dtype(config.dtype))
+        model = models.make_trainable(model, config, "CAUSAL_LM")
+        optimizer = make_optimizer(models.trainable(model), config, config.learning_rate)
+        engine = HybridEngine(model, optimizer)
+
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
+        total = schedule.total_steps
+        metrics = run.start(total)
+        metrics.say(train_stats.sentence("SFT data"))
+        if eval_set:
+            metrics.say(eval_stats.sentence("SFT held-out data"))
+        run.restore({"policy": model}, {"policy": optimizer})
+
+        final: dict[str, float] = {}
+        for step in range(run.step, total):
+            examples = [train_set[i] for i in schedule.indices(step)]
+            with metrics.phase("update"):
+                loss, tokens = _accumulate(engine, examples, encoder.pad_id, config)
+                lr = learning_rate(config, config.learning_rate, step, total)
+                set_lr(optimizer, lr)
+                norm = engine.step(config.max_grad_norm)
+            run.check_finite(norm, "gradient", step + 1)
+            values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
+            if eval_set and (
+                step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0)
+            ):
+                with metrics.phase("eval"):
+                    final["eval_loss"] = values["eval/loss"] = evaluate(
+                        engine, eval_set, encoder.pad_id, config
+                    )
+            metrics.log(step + 1, values, show=["loss", "eval/loss"])
+            run.save(step + 1, {"policy": model}, {"policy": optimizer})
+            final["loss"] = loss
+        written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
+        return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
+
+
+def _examples(
+    config: SFTConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
+) -> tuple[list[data.Example], data.DataStats]:
+    records, stats = data.read(sources, limit, config.bad_rows)
+    examples = data.sft_examples(
+        records, encoder, stats, response=config.response, max_length=config.max_length,
+        overlong=config.overlong, bad_rows=config.bad_rows,
+    )  # fmt: skip
+    return examples, stats
+
+
+def _accumulate(
+    engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig
+) -> tuple[float, int]:
+    """Gradients of one step, in pieces of `batch_size` rows; the loss is over all of them, whatever the
+    pieces.
+    """
+    tokens = sum(len(e.answers[0]) for e in examples)
+    count = tokens if config.aggregation == "token" else len(examples)
+    total = 0.0
+    for piece in data.chunks(examples, config.batch_size):
+        batch: Any = data.Sequences.of([e.prompt_ids for e in piece], [e.answers[0] for e in piece], pad_id)
+        logp = engine.logprobs(batch, temperature=1.0)
+        loss, _ = losses.nll_loss(
+            logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count
+        )
+        engine.backward(loss)
+        total += float(loss.detach())
+    return total, tokens
+
+
+@torch.no_grad()
+def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig) -> float:
+    """Mean loss of held-out responses, aggregated as in training."""
+    tokens = sum(len(e.answers[0]) for e in examples)
+    count = tokens if config.aggregation == "token" else len(examples)
+    total = 0.0
+    for piece in data.chunks(examples, config.batch_size):
+        batch: Any = data.Sequences.of([e.prompt_ids for e in piece], [e.answers[0] for e in piece], pad_id)
+        logp = engine.logprobs(batch, temperature=1.0)
+        total += float(
+            losses.nll_loss(logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count)[0]
+        )
+    return total
