@@ -16,6 +16,7 @@ https://arxiv.org/abs/2112.05682
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ def attention_reference(
     rows = range(len(lens)) if slots is None else slots.tolist()
     heads, dim = k_cache.shape[1], k_cache.shape[3]
     out = []
-    for begin, end, keys, row in zip(bounds, bounds[1:], lens, rows, strict=True):
+    for (begin, end), keys, row in zip(pairwise(bounds), lens, rows, strict=True):
         pages = block_table[row, : -(-keys // PAGE)].long()
         k = k_cache[pages].permute(0, 2, 4, 1, 3).reshape(-1, heads, dim)[:keys]
         v = v_cache[pages].transpose(1, 2).reshape(-1, heads, v_cache.shape[3])[:keys, :, :dim]
@@ -282,7 +283,7 @@ def packed_attention_reference(
 ) -> Tensor:
     """The specification of `packed_attention`, in plain PyTorch."""
     bounds = cu_seqlens.tolist()
-    rows = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    rows = [slice(*pair) for pair in pairwise(bounds)]
     out = [_row_reference(q[row], k[row], v[row], scale, window, softcap, alibi_slopes) for row in rows]
     return torch.cat(out) if out else q.clone()
 
@@ -327,7 +328,7 @@ def _check_cu_seqlens(op: str, cu_seqlens: Any, tokens: int) -> list[int]:
     check(cu_seqlens.dim() == 1, f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}; give [rows + 1].")
     check_index(op, "cu_seqlens", cu_seqlens, max(1, cu_seqlens.shape[0]))
     bounds = cu_seqlens.tolist()
-    lens = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    lens = [end - begin for begin, end in pairwise(bounds)]
     check(
         bounds[0] == 0 and bounds[-1] == tokens and min(lens, default=0) >= 0,
         f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]} with a smallest step of {min(lens, default=0)}; "
@@ -457,7 +458,7 @@ def _packed_backward(
     heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
     slopes = None if alibi_slopes is None else alibi_slopes.detach().to(wide).view(heads, group, 1, 1)
     bounds = cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         # [Hkv, group, tokens, D] and [Hkv, tokens, D]
         query, grad = (
             x[begin:end].detach().to(wide).unflatten(1, (heads, group)).permute(1, 2, 0, 3) for x in (q, dout)
