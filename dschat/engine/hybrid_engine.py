@@ -1,0 +1,261 @@
+"""One model that trains and generates: the state of its weights, and the way between the two.
+
+In *training* the model's own modules hold the weights. In *rollout* the decoder runs packs built from them: LoRA fused,
+layouts for the kernels; the training weight is only read. `generate` begins with a flip: it finds what changed since the
+last packs and rebuilds those. Nothing has to be synchronised by the caller, and the first log-probs after a rollout are
+those of the rollout: within the bound that `verify` reports, and bit for bit with exact=True.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dschat_kernels.plan import Decoder, RefreshStats
+
+from .packed import PackedModel, check_batch, pack_rows
+from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig
+
+
+class HybridEngine:
+    """Generation, log-probs and optimizer steps of one model.
+
+    Args:
+        model: a Hugging Face causal language model or a PEFT model around one, on the CPU, float32 or bfloat16.
+        optimizer: a torch optimizer over its parameters; only `step` needs it.
+        max_slots: rows that are generated at a time; more rows wait.
+        exact: the training forward runs the packed kernels of the rollout: `logprobs` equals `rollout.logprobs` bit for
+            bit, at the cost of repacking after every step.
+        backend: None, "cpu" or "reference".
+
+    Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        max_slots: int = 64,
+        dtype: torch.dtype | None = None,
+        exact: bool = False,
+        backend: str | None = None,
+    ):
+        if max_slots < 1:
+            raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
+        if hasattr(model, "zero_optimization") and hasattr(model, "module"):
+            raise ValueError(
+                "the model is a DeepSpeed engine: this version runs one process, give engine.module."
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.max_slots = max_slots
+        self.exact = exact
+        self.packed = PackedModel(model, backend=backend)
+        self.spec = self.packed.spec
+        self.decoder = Decoder(self.spec, dtype=dtype, backend=backend)
+        self.epoch = 0
+        """Optimizer steps taken; the packs remember which epoch they were made in."""
+        self._packed_epoch = -1
+
+    # ------------------------------------------------------------------------------------------------- rollout
+
+    def flip(self) -> RefreshStats:
+        """Brings the packs up to the present weights and adapters. `generate` does it by itself."""
+        stats = self.decoder.refresh()
+        self._packed_epoch = self.epoch
+        return stats
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        sampling: SamplingConfig | None = None,
+        *,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Rollout:
+        """Samples `sampling.n` completions of every prompt.
+
+        Args:
+            input_ids: int64 [prompts, P], left-padded as for HF generate.
+            attention_mask: bool or 0/1 [prompts, P]; None: no padding.
+            sampling: where its eos_token_id is unset the completions run to max_new_tokens.
+            on_token: called with (row, token) for every token as it is drawn.
+
+        Raises ValueError or TypeError, before anything is generated, for a bad batch, an empty prompt, or a prompt that
+        leaves no room in the model's context.
+        """
+        start = time.perf_counter()
+        sampling = sampling or SamplingConfig()
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+        check_batch(input_ids, mask)
+        if input_ids.shape[0] == 0:
+            raise ValueError("input_ids hold no prompt: give at least one row.")
+        mask = mask.bool()
+        rows = pack_rows(input_ids, mask)
+        prompts = list(rows.ids.split(rows.cu_seqlens.diff().tolist()))
+        self._check_prompts(prompts, sampling)
+
+        flip = self.flip()
+        run = RolloutRun(self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token)
+        self._check_epoch()
+        run.run()
+        run.stats.flip = flip.seconds
+        run.stats.total = time.perf_counter() - start
+        return Rollout(
+            input_ids.repeat_interleave(sampling.n, 0),
+            mask.repeat_interleave(sampling.n, 0),
+            *run.completions(),
+            sampling=sampling,
+            stats=run.stats,
+        )
+
+    def _check_prompts(self, prompts: Sequence[Tensor], sampling: SamplingConfig) -> None:
+        for i, prompt in enumerate(prompts):
+            low, high = int(prompt.min()), int(prompt.max())
+            if low < 0 or high >= self.spec.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(
+                    f"prompt {i} holds token {bad}, outside the vocabulary of {self.spec.vocab_size}: check the tokenizer."
+                )
+            if len(prompt) + sampling.max_new_tokens > self.spec.max_positions:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {sampling.max_new_tokens}, more than the model's "
+                    f"context of {self.spec.max_positions}: shorten the prompt or lower max_new_tokens."
+                )
+
+    def _check_epoch(self) -> None:
+        if self._packed_epoch != self.epoch:
+            raise RuntimeError(
+                f"the packs are of epoch {self._packed_epoch} and the weights of {self.epoch}: call flip()."
+            )
+
+    def _pad_token(self, sampling: SamplingConfig) -> int:
+        if sampling.pad_token_id is not None:
+            return sampling.pad_token_id
+        configs = [getattr(self.model, name, None) for name in ("generation_config", "config")]
+        pads = [getattr(c, "pad_token_id", None) for c in configs]
+        eos = sampling.eos_ids
+        return next((int(p) for p in pads if isinstance(p, int) and p >= 0), eos[0] if eos else 0)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def logprobs(
+        self,
+        rollout: Rollout,
+        *,
+        temperature: float | None = None,
+        entropy: bool = False,
+        exact: bool | None = None,
+    ) -> Any:
+        """Log-probs of the completion tokens under the present weights, with gradient: float32 [rows, C], 0 where masked.
+
+        temperature: default that of the rollout. entropy: returns (logprobs, entropies), both [rows, C]. exact: default
+        the engine's. Padding is not computed, and only the completions' positions reach the head.
+        """
+        exact = self.exact if exact is None else exact
+        decoder = None
+        if exact:
+            self.flip()
+            decoder = self.decoder
+        rows, select, targets, places = completion_rows(rollout)
+        result = self.packed.token_logprobs(
+            rows, select, targets, temperature=temperature or rollout.sampling.logprob_temperature, entropy=entropy,
+            exact=decoder,
+        )  # fmt: skip
+        shape = rollout.completion_ids.shape
+        if entropy:
+            return tuple(scatter(part, places, shape) for part in result)
+        return scatter(result, places, shape)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen reference: the model with its LoRA adapters switched off, inside the context."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise ValueError(
+                f"{type(self.model).__name__} has no adapters to switch off: use a PEFT model, or keep a frozen copy as reference."
+            )
+        exact, self.exact = self.exact, False  # repacking without the adapters would buy nothing
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.exact = exact
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients."""
+        loss.backward()
+
+    def step(self, max_grad_norm: float | None = None) -> float:
+        """Optimizer step and zero_grad; the next generate sees the new weights. Returns the gradient norm before clipping."""
+        if self.optimizer is None:
+            raise ValueError(
+                "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."
+            )
+        parameters = [
+            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm else float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.epoch += 1
+        return float(norm)
+
+    # -------------------------------------------------------------------------------------------------- report
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights and of the packs kept beside them."""
+        weights = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
+        return {"weights": sum(weights.values()), "packs": self.decoder.packed_bytes}
+
+
+def completion_rows(rollout: Rollout) -> Any:
+    """What a log-prob pass over a rollout computes: (packed rows, select, targets, places).
+
+    The last token of a completion predicts nothing and is not fed. select: packed places whose hidden state predicts a
+    completion token; targets: those tokens; places: where they stand in the flattened [rows, C].
+    """
+    mask = rollout.completion_mask
+    if not bool(mask.any()):
+        raise ValueError("the rollout has no completion token: every completion_mask entry is false.")
+    fed = mask.clone()
+    lengths = mask.sum(1)
+    present = lengths > 0
+    fed[present.nonzero().squeeze(1), lengths[present] - 1] = False
+    prompt = rollout.prompt_mask.bool()
+    rows = pack_rows(rollout.input_ids, torch.cat([prompt, fed], dim=1))
+    # The place before a row's first completion token is its last prompt token; the others follow it.
+    before = rows.cu_seqlens[:-1].long() + prompt.sum(1) - 1
+    offsets = torch.arange(mask.shape[1])[None].expand_as(mask)
+    places = mask.reshape(-1).nonzero().squeeze(1)
+    select = (before[:, None] + offsets).reshape(-1)[places]
+    return rows, select, rollout.completion_ids.reshape(-1)[places], places
+
+
+def scatter(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
+    """values at `places` of a zero tensor [rows, C], differentiable."""
+    out = values.new_zeros(shape[0] * shape[1])
+    return out.index_put((places,), values).view(*shape)
+
+
+def greedy(sampling: SamplingConfig) -> SamplingConfig:
+    """The same settings at temperature 0, one sample."""
+    return replace(sampling, temperature=0.0, n=1)
+
+
+__all__ = [
+    "HybridEngine",
+    "Rollout",
+    "RolloutStats",
+    "SamplingConfig",
+    "completion_rows",
+    "greedy",
+    "scatter",
+]

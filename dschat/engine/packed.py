@@ -1,0 +1,138 @@
+"""Padded batches in, packed rows through the model: hidden states and log-probs without work on padding.
+
+`PackedModel` wraps any decoder (policy, reference, reward or value model) that an adapter describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dschat_kernels.forward import packed_hidden
+from dschat_kernels.models.spec import DecoderSpec, decoder_spec
+from dschat_kernels.ops.token_logprobs import token_logprobs
+from dschat_kernels.packing import resolve_linear
+from dschat_kernels.plan import Decoder
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of a padded batch, one after the other. ids: int64 [T]; cu_seqlens: int32 [rows + 1]; places: int64 [T], where
+    each token stood in the flattened [rows, columns] batch."""
+
+    ids: Tensor
+    cu_seqlens: Tensor
+    places: Tensor
+    shape: tuple[int, int]
+
+    def index(self) -> Tensor:
+        """int64 [rows, columns]: the packed place of each token, -1 for padding."""
+        index = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64)
+        index[self.places] = torch.arange(len(self.places))
+        return index.view(self.shape)
+
+
+def pack_rows(input_ids: Tensor, attention_mask: Tensor) -> PackedRows:
+    """Takes the tokens where the mask is true; every row needs at least one."""
+    check_batch(input_ids, attention_mask)
+    mask = attention_mask.bool()
+    lengths = mask.sum(1)
+    if not bool((lengths > 0).all()):
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"row {row} of the batch has no token: its attention mask is all zero.")
+    cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu[1:] = lengths.cumsum(0)
+    places = mask.reshape(-1).nonzero().squeeze(1)
+    return PackedRows(input_ids.reshape(-1)[places], cu, places, (input_ids.shape[0], input_ids.shape[1]))
+
+
+def check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Shapes, dtypes and device of a padded batch; one sentence for what is wrong."""
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        raise TypeError(
+            f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}: give int64 [rows, columns]."
+        )
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}: give one shape."
+        )
+    if attention_mask.dtype.is_floating_point:
+        raise TypeError(
+            f"attention_mask is {attention_mask.dtype}: give booleans or 0 and 1, not an additive mask."
+        )
+    if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError(
+            "attention_mask holds other values than 0 and 1: give 1 for tokens and 0 for padding."
+        )
+    if input_ids.device.type != "cpu":
+        raise ValueError(f"input_ids are on {input_ids.device}: this version runs on the CPU, call .cpu().")
+
+
+class PackedModel:
+    """The packed forward of a decoder: CausalLM, trunk, sequence classifier, or a PEFT model around one of them.
+
+    Raises `dschat_kernels.models.Unsupported` for a model that no adapter covers.
+    """
+
+    def __init__(self, model: nn.Module, *, backend: str | None = None):
+        self.model = model
+        self.spec: DecoderSpec = decoder_spec(model)
+        self.backend = backend
+
+    def hidden(self, rows: PackedRows, exact: Decoder | None = None) -> Tensor:
+        """Hidden states after the last norm, [T, width], with gradient where the model has it."""
+        self.check_dropout()
+        return packed_hidden(self.spec, rows.ids, rows.cu_seqlens, exact=exact, backend=self.backend)
+
+    def check_dropout(self) -> None:
+        """Dropout would make the ratio of the first minibatch differ from 1."""
+        for name, module in self.model.named_modules():
+            if module.training and isinstance(module, nn.Dropout) and module.p > 0:
+                raise ValueError(
+                    f"dropout is active in {name} (p = {module.p}): call model.eval(), gradients flow in eval mode too."
+                )
+
+    def head_weight(self, exact: Decoder | None = None) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the language head, its active LoRA included, differentiable."""
+        if self.spec.lm_head is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no language head: log-probs need a causal language model."
+            )
+        head = resolve_linear(self.spec.lm_head, "lm_head")
+        weight = head.weight
+        for update in head.updates:
+            weight = weight + (update.scale * (update.b @ update.a)).to(weight.dtype)
+        if exact is not None and head.updates:  # the packed weight's value, the sum's gradient
+            weight = weight + (exact.packed("lm_head").to_dense() - weight).detach()
+        return weight, head.bias
+
+    def token_logprobs(
+        self,
+        rows: PackedRows,
+        select: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float,
+        entropy: bool = False,
+        exact: Decoder | None = None,
+    ) -> Any:
+        """Log-prob of targets[i] after the packed token select[i]; only those rows reach the head. float32 [len(select)],
+        with `entropy` a pair."""
+        hidden = self.hidden(rows, exact)[select]
+        weight, bias = self.head_weight(exact)
+        return token_logprobs(
+            hidden, weight, targets, temperature=temperature, bias=bias, logit_softcap=self.spec.logit_softcap,
+            return_entropy=entropy, backend=self.backend,
+        )  # fmt: skip
+
+
+def sequence_hidden(
+    model: nn.Module | PackedModel, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, PackedRows]:
+    """Hidden states of a padded batch on packed rows: ([T, width], the rows). `rows.index()` finds a token's place."""
+    packed = model if isinstance(model, PackedModel) else PackedModel(model)
+    rows = pack_rows(input_ids, attention_mask)
+    return packed.hidden(rows), rows

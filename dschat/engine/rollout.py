@@ -1,0 +1,365 @@
+"""Rollouts: what is sampled, how rows are scheduled, and what comes back.
+
+Prompts are taken out of their padding and run as ragged rows over a paged cache. A prompt is prefilled once; its n samples
+share the prompt's pages. A finished row gives its slot to the next waiting sample, so no step works on a row that is done.
+Every row draws from its own random stream, keyed by (prompt, number of the sample) and the seed, and every kernel gives a
+row the same bits whatever shares its batch: a row's tokens depend only on the weights, the prompt, the sampling and the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dschat_kernels.cache import PagedKVCache, pages_for
+from dschat_kernels.ops.sample import sample
+from dschat_kernels.plan import Decoder
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn.
+
+    max_new_tokens: tokens of a completion at most. temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is
+    off. n: samples a prompt. seed: 0 .. 2^63 - 1. eos_token_id: an id, several, or None: never stop. pad_token_id: fills
+    completions after their end; None: the model's.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    n: int = 1
+    seed: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: generate at least 1 token.")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: give a number from 0 (greedy).")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: give a number of tokens, or 0 for no limit.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}: give a probability above 0, or 1 for no limit.")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p}: give a share from 0 (off) to 1.")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}: draw at least 1 sample a prompt.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: give a whole number from 0 to 2^63 - 1.")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature of the reported log-probs: that of the sampling, 1 for greedy."""
+        return self.temperature or 1.0
+
+
+@dataclass
+class RolloutStats:
+    """Where the time of a rollout went (seconds), and how much was done."""
+
+    flip: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    sample: float = 0.0
+    total: float = 0.0
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    slots: int = 0
+    cache_bytes: int = 0
+    packed_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens a second, everything included."""
+        return self.completion_tokens / self.total if self.total else 0.0
+
+
+@dataclass
+class Rollout:
+    """Prompts and their completions, one row a sample; the n samples of a prompt are neighbours.
+
+    prompt_ids, prompt_mask: int64, bool [rows, P] as given (left-padded). completion_ids: int64 [rows, C], filled with the
+    pad token after the end. completion_mask: bool [rows, C], true up to and including the first EOS. logprobs: float32
+    [rows, C], log-prob of each sampled token in the full softmax at the sampling temperature, 0 where masked. finished:
+    bool [rows], whether the row ended with EOS.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logprobs: Tensor
+    finished: Tensor
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+    def __len__(self) -> int:
+        return self.prompt_ids.shape[0]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Prompt and completion side by side, [rows, P + C]."""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """bool [rows, P + C]."""
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    def select(self, rows: Tensor | Sequence[int] | slice) -> Rollout:
+        """The rollout of some rows."""
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        parts = (getattr(self, name)[index] for name in _TENSORS)
+        return Rollout(*parts, sampling=self.sampling, stats=self.stats)
+
+
+_TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "finished")
+
+
+def stream_of(prompt: Tensor, sample_number: int) -> int:
+    """Random stream of a prompt's sample: 63 bits of a digest, so that it does not depend on the place in the batch."""
+    data = prompt.to(torch.int64).contiguous().numpy().tobytes() + sample_number.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass
+class _Prompt:
+    """A prompt and its samples that have not started."""
+
+    index: int
+    tokens: Tensor
+    waiting: deque[int]
+    slot: int = -1
+    logits: Tensor | None = None
+
+
+class _Slots:
+    """Free cache slots."""
+
+    def __init__(self, count: int):
+        self.free = list(range(count - 1, -1, -1))
+
+    def take(self) -> int:
+        return self.free.pop()
+
+    def give(self, slot: int) -> None:
+        self.free.append(slot)
+
+
+class RolloutRun:
+    """One generate call: `prompts` (ragged, int64) times `sampling.n` rows through at most `max_slots` slots."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Tensor],
+        sampling: SamplingConfig,
+        max_slots: int,
+        pad_token_id: int,
+        on_token: Callable[[int, int], None] | None = None,
+    ):
+        self.decoder, self.sampling, self.pad = decoder, sampling, pad_token_id
+        self.on_token = on_token
+        rows = len(prompts) * sampling.n
+        self.streams = _streams(prompts, sampling.n)
+        self.ids = np.full((rows, sampling.max_new_tokens), pad_token_id, dtype=np.int64)
+        self.logprobs = np.zeros((rows, sampling.max_new_tokens), dtype=np.float32)
+        self.counts = np.zeros(rows, dtype=np.int64)
+        self.finished = np.zeros(rows, dtype=bool)
+        self.eos = np.asarray(sampling.eos_ids, dtype=np.int64)
+        self.queue = deque(
+            _Prompt(i, p, deque(range(i * sampling.n, (i + 1) * sampling.n))) for i, p in enumerate(prompts)
+        )
+        self.open: deque[_Prompt] = deque()  # prefilled, with samples that wait for a slot
+        longest = max(len(p) for p in prompts)
+        # With several samples a prompt keeps its own slot until the last of them has started.
+        active = min(rows, max_slots)
+        holders = 0 if sampling.n == 1 else -(-active // sampling.n) + 1
+        active, holders = _fit_memory(decoder, active, holders, longest, sampling.max_new_tokens)
+        self.cache = decoder.new_cache(active + holders, longest + sampling.max_new_tokens)
+        self.slots = _Slots(active + holders)
+        self.max_active = active
+        self.active_rows: list[int] = []
+        self.active_slots: list[int] = []
+        self.stats = RolloutStats(
+            slots=active,
+            prompt_tokens=sum(len(p) for p in prompts),
+            cache_bytes=self.cache.num_pages * self.cache.bytes_per_page,
+            packed_bytes=decoder.packed_bytes,
+        )
+
+    def run(self) -> None:
+        """Runs until every row is done."""
+        while self.queue or self.open or self.active_rows:
+            self._admit()
+            if self.active_rows:
+                self._decode()
+        self.stats.completion_tokens = int(self.counts.sum())
+
+    # ------------------------------------------------------------------------------------------------ admission
+
+    def _admit(self) -> None:
+        """Fills free places: first with samples of prompts that are prefilled, then by prefilling waiting prompts."""
+        self._start_samples()
+        room = self.max_active - len(self.active_rows)
+        fresh: list[_Prompt] = []
+        while self.queue and room > 0 and self.slots.free:
+            prompt = self.queue.popleft()
+            prompt.slot = self.slots.take()
+            fresh.append(prompt)
+            room -= len(prompt.waiting)
+        if fresh:
+            self._prefill(fresh)
+            self.open.extend(fresh)
+            self._start_samples()
+
+    def _prefill(self, prompts: list[_Prompt]) -> None:
+        start = time.perf_counter()
+        lens = [len(p.tokens) for p in prompts]
+        logits = self.decoder.step(
+            torch.cat([p.tokens for p in prompts]), self.cache, [p.slot for p in prompts], lens
+        )
+        for prompt, row in zip(prompts, logits, strict=True):
+            prompt.logits = row
+        self.stats.prefill += time.perf_counter() - start
+        self.stats.prefilled_tokens += sum(lens)
+
+    def _start_samples(self) -> None:
+        rows: list[int] = []
+        slots: list[int] = []
+        logits: list[Tensor] = []
+        while self.open and len(self.active_rows) + len(rows) < self.max_active:
+            prompt = self.open[0]
+            assert prompt.logits is not None
+            last = len(prompt.waiting) == 1
+            if not last and not self.slots.free:
+                break
+            if last:  # the last sample inherits the prompt's slot
+                slot = prompt.slot
+                self.open.popleft()
+            else:
+                slot = self.slots.take()
+                self.cache.fork(prompt.slot, slot)
+            rows.append(prompt.waiting.popleft())
+            slots.append(slot)
+            logits.append(prompt.logits)
+        if rows:
+            self._accept(rows, slots, torch.stack(logits))
+
+    # --------------------------------------------------------------------------------------------------- decode
+
+    def _decode(self) -> None:
+        start = time.perf_counter()
+        rows, slots = self.active_rows, self.active_slots
+        tokens = torch.from_numpy(self.ids[rows, self.counts[rows] - 1])
+        logits = self.decoder.step(tokens, self.cache, slots)
+        self.stats.decode += time.perf_counter() - start
+        self.stats.steps += 1
+        self.active_rows, self.active_slots = [], []
+        self._accept(rows, slots, logits)
+
+    def _accept(self, rows: list[int], slots: list[int], logits: Tensor) -> None:
+        """Draws one token for each row; rows that are done leave, the others stay or become active."""
+        start = time.perf_counter()
+        s = self.sampling
+        tokens, logprobs = sample(
+            logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=s.seed,
+            streams=torch.from_numpy(self.streams[rows]), positions=torch.from_numpy(self.counts[rows]),
+            backend=self.decoder.backend,
+        )  # fmt: skip
+        drawn = tokens.numpy()
+        at = self.counts[rows]
+        self.ids[rows, at] = drawn
+        self.logprobs[rows, at] = logprobs.numpy()
+        self.counts[rows] += 1
+        ended = np.isin(drawn, self.eos)
+        self.finished[rows] = ended
+        for row, slot, token, done in zip(
+            rows, slots, drawn.tolist(), (ended | (at + 1 == s.max_new_tokens)).tolist(), strict=True
+        ):
+            if self.on_token is not None:
+                self.on_token(row, token)
+            if done:
+                self.cache.free(slot)
+                self.slots.give(slot)
+            else:
+                self.active_rows.append(row)
+                self.active_slots.append(slot)
+        self.stats.sample += time.perf_counter() - start
+
+    def completions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(completion_ids, completion_mask, logprobs, finished), cut to the longest completion."""
+        width = int(self.counts.max())
+        mask = np.arange(width)[None] < self.counts[:, None]
+        return (
+            torch.from_numpy(self.ids[:, :width].copy()),
+            torch.from_numpy(mask),
+            torch.from_numpy(self.logprobs[:, :width].copy()),
+            torch.from_numpy(self.finished),
+        )
+
+
+def _streams(prompts: Iterable[Tensor], n: int) -> np.ndarray:
+    """One stream a row. A prompt that stands in the batch twice draws further samples, not the same ones again."""
+    seen: dict[bytes, int] = {}
+    streams = []
+    for prompt in prompts:
+        key = prompt.numpy().tobytes()
+        first = seen.get(key, 0)
+        seen[key] = first + n
+        streams += [stream_of(prompt, first + j) for j in range(n)]
+    return np.asarray(streams, dtype=np.int64)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _fit_memory(decoder: Decoder, active: int, holders: int, longest: int, new: int) -> tuple[int, int]:
+    """Slots whose cache fits into three quarters of the free memory: fewer rows at a time, the same results."""
+    spec = decoder.spec
+    one = PagedKVCache(1, spec.num_kv_heads, spec.head_dim, 1, 1, 1, decoder.dtype).bytes_per_page * len(
+        spec.layers
+    )
+    slot_bytes = one * pages_for(longest + new)
+    free = available_memory()
+    if free is None or slot_bytes * (active + holders) <= 0.75 * free:
+        return active, holders
+    fit = int(0.75 * free // slot_bytes)
+    if fit < min(active, 1) + holders:
+        raise MemoryError(
+            f"one row of {longest} + {new} tokens needs {slot_bytes / 2**20:.0f} MiB of cache and "
+            f"{free / 2**20:.0f} MiB are free: shorten the prompts or max_new_tokens."
+        )
+    return fit - holders, holders
+
+
+def stats_dict(stats: RolloutStats) -> dict[str, Any]:
+    """The stats as plain numbers, for logs."""
+    return {**stats.__dict__, "tokens_per_second": stats.tokens_per_second}
