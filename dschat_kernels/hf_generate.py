@@ -32,6 +32,7 @@ from .plan import Decoder
 # Hooks that change no value: PEFT's and transformers' for gradient checkpointing, and output capture, which
 # only acts inside transformers' own forward.
 _HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
+_NOTED = "_dschat_noted"
 _KNOWN_ARGUMENTS = frozenset(
     [
         "input_ids",
@@ -144,29 +145,32 @@ class FusedForward:
         """After transformers chose the cache of a `generate` call: replace its plain dynamic cache by
         ours."""
         cache: Any = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
         if isinstance(cache, PagedDynamicCache):
             self._take_over(cache)
             return
-        if type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.offloading:
-            if cache is not None:
-                self.note(f"generate was given a {type(cache).__name__}, so it ran transformers' own forward")
-            return
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(generation_config, name, None):
-                self.note(f"generate with {name} ran transformers' own forward")
-                return
-        if model_kwargs.get("inputs_embeds") is not None:
-            self.note("generate with inputs_embeds ran transformers' own forward")
-            return
-        reason = self.refresh()
+        reason = self._unsupported_generation(cache, generation_config, model_kwargs) or self.refresh()
         if reason is not None:
             self.note(f"generate ran transformers' own forward: {reason}")
+            setattr(cache, _NOTED, True)
             return
         ours = self.new_cache(max_length)
         if any(cache.is_recording_past(layer) for layer in range(len(cache.layers))):
             ours.activate_past_recording()
         ours.fresh_packs = True
         model_kwargs["past_key_values"] = ours
+
+    @staticmethod
+    def _unsupported_generation(
+        cache: Any, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> str | None:
+        if type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.offloading:
+            return f"its cache is a {type(cache).__name__} that dschat did not make (pass none to get one)"
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name, None) or model_kwargs.get(name):
+                return f"{name} was asked for"
+        return "inputs_embeds was given" if model_kwargs.get("inputs_embeds") is not None else None
 
     def _take_over(self, cache: PagedDynamicCache) -> None:
         """A cache of ours that comes back for another turn: make the packs those of today's weights."""
@@ -189,6 +193,9 @@ class FusedForward:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             self._release(arguments)
             return None
+        cache = arguments.get("past_key_values")
+        if getattr(cache, _NOTED, False) or getattr(cache, "is_dense", False):
+            return None  # the reason was noted when this cache went to transformers
         use_cache = arguments.get("use_cache")
         if not (use_cache if use_cache is not None else getattr(model.config, "use_cache", True)):
             self._release(arguments)
@@ -236,8 +243,6 @@ class FusedForward:
             return (
                 f"past_key_values is a {type(cache).__name__} that dschat did not make (pass none to get one)"
             )
-        if cache is not None and cache.is_dense:
-            return "the cache was handed to transformers' forward before"
         return None
 
     def _run(self, arguments: dict[str, Any]) -> Any:
