@@ -112,7 +112,10 @@ def check_gradients(
     for out, exact, own in zip(our_outputs, exact_outputs, torch_outputs, strict=True):
         assert_close_to_fp64(out, exact, own)
     for name in torch_grads:
+        size = cancelling
+        if exact_grads[name].dim() == 1:  # a sum over rows: its running value is what gets rounded
+            size = max(size, 2 * (exact_outputs[0].numel() / max(1, exact_grads[name].numel())) ** 0.5)
         try:
-            assert_close_to_fp64(our_grads[name], exact_grads[name], torch_grads[name], size=cancelling)
+            assert_close_to_fp64(our_grads[name], exact_grads[name], torch_grads[name], size=size)
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}: {error}") from None

@@ -363,23 +363,27 @@ DSCHAT_INLINE Vec tanh(Vec x) {
   return select_lt(a, set1(0.625f), small, big);
 }
 
-// erf by a rational approximation on [-4, 4] (the form used by Eigen); +-1 beyond within float32.
+// erf: an odd polynomial up to 475/512, beyond it 1 - exp(polynomial) with the sign put back; under 2 ulp. The minimax
+// coefficients are Norbert Juffa's (https://stackoverflow.com/a/35148199).
 DSCHAT_INLINE Vec erf(Vec x) {
-  Vec c = max(set1(-4.0f), min(set1(4.0f), x));
-  Vec s = c * c;
-  Vec p = set1(-2.72614225801306e-10f);
-  p = fma(p, s, set1(2.77068142495902e-08f));
-  p = fma(p, s, set1(-2.10102402082508e-06f));
-  p = fma(p, s, set1(-5.69250639462346e-05f));
-  p = fma(p, s, set1(-7.34990630326855e-04f));
-  p = fma(p, s, set1(-2.95459980854025e-03f));
-  p = fma(p, s, set1(-1.60960333262415e-02f));
-  Vec q = set1(-1.45660718464996e-05f);
-  q = fma(q, s, set1(-2.13374055278905e-04f));
-  q = fma(q, s, set1(-1.68282697438203e-03f));
-  q = fma(q, s, set1(-7.37332916720468e-03f));
-  q = fma(q, s, set1(-1.42647390514189e-02f));
-  return c * p / q;
+  Vec s = x * x;
+  Vec p = set1(-5.96761703e-4f);
+  p = fma(p, s, set1(4.99119423e-3f));
+  p = fma(p, s, set1(-2.67681349e-2f));
+  p = fma(p, s, set1(1.12819925e-1f));
+  p = fma(p, s, set1(-3.76125336e-1f));
+  p = fma(p, s, set1(1.28379166e-1f));
+  Vec small = fma(p, x, x);
+  Vec t = min(set1(8.0f), abs(x));  // NaN is kept
+  s = t * t;
+  Vec q = fma(set1(-1.72853470e-5f), t, set1(3.83197126e-4f));
+  q = fma(q, s, fma(set1(-3.88396438e-3f), t, set1(2.42546219e-2f)));
+  q = fma(q, t, set1(-1.06777877e-1f));
+  q = fma(q, t, set1(-6.34846687e-1f));
+  q = fma(q, t, set1(-1.28717512e-1f));
+  Vec big = set1(1.0f) - exp(fma(q, t, zero() - t));
+  big = select_lt(x, zero(), zero() - big, big);
+  return select_lt(t, set1(0.927734375f), small, big);
 }
 
 }  // namespace dschat
