@@ -35,7 +35,7 @@ Share share_of(const Team& team, int64_t rows, int64_t panels);
 
 // Rows are widened to float32 in tiles of kTileK values with a fixed row stride: the stride is a compile-time
 // constant (one address register serves all rows) and no multiple of 4096 bytes (rows fall in different sets).
-constexpr int64_t kTileK = 256;
+constexpr int64_t kTileK = 128;
 constexpr int64_t kTileStride = kTileK + 16;
 
 #if DSCHAT_VEC_REGISTERS >= 32
@@ -77,15 +77,17 @@ inline void widen_rows(const T* x, int64_t stride, int rows, int64_t k, float* d
 }
 
 // sums[MR][NP * 32] = MR rows times NP panels over k. a: widen_rows of the rows; w: first panel, k * 32 values each.
+// Every element is summed the same way whatever MR and NP: a chain of multiply-adds within each tile of kTileK, the
+// tiles' sums added in order. (One chain over all of k would lose several times what PyTorch's blocked sums lose.)
 template <typename T, int MR, int NP>
 DSCHAT_INLINE void multiply(const float* a, const T* w, int64_t k, float* sums) {
-  Vec acc[MR][NP][2];
-  for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = zero();
   const int64_t panel = k * kPanel;
   constexpr int64_t kAhead = 2048 / int64_t(sizeof(T));  // prefetch distance in each stream: 2 KiB
   for (int64_t k0 = 0; k0 < k; k0 += kTileK, a += MR * kTileStride) {
     const int64_t len = std::min(kTileK, k - k0);
+    Vec acc[MR][NP][2];
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = zero();
     for (int64_t i = 0; i < len; ++i) {
       const T* row = w + (k0 + i) * kPanel;
       for (int p = 0; p < NP; ++p) {
@@ -99,12 +101,13 @@ DSCHAT_INLINE void multiply(const float* a, const T* w, int64_t k, float* sums) 
         }
       }
     }
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) {
+        float* sum = sums + (r * NP + p) * kPanel;
+        store(sum, k0 == 0 ? acc[r][p][0] : load(sum) + acc[r][p][0]);
+        store(sum + kLanes, k0 == 0 ? acc[r][p][1] : load(sum + kLanes) + acc[r][p][1]);
+      }
   }
-  for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) {
-      store(sums + (r * NP + p) * kPanel, acc[r][p][0]);
-      store(sums + (r * NP + p) * kPanel + kLanes, acc[r][p][1]);
-    }
 }
 
 }  // namespace dschat

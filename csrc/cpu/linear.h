@@ -5,8 +5,8 @@
 // float vectors by a shift and a mask. A gated panel holds 16 gate columns as columns 0..15 and the matching 16
 // up columns as 16..31.
 //
-// Every output element is one chain of float32 multiply-adds over k = 0, 1, ..., so a row's bits do not depend on
-// how many rows there are, on how the work is split, or on the blocking below.
+// Every output element is summed in one fixed order (gemm.h: multiply), so a row's bits do not depend on how many rows
+// there are, on how the work is split, or on the blocking.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 """Linear layer over packed weights, with the epilogues that a decoder needs.
 
-    z = round(x W^T + b)                      accumulated in float32 over k = 0, 1, ...; the bias is added in float32
+    z = round(x W^T + b)                      float32 sums in a fixed order; the bias is added in float32
     y = round(act(z))                         activation, not gated
     y = round(act(z_gate) * z_up)             gated pack (gate and up in one matrix)
     y = round(residual + y)                   residual
