@@ -55,8 +55,7 @@ def test_matches_float64(
     only = token_logprobs(hidden, weight, targets, bias=bias, backend="cpu", temperature=temperature, logit_softcap=cap)
     assert same_bits(only, got[0])
     for a, e, t in zip(got, exact, own, strict=True):
-        # An entropy near 0 is a difference of sums of the size of the logits.
-        assert_close_to_fp64(a, e, t, floor=4e-6 * max(1.0, float(e.abs().max()) if tokens else 1.0))
+        assert_close_to_fp64(a, e, t, size=8.0)  # near 0 they are differences of sums of the size of the logits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,17 +75,12 @@ def test_bits_do_not_depend_on_batch_or_threads(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bits_of_linear_and_sample(dtype: torch.dtype, temperature: float, with_bias: bool) -> None:
     """What the rollout computes: logits by the packed head, a token and its log-prob by sample."""
-    from dschat_kernels.ops.linear import linear_sums
+    from dschat_kernels.ops.linear import linear
     from dschat_kernels.packing import PackedLinear
 
     hidden, weight, _ = problem(29, 100, 2500, dtype)
     bias = torch.randn(2500).to(dtype) if with_bias else None
-    head = torch.nn.Linear(100, 2500, bias=with_bias, dtype=dtype)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if bias is not None:
-            head.bias.copy_(bias)
-    (logits,) = linear_sums(hidden, PackedLinear.pack(head, dtype=dtype))
+    logits = linear(hidden, PackedLinear.from_weight(weight, bias), float_output=True)
     streams = torch.arange(29)
     tokens, logprobs = sample(logits, temperature=temperature, seed=5, streams=streams, positions=streams)
     assert same_bits(token_logprobs(hidden, weight, tokens, temperature=temperature, bias=bias, backend="cpu"), logprobs)
