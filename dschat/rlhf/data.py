@@ -484,6 +484,15 @@ class Sequences:
     ) -> Sequences:
         return cls(*pad(prompts, pad_id, "left"), *pad(completions, pad_id, "right"))
 
+    def select(self, rows: slice | Sequence[int]) -> Sequences:
+        """The sequences of some rows."""
+        return Sequences(
+            self.prompt_ids[rows],
+            self.prompt_mask[rows],
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+        )
+
     @property
     def input_ids(self) -> Tensor:
         return torch.cat([self.prompt_ids, self.completion_ids], dim=1)

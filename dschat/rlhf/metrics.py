@@ -175,7 +175,7 @@ class Metrics:
             for key, value in line.items():
                 if key != "time/unix":
                     self._writer.add_scalar(f"{self.name}/{key}", value, step)
-        status = "  ".join(f"{key.rpartition('/')[2]} {line[key]:.3g}" for key in show if key in line)
+        status = "  ".join(f"{key.replace('/', ' ')} {line[key]:.3g}" for key in show if key in line)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif not self._quiet and (now - self._last_plain > PLAIN_EVERY or step >= self.total_steps):

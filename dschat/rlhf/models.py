@@ -137,9 +137,11 @@ def load_policy(name: str, dtype: torch.dtype) -> Any:
     return no_dropout(model)
 
 
-def load_scorer(name: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A sequence classifier with one label. A head that the folder lacks is drawn from N(0, 1 / (hidden +
-    1)).
+def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "random") -> Any:
+    """A sequence classifier with one label.
+
+    new_head: a head that the folder lacks is drawn from N(0, 1 / (hidden + 1)), as a reward model's
+    ("random"), or is zero, as a critic's ("zero").
     """
     import transformers
 
@@ -165,7 +167,7 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0) -> Any:
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.weight.shape[1] + 1)
         with torch.no_grad():
-            head.weight.copy_(weight.to(head.weight))
+            head.weight.copy_(weight if new_head == "random" else torch.zeros_like(weight))
     return no_dropout(model)
 
 
@@ -288,38 +290,63 @@ class Scorer:
 
         score = (head(hidden at the last real token) - mean) / std
 
-    mean and std come from the config's `reward_mean` and `reward_std`, which reward training measured.
+    mean and std come from the config's `reward_mean` and `reward_std`, which reward training measured. A
+    batch is anything with prompt_ids, prompt_mask, completion_ids, completion_mask, input_ids, attention_mask
+    and select(rows).
     """
 
     def __init__(self, model: Any, head: nn.Module | None = None) -> None:
         self.model, self.head = model, head if head is not None else score_head(model)
         self.packed = PackedModel(model)
-        config = model.config
-        self.mean, self.std = (
-            float(getattr(config, "reward_mean", 0.0)),
-            float(getattr(config, "reward_std", 1.0)),
-        )
+        self.mean = float(getattr(model.config, "reward_mean", 0.0))
+        self.std = float(getattr(model.config, "reward_std", 1.0))
+        self._gathered: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
-    def hidden(self, batch: Any) -> Tensor:
-        """Hidden states of the batch's real tokens, [T, H]."""
-        return sequence_hidden(self.packed, batch.input_ids, batch.attention_mask)[0]
+    def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Hidden states (at each row's last token [B, H], before each completion token [N, H]), with
+        gradient.
+        """
+        hidden, _ = sequence_hidden(self.packed, batch.input_ids, batch.attention_mask)
+        _, before, last = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
+        return hidden[last], hidden[before]
 
-    def read(self, hidden: Tensor) -> Tensor:
+    @torch.no_grad()
+    def gather(self, batch: Any, rows: int = 16) -> tuple[Tensor, Tensor]:
+        """`hidden` without gradient, `rows` rows at a time.
+
+        The last batch is remembered: a frozen trunk that serves as reward and as critic computes a rollout
+        once.
+        """
+        if self._gathered is None or self._gathered[0] is not batch:
+            size = batch.prompt_ids.shape[0]
+            parts = [self.hidden(batch.select(slice(i, i + rows))) for i in range(0, size, rows)]
+            self._gathered = batch, (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return self._gathered[1]
+
+    def forget(self) -> None:
+        """Drop the remembered batch (the trunk has changed, or its memory is wanted)."""
+        self._gathered = None
+
+    def read(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Normalised head outputs, float32 [N], of hidden states [N, H]."""
-        weight_dtype = next(self.head.parameters()).dtype
-        return (self.head(hidden.to(weight_dtype)).squeeze(-1).float() - self.mean) / self.std
+        head = head or self.head
+        weight = next(head.parameters())
+        return (head(hidden.to(weight.dtype)).squeeze(-1).float() - self.mean) / self.std
 
     def scores(self, batch: Any) -> Tensor:
-        """Score of every row, float32 [B]."""
-        _, _, last = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
-        return self.read(self.hidden(batch)[last])
+        """Score of every row, float32 [B], with gradient."""
+        return self.read(self.hidden(batch)[0])
 
     def values(self, batch: Any) -> Tensor:
         """Value before every completion token (what was known when it was chosen), float32 [B, C], 0 where
         masked.
         """
-        _, before, _ = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
-        return scatter(self.read(self.hidden(batch)[before]), batch.completion_mask)
+        return scatter(self.read(self.hidden(batch)[1]), batch.completion_mask)
+
+    @torch.no_grad()
+    def rate(self, batch: Any) -> Tensor:
+        """Score of every row, float32 [B], without gradient and piece by piece."""
+        return self.read(self.gather(batch)[0])
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -71,9 +71,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
                 set_lr(optimizer, values["lr"])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            if eval_set and (
-                step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0)
-            ):
+            if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(scorer, eval_set, encoder.pad_id, config)
                 values |= {f"eval/{k}": v for k, v in held_out.items()}

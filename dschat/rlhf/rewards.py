@@ -32,9 +32,14 @@ class RewardError(ValueError):
 
 
 class ScoresBatches(Protocol):
-    """A reward model: scores token sequences (see models.Scorer)."""
+    """A reward model: scores token sequences without gradient (see models.Scorer)."""
 
-    def scores(self, batch: Any) -> Tensor: ...
+    def rate(self, batch: Any) -> Tensor: ...
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people: the text, or the content of the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def is_function_name(source: str) -> bool:
@@ -146,9 +151,8 @@ class Rewards:
         valid = torch.zeros(len(completions), dtype=torch.bool)
         parts: dict[str, Tensor] = {}
         for (name, source), weight in zip(self.sources, self.weights, strict=True):
-            if hasattr(source, "scores"):
-                with torch.no_grad():
-                    scores = source.scores(batch).float().cpu()
+            if hasattr(source, "rate"):
+                scores = source.rate(batch).float().cpu()
             else:
                 scores = call_function(source, prompts, completions, columns)
             said = ~torch.isnan(scores)

@@ -53,13 +53,10 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 norm = engine.step(config.max_grad_norm)
             run.check_finite(norm, "gradient", step + 1)
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
-            if eval_set and (
-                step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0)
-            ):
+            if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
-                    final["eval_loss"] = values["eval/loss"] = evaluate(
-                        engine, eval_set, encoder.pad_id, config
-                    )
+                    held_out = evaluate(engine, eval_set, encoder.pad_id, config)
+                final["eval_loss"] = values["eval/loss"] = held_out
             metrics.log(step + 1, values, show=["loss", "eval/loss"])
             run.save(step + 1, {"policy": model}, {"policy": optimizer})
             final["loss"] = loss

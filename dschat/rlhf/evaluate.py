@@ -1,0 +1,152 @@
+"""What a PPO run changed: held-out prompts before and after, paired, with an interval; and how fast the
+rollout was.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import data, losses, models
+from .rewards import prompt_text
+
+if TYPE_CHECKING:
+    from .ppo import PPO
+
+
+def evaluate(ppo: PPO, examples: Sequence[data.Example], seed: int) -> dict[str, Any]:
+    """Sample held-out prompts, always with the same random streams: scores, KL and texts."""
+    samples = ppo.config.eval_samples
+    rollout = ppo.generate(examples, samples, seed)
+    texts = ppo.texts(rollout)
+    scores, valid = ppo.score(rollout, examples, texts)
+    scores = torch.where(valid, scores, torch.zeros_like(scores))
+    mask = rollout.completion_mask.bool()
+    gap = losses.kl(rollout.logprobs, ppo.reference_logprobs(rollout), "k1", mask)
+    return {
+        "scores": scores.view(len(examples), -1).mean(1).tolist(),
+        "kl": float(losses.masked_sum(gap, mask, dim=-1).mean()),
+        "length": float(mask.sum(1).float().mean()),
+        "finished": float(rollout.finished.float().mean()),
+        "texts": texts[::samples],
+    }
+
+
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """(mean difference, low, high): 95 % percentile interval over prompts, before and after resampled
+    together.
+    """
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = difference[generator.integers(0, len(difference), (resamples, len(difference)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
+def held_out(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, float]:
+    """Two evaluations of the same prompts, compared."""
+    change, low, high = paired_bootstrap(before["scores"], after["scores"], seed)
+    found = {"prompts": len(before["scores"]), "change": change, "low": low, "high": high, "kl": after["kl"]}
+    for name, side in (("before", before), ("after", after)):
+        found[name] = float(np.mean(side["scores"]))
+        found[f"length_{name}"], found[f"finished_{name}"] = side["length"], side["finished"]
+    return found
+
+
+def table(
+    examples: Sequence[data.Example], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One row a prompt: answers and scores before and after."""
+    return [
+        {
+            "prompt": prompt_text(example.prompt),
+            "before": before["texts"][i],
+            "score before": float(before["scores"][i]),
+            "after": after["texts"][i],
+            "score after": float(after["scores"][i]),
+        }
+        for i, example in enumerate(examples)
+    ]
+
+
+def compare_with_hf(ppo: PPO, examples: Sequence[data.Example], seed: int) -> dict[str, float]:
+    """Tokens a second of the rollout and of Hugging Face generate: same prompts and sampling, one batch,
+    warmed up.
+
+    Hugging Face runs a copy with the adapter merged, which is its fastest way to run an adapter. Both stop at
+    the end of an answer; only real tokens count.
+    """
+    import transformers
+
+    config, encoder = ppo.config, ppo.encoder
+    ids, mask = data.pad([e.prompt_ids for e in examples], encoder.pad_id, "left")
+    ppo.generate(examples[:2], 1, seed)
+    start = time.perf_counter()
+    rollout = ppo.generate(examples, 1, seed)
+    ours = rollout.stats.completion_tokens / (time.perf_counter() - start)
+
+    plain: Any = copy.deepcopy(ppo.engine.model)
+    plain = plain.merge_and_unload() if models.is_peft(plain) else plain
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=encoder.pad_id,
+    )
+    warm = copy.deepcopy(settings)
+    warm.max_new_tokens = 2
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        plain.generate(ids[:2], attention_mask=mask[:2].long(), generation_config=warm)
+        start = time.perf_counter()
+        out = plain.generate(ids, attention_mask=mask.long(), generation_config=settings)
+        seconds = time.perf_counter() - start
+    ended = torch.isin(out[:, ids.shape[1] :], torch.tensor(encoder.stop_ids)).long()
+    tokens = int((ended.cumsum(1) - ended == 0).sum())  # up to and including the first end
+    theirs = tokens / seconds
+    return {
+        "tokens_per_s": ours,
+        "hf_tokens_per_s": theirs,
+        "speedup": ours / theirs,
+        "prompts": float(len(examples)),
+    }
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """What a PPO run did, for people."""
+    out = []
+    if held := result.get("held_out"):
+        clear = held["low"] > 0 or held["high"] < 0
+        out.append(
+            f"Reward on {held['prompts']} held-out prompts: {held['before']:.3f} before, {held['after']:.3f} "
+            f"after; change {held['change']:+.3f}, 95 % interval {held['low']:+.3f} to {held['high']:+.3f} "
+            f"(paired bootstrap; {'it leaves out 0' if clear else 'it holds 0, so no change is shown'})."
+        )
+        out.append(f"KL of a held-out answer to the reference: {held['kl']:.3f} nats.")
+        out.append(
+            f"Answers: {held['length_before']:.1f} tokens before, {held['length_after']:.1f} after; "
+            f"{100 * held['finished_before']:.0f} % ended by themselves before, "
+            f"{100 * held['finished_after']:.0f} % after."
+        )
+    if speed := result.get("speed"):
+        out.append(
+            f"Rollout: {speed['tokens_per_s']:.0f} tokens/s; Hugging Face generate, adapter merged: "
+            f"{speed['hf_tokens_per_s']:.0f} tokens/s; same {speed['prompts']:.0f} prompts in one batch "
+            f"({speed['speedup']:.1f} times)."
+        )
+    if gap := result.get("log_prob_gap"):
+        out.append(
+            f"Log-probs, rollout against training: mean |d| {gap['mean']:.2e}, max {gap['max']:.2e}, "
+            f"mean exp|d| {gap['mult']:.6f}."
+        )
+    return out
