@@ -5,11 +5,12 @@ Layout of one layer (csrc/cpu/kv_cache.h says the same):
 * ``k[layer]``: ``[pages, Hkv, PAGE / 16, D, 16]``, 16 keys side by side, so that scores vectorise over keys;
 * ``v[layer]``: ``[pages, Hkv, PAGE, Dp]``, ``Dp`` = ``D`` rounded up to 16.
 
-A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1: none), and
-``lengths[slot]`` the number of tokens written. A step is ``prepare_append`` (pages, copy-on-write), the kernels, ``advance``.
+A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1:
+none), and ``lengths[slot]`` the number of tokens written. A step is ``prepare_append`` (pages,
+copy-on-write), the kernels, ``advance``.
 
-Invariants: a page is free or its reference count is the number of block table entries that name it; a page that holds no
-token yet (reserved beyond ``lengths``) belongs to one slot only.
+Invariants: a page is free or its reference count is the number of block table entries that name it; a page
+that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class PagedKVCache:
         self.num_slots = num_slots
         self.max_pages_per_slot = max_pages_per_slot
         self.dtype = dtype
-        # Zeroed, because the kernels read whole vectors and padding must stay finite; untouched pages cost no memory.
+        # Zeroed: kernels read whole vectors, so padding must be finite. Untouched pages cost no memory.
         self.k = torch.zeros(num_layers, num_pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype)
         self.v = torch.zeros(
             num_layers, num_pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype
@@ -126,7 +127,8 @@ class PagedKVCache:
     def __repr__(self) -> str:
         return (
             f"PagedKVCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"slots={self.num_slots}, pages={self.num_pages - self.free_pages}/{self.num_pages} in use, {self.dtype})"
+            f"slots={self.num_slots}, pages={self.num_pages - self.free_pages}/{self.num_pages} in use, "
+            f"{self.dtype})"
         )
 
     # -------------------------------------------------------------------------------------------- allocation
@@ -137,7 +139,8 @@ class PagedKVCache:
         Unlike :meth:`prepare_append` it does not copy a shared page.
 
         Raises:
-            OutOfPages: fewer pages are free than needed. ValueError: the sequence would exceed ``max_length``.
+            OutOfPages: fewer pages are free than needed. ValueError: the sequence would exceed
+            ``max_length``.
         """
         slot = self._slot(slot)
         grow = self._growth(slot, n_tokens)
@@ -145,13 +148,13 @@ class PagedKVCache:
         self._grow(slot, grow)
 
     def free(self, slot: int) -> None:
-        """Forgets the sequence in ``slot``; pages nobody else holds return to the pool. Freeing an empty slot is fine."""
+        """Forgets the sequence in ``slot``, if any; pages nobody else holds return to the pool."""
         slot = self._slot(slot)
         self._drop(slot, 0)
         self._lengths[slot] = 0
 
     def fork(self, src: int, *dst: int) -> None:
-        """Makes each slot of ``dst`` a copy of ``src`` by sharing its pages; what ``dst`` held before is freed.
+        """Makes each slot of ``dst`` a copy of ``src`` by sharing its pages, and frees what it held.
 
         No data moves: a shared partial page is copied by the next :meth:`prepare_append` that writes into it.
         """
@@ -167,9 +170,10 @@ class PagedKVCache:
             self._share(self._table[src, :used], slot, int(self._lengths[src]))
 
     def reorder(self, slots: Sequence[int] | torch.Tensor, sources: Sequence[int] | torch.Tensor) -> None:
-        """After the call ``slots[i]`` holds what ``sources[i]`` held before (beam search: permute and duplicate).
+        """After the call ``slots[i]`` holds what ``sources[i]`` held before, as beam search wants.
 
-        Sources may repeat and may lie outside ``slots``. Pages are shared, never copied, so this needs no free page.
+        Sources may repeat and may lie outside ``slots``. Pages are shared, never copied, so this needs no
+        free page.
         """
         targets = [self._slot(slot) for slot in _ints(slots)]
         origins = [self._slot(slot) for slot in _ints(sources)]
@@ -193,7 +197,7 @@ class PagedKVCache:
             self._share(row, target, length)
 
     def crop(self, slot: int, length: int) -> None:
-        """Keeps the first ``length`` tokens of ``slot``; pages beyond them, reserved ones too, are given up."""
+        """Keeps the first ``length`` tokens of ``slot`` and gives up its other pages, reserved ones too."""
         slot = self._slot(slot)
         if not 0 <= length <= self._lengths[slot]:
             raise ValueError(
@@ -211,12 +215,13 @@ class PagedKVCache:
     def prepare_append(
         self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
     ) -> None:
-        """Makes the next ``n_tokens`` places of each slot writable: allocates pages, copies a shared partial page.
+        """Makes the next ``n_tokens`` places of each slot writable: new pages, a copy of a shared one.
 
         ``lengths`` stay; call :meth:`advance` when the tokens are written. All or nothing.
 
         Raises:
-            OutOfPages: fewer pages are free than needed. ValueError: bad or repeated slots, or beyond ``max_length``.
+            OutOfPages: fewer pages are free than needed. ValueError: bad or repeated slots, or beyond
+            ``max_length``.
         """
         need, plan = self._append_plan(slots, n_tokens)
         if need == 0:  # most decode steps
@@ -245,7 +250,8 @@ class PagedKVCache:
         for slot, count in zip(targets, counts, strict=True):
             if self._lengths[slot] + count > self._owned[slot] * PAGE:
                 raise ValueError(
-                    f"slot {slot} has room for {self._owned[slot] * PAGE - self._lengths[slot]} more tokens, not {count}: "
+                    f"slot {slot} has room for {self._owned[slot] * PAGE - self._lengths[slot]} more "
+                    f"tokens, not {count}: "
                     "call prepare_append first."
                 )
         for slot, count in zip(targets, counts, strict=True):
@@ -264,7 +270,7 @@ class PagedKVCache:
         return k[:, :length].clone(), v[:, :length, :dim].clone()
 
     def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes ``k`` and ``v`` (``[Hkv, n, D]``) at the places ``start .. start + n - 1`` of a slot in one layer.
+        """Writes ``k`` and ``v``, ``[Hkv, n, D]``, at the places from ``start`` on of a slot in one layer.
 
         The places must be inside the slot's pages and these not shared; ``lengths`` stay.
         """
@@ -278,7 +284,8 @@ class PagedKVCache:
             )
         if start < 0 or start + n > self._owned[slot] * PAGE:
             raise ValueError(
-                f"places {start} to {start + n - 1} are outside slot {slot}, whose pages hold {self._owned[slot] * PAGE} "
+                f"places {start} to {start + n - 1} are outside slot {slot}, whose pages hold "
+                f"{self._owned[slot] * PAGE} "
                 "tokens: call prepare_append first."
             )
         if n == 0:
@@ -286,7 +293,8 @@ class PagedKVCache:
         touched = self._table[slot, start // PAGE : pages_for(start + n)]
         if (self._refs[touched] > 1).any():
             raise ValueError(
-                f"slot {slot} shares the pages of places {start} to {start + n - 1}: call prepare_append first."
+                f"slot {slot} shares the pages of places {start} to {start + n - 1}: call prepare_append "
+                "first."
             )
         place = torch.arange(start, start + n)
         page = self.block_table[slot].long()[place // PAGE]

@@ -41,7 +41,14 @@ class Batch:
     def arguments(self) -> tuple[Tensor, ...]:
         """What attention takes in front of its options."""
         table = self.cache.block_table[: len(self.kv_lens)]
-        return self.q, self.cache.k[0], self.cache.v[0], table, cumulative(self.q_lens), int_tensor(self.kv_lens)
+        return (
+            self.q,
+            self.cache.k[0],
+            self.cache.v[0],
+            table,
+            cumulative(self.q_lens),
+            int_tensor(self.kv_lens),
+        )
 
 
 def cumulative(lens: Sequence[int]) -> Tensor:
@@ -91,4 +98,8 @@ def make_batch(
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, signs of zeros and NaN payloads included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    )

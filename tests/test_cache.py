@@ -20,7 +20,7 @@ token_counts = st.one_of(st.integers(0, 5), st.integers(0, 150))
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Every token is a number of its own; keys and values are functions of it, the layer, head and dimension."""
+    """Every token has its own number; keys and values follow from it, layer, head and dimension."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,10 @@ class CacheMachine(RuleBasedStateMachine):
         c = self.cache
         return c.block_table.clone().tolist(), c.lengths.tolist(), c._refs.tolist(), sorted(c._free)
 
-    @rule(slots=st.lists(slot_numbers, unique=True, max_size=SLOTS), counts=st.lists(token_counts, min_size=SLOTS, max_size=SLOTS))
+    @rule(
+        slots=st.lists(slot_numbers, unique=True, max_size=SLOTS),
+        counts=st.lists(token_counts, min_size=SLOTS, max_size=SLOTS),
+    )
     def append(self, slots: list[int], counts: list[int]) -> None:
         counts = counts[: len(slots)]
         before = self.state()
@@ -127,7 +130,14 @@ TestCacheMachine.settings = settings(max_examples=20, stateful_step_count=25, de
 
 
 def small(**change: int) -> PagedKVCache:
-    sizes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 5, "num_pages": 6, "num_slots": 3, "max_pages_per_slot": 4}
+    sizes = {
+        "num_layers": 1,
+        "num_kv_heads": 2,
+        "head_dim": 5,
+        "num_pages": 6,
+        "num_slots": 3,
+        "max_pages_per_slot": 4,
+    }
     return PagedKVCache(**{**sizes, **change})
 
 

@@ -1,17 +1,19 @@
-"""Causal attention over the paged cache (prefill, decode and mixtures), and its differentiable form over packed k and v.
+"""Causal attention over the paged cache (prefill, decode and mixtures), and its differentiable form over
+packed k and v.
 
-The query tokens of all rows lie packed one row after the other; row r has the tokens cu_seqlens[r] .. cu_seqlens[r + 1].
-Query i of row r stands at position p = kv_lens[r] - q_len(r) + i and sees the keys j with p - window < j <= p:
+The query tokens of all rows lie packed one row after the other; row r has the tokens cu_seqlens[r] ..
+cu_seqlens[r + 1]. Query i of row r stands at position p = kv_lens[r] - q_len(r) + i and sees the keys j with
+p - window < j <= p:
 
     s_j = scale * (q . k_j)
     s_j = softcap * tanh(s_j / softcap)              where softcap is given (Gemma 2)
     s_j = s_j + slope_h * (j - p)                    where alibi_slopes are given (BLOOM, MPT)
     out = sum_j softmax(s)_j v_j                     kv head of query head h: h // (Hq / Hkv)
 
-All in float32, rounded once at the end. The cpu backend reduces keys in chunks of 256 cut at absolute positions and folds
-them in order (csrc/cpu/attention.h), so a row's bits depend on nothing but the row: not on the batch, on how many of its
-tokens are queries at once, on threads or on splits. Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021,
-https://arxiv.org/abs/2112.05682
+All in float32, rounded once at the end. The cpu backend reduces keys in chunks of 256 cut at absolute
+positions and folds them in order (csrc/cpu/attention.h), so a row's bits depend on nothing but the row: not
+on the batch, on how many of its tokens are queries at once, on threads or on splits. Rabe and Staats,
+"Self-attention Does Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682
 """
 
 from __future__ import annotations
@@ -63,21 +65,23 @@ def attention(
     slots: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of q [T, Hq, D] over one layer of the paged cache; see the module for the formula. -> [T, Hq, D]
+    """Attention of q [T, Hq, D] over one layer of the paged cache: [T, Hq, D]; the module has the formula.
 
     Args:
         k_cache, v_cache: `cache.k[layer]`, `cache.v[layer]`; they already hold the keys of the query tokens.
-        block_table: int32 [slots, max_pages]. Row r of the batch is its row `slots[r]`, or r where slots is None.
+        block_table: int32 [slots, max_pages]. Row r of the batch is its row `slots[r]`, or r where slots is
+            None.
         cu_seqlens: int32 [rows + 1], from 0 to T. A row may have no query tokens.
         kv_lens: int32 [rows], keys of each row, its query tokens included.
-        window: keys seen, the token's own included; None: all. softcap, alibi_slopes (float32 [Hq]): None for none.
+        window: keys seen, the token's own included; None: all.
+        softcap, alibi_slopes (float32 [Hq]): None for none.
 
-    Forward only; `packed_attention` is the differentiable form with the same bits. Raises ValueError or TypeError for
-    wrong shapes, dtypes, lengths, and for pages that are not there.
+    Forward only; `packed_attention` is the differentiable form with the same bits. Raises ValueError or
+    TypeError for wrong shapes, dtypes, lengths, and for pages that are not there.
     """
     return run(
-        "attention", q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale, window, softcap, alibi_slopes,
-        slots, backend, 1,
+        "attention", q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale, window, softcap,
+        alibi_slopes, slots, backend, 1,
     )  # fmt: skip
 
 
@@ -107,12 +111,14 @@ def run(
     for row, (queries, keys) in enumerate(zip(q_lens, lens, strict=True)):
         check(
             keys >= queries,
-            f"{op}: row {row} has {queries} query tokens and kv_lens {keys}; kv_lens counts the query tokens too.",
+            f"{op}: row {row} has {queries} query tokens and kv_lens {keys}; kv_lens counts the query "
+            "tokens too.",
         )
     if slots is None:
         check(
             block_table.shape[0] >= len(lens),
-            f"{op}: block_table has {block_table.shape[0]} rows for a batch of {len(lens)}; give a row each, or slots.",
+            f"{op}: block_table has {block_table.shape[0]} rows for a batch of {len(lens)}; give a row "
+            "each, or slots.",
         )
         table = block_table[: len(lens)]
     else:
@@ -120,21 +126,23 @@ def run(
         low, high = (int(slots.min()), int(slots.max())) if len(lens) else (0, 0)
         check(
             low >= 0 and high < max(block_table.shape[0], 1),
-            f"{op}: slots run from {low} to {high}; the block table has rows 0 to {block_table.shape[0] - 1}.",
+            f"{op}: slots run from {low} to {high}; the block table has rows 0 to "
+            f"{block_table.shape[0] - 1}.",
         )
         table = block_table[slots.long()]
     longest = max(lens, default=0)
     check(
         longest <= block_table.shape[1] * PAGE,
-        f"{op}: kv_lens reaches {longest} and a row of the block table holds {block_table.shape[1] * PAGE} tokens; "
+        f"{op}: kv_lens reaches {longest} and a row of the block table holds {block_table.shape[1] * PAGE} "
+        "tokens; "
         "make the cache with more pages per slot.",
     )
     used = torch.arange(block_table.shape[1], device=table.device) * PAGE < kv_lens.to(table.device)[:, None]
     check_pages(op, table[used], k_cache)
     if resolve_backend(op, backend, q, k_cache) == "reference":
         return attention_reference(
-            q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale=scale, window=window, softcap=softcap,
-            alibi_slopes=alibi_slopes, slots=slots,
+            q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale=scale, window=window,
+            softcap=softcap, alibi_slopes=alibi_slopes, slots=slots,
         )  # fmt: skip
     check_head_dim(op, q.shape[2])
     arguments = (
@@ -211,7 +219,7 @@ def _row_reference(
 def _distance(
     queries: int, keys: int, device: torch.device, first_key: int = 0, last_query: int | None = None
 ) -> Tensor:
-    """[queries, keys]: position of the key minus position of the query, for consecutive keys from first_key on."""
+    """[queries, keys]: position of the key minus that of the query, keys being consecutive from first_key."""
     end = keys if last_query is None else last_query
     position = torch.arange(end - queries, end, device=device)
     return torch.arange(first_key, first_key + keys, device=device) - position[:, None]
@@ -237,10 +245,13 @@ def packed_attention(
     alibi_slopes: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal attention of packed sequences: q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens int32 [rows + 1]. -> [T, Hq, D]
+    """Causal attention of packed sequences, [T, Hq, D].
 
-    The forward runs `attention`'s kernel over a temporary cache: it has the bits of the rollout. Differentiable in q, k and
-    v: the backward recomputes the weights row by row in float32, QUERY_BLOCK queries at a time.
+    q is [T, Hq, D], k and v are [T, Hkv, D]; row r is the tokens cu_seqlens[r] .. cu_seqlens[r + 1] (int32).
+
+    The forward runs `attention`'s kernel over a temporary cache: it has the bits of the rollout.
+    Differentiable in q, k and v: the backward recomputes the weights row by row in float32, QUERY_BLOCK
+    queries at a time.
 
     Raises ValueError or TypeError for wrong shapes, dtypes and lengths.
     """
@@ -317,7 +328,8 @@ def _check_options(
         check_tensor(op, "alibi_slopes", alibi_slopes)
         check(
             alibi_slopes.shape == (q.shape[1],),
-            f"{op}: alibi_slopes has shape {list(alibi_slopes.shape)}; give [{q.shape[1]}], one slope a query head.",
+            f"{op}: alibi_slopes has shape {list(alibi_slopes.shape)}; give [{q.shape[1]}], one slope a "
+            "query head.",
         )
         check_device(op, "alibi_slopes", alibi_slopes, q)
 
@@ -331,7 +343,8 @@ def _check_cu_seqlens(op: str, cu_seqlens: Any, tokens: int) -> list[int]:
     lens = [end - begin for begin, end in pairwise(bounds)]
     check(
         bounds[0] == 0 and bounds[-1] == tokens and min(lens, default=0) >= 0,
-        f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]} with a smallest step of {min(lens, default=0)}; "
+        f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]} with a smallest step of "
+        f"{min(lens, default=0)}; "
         f"it must rise from 0 to the {tokens} tokens of q.",
     )
     return lens
@@ -340,7 +353,10 @@ def _check_cu_seqlens(op: str, cu_seqlens: Any, tokens: int) -> list[int]:
 # --------------------------------------------------------------------------------------- torch.library
 
 _OPTIONS = "float scale, int? window, float? softcap, Tensor? alibi_slopes"
-_CACHE = "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens, Tensor kv_lens, Tensor? slots"
+_CACHE = (
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens, Tensor kv_lens, "
+    "Tensor? slots"
+)
 LIBRARY.define(f"attention({_CACHE}, {_OPTIONS}) -> Tensor")
 LIBRARY.define(f"packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, {_OPTIONS}) -> Tensor")
 LIBRARY.define(
@@ -373,9 +389,9 @@ def attention_cpu(
     slopes = float32(alibi_slopes)
     out = torch.empty(q.shape, dtype=q.dtype)
     kernels().attention(
-        DTYPES[q.dtype], ptr(q), q.stride(0), ptr(out), out.stride(0), ptr(k_cache), ptr(v_cache), ptr(block_table),
-        block_table.shape[1], ptr(slots), ptr(cu_seqlens), ptr(kv_lens), kv_lens.shape[0], q.shape[1], k_cache.shape[1],
-        q.shape[2], scale, window or 0, softcap or 0.0, ptr(slopes), num_splits,
+        DTYPES[q.dtype], ptr(q), q.stride(0), ptr(out), out.stride(0), ptr(k_cache), ptr(v_cache),
+        ptr(block_table), block_table.shape[1], ptr(slots), ptr(cu_seqlens), ptr(kv_lens), kv_lens.shape[0],
+        q.shape[1], k_cache.shape[1], q.shape[2], scale, window or 0, softcap or 0.0, ptr(slopes), num_splits,
     )  # fmt: skip
     return out
 
@@ -418,8 +434,8 @@ def _packed_cpu(
     positions = int32(torch.arange(tokens) - cu_seqlens[:-1].repeat_interleave(lens))
     k, v = packed_heads(k), packed_heads(v)
     kernels().rope_append(
-        DTYPES[k.dtype], 0, 0, ptr(k), k.stride(0), ptr(v), v.stride(0), 0, 0, 0, 0, ptr(positions), ptr(rows), ptr(table),
-        table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q.shape[1], kv_heads, dim, 0, 0,
+        DTYPES[k.dtype], 0, 0, ptr(k), k.stride(0), ptr(v), v.stride(0), 0, 0, 0, 0, ptr(positions),
+        ptr(rows), ptr(table), table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q.shape[1], kv_heads, dim, 0, 0,
     )  # fmt: skip
     return attention_cpu(
         q, k_cache, v_cache, table, cu_seqlens, lens, None, scale, window, softcap, alibi_slopes
@@ -450,8 +466,8 @@ def _packed_backward(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P = softmax(s): dV = P' dO, ds = P (dO V' - rowsum(P dO V')), through the softcap, dQ = scale ds K,
-    dK = scale ds' Q. Summed in float32 and rounded once."""
+    """With P = softmax(s): dV = P' dO, ds = P (dO V' - rowsum(P dO V')), through the softcap,
+    dQ = scale ds K, dK = scale ds' Q. Summed in float32 and rounded once."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))

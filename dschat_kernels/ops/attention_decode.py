@@ -1,7 +1,7 @@
 """attention() with the keys split among threads: for few query tokens over a long context.
 
-The formula, the arguments and the bits are those of `dschat_kernels.ops.attention`: splits are cut between chunks of 256
-keys, and chunks are folded in order whoever computed them.
+The formula, the arguments and the bits are those of `dschat_kernels.ops.attention`: splits are cut between
+chunks of 256 keys, and chunks are folded in order whoever computed them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def attention_decode(
     num_splits: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`attention` of one or a few query tokens a row; num_splits key ranges a row and head (None: chosen here).
+    """`attention` of one or a few query tokens a row; num_splits key ranges a row and head (None: chosen).
 
     See `dschat_kernels.ops.attention.attention` for the other arguments and errors.
     """

@@ -1,7 +1,7 @@
 """Rotary position embedding, and the write of keys and values into the paged cache.
 
-With the angles of a token's position p, c = cos[p] and s = sin[p] (each [rotary_dim / 2]), every pair (x1, x2) of a
-head becomes
+With the angles of a token's position p, c = cos[p] and s = sin[p] (each [rotary_dim / 2]), every pair (x1,
+x2) of a head becomes
 
     y1 = x1 c - x2 s        y2 = x2 c + x1 s
 
@@ -10,7 +10,8 @@ in float32 (products and sum rounded separately), then rounded to the dtype of x
     "half"          (x[i], x[i + rotary_dim / 2])    Llama, GPT-NeoX
     "interleaved"   (x[2 i], x[2 i + 1])             GPT-J
 
-and the dimensions from rotary_dim on pass through. Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864
+and the dimensions from rotary_dim on pass through. Su et al., "RoFormer", 2021,
+https://arxiv.org/abs/2104.09864
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ def rope(
     rotary_dim: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Rotates x [T, heads, D] by the angles of `positions` [T] (int32 or int64); see the module for the formula.
+    """Rotates x [T, heads, D] by the angles of `positions` [T]; see the module for the formula.
 
-    cos and sin are float32 tables [max_pos, rotary_dim / 2], scaling included. rotary_dim defaults to twice their width.
-    Differentiable in x. Raises ValueError or TypeError for wrong shapes, dtypes and positions outside the tables.
+    cos and sin are float32 tables [max_pos, rotary_dim / 2], scaling included. rotary_dim defaults to twice
+    their width. Differentiable in x. Raises ValueError or TypeError for wrong shapes, dtypes and positions
+    outside the tables.
     """
     rotary_dim = _check_rotary("rope", "x", x, cos, sin, positions, style, rotary_dim)
     if resolve_backend("rope", backend, x) == "reference":
@@ -98,14 +100,16 @@ def rope_append(
     rotary_dim: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Rotates q and k, writes k and v into one layer of the paged cache, and returns the rotated q [T, Hq, D].
+    """Rotates q and k, writes k and v into one layer of the paged cache, returns the rotated q [T, Hq, D].
 
-    q [T, Hq, D], k and v [T, Hkv, D] may be slices of one packed qkv. Token t is the token at `positions[t]` of the
-    sequence in row `slots[t]` of block_table [slots, max_pages]; its page must be allocated and unshared
-    (`PagedKVCache.prepare_append`). k_cache and v_cache are `cache.k[layer]` and `cache.v[layer]`, changed in place.
-    cos = sin = None: no rotation (learned positions, ALiBi). The rotation has the bits of `rope`. Forward only.
+    q [T, Hq, D], k and v [T, Hkv, D] may be slices of one packed qkv. Token t is the token at `positions[t]`
+    of the sequence in row `slots[t]` of block_table [slots, max_pages]; its page must be allocated and
+    unshared (`PagedKVCache.prepare_append`). k_cache and v_cache are `cache.k[layer]` and `cache.v[layer]`,
+    changed in place. cos = sin = None: no rotation (learned positions, ALiBi). The rotation has the bits of
+    `rope`. Forward only.
 
-    Raises ValueError or TypeError for wrong shapes and dtypes, and for positions outside the tables or the pages.
+    Raises ValueError or TypeError for wrong shapes and dtypes, and for positions outside the tables or the
+    pages.
     """
     op = "rope_append"
     rotary_dim = _check_rotary(op, "q", q, cos, sin, positions, style, rotary_dim)
@@ -128,12 +132,14 @@ def rope_append(
         low, high = int(slots.min()), int(slots.max())
         check(
             low >= 0 and high < block_table.shape[0],
-            f"{op}: slots run from {low} to {high}; the block table has rows 0 to {block_table.shape[0] - 1}.",
+            f"{op}: slots run from {low} to {high}; the block table has rows 0 to "
+            f"{block_table.shape[0] - 1}.",
         )
         place = positions.long() // PAGE
         check(
             int(place.max()) < block_table.shape[1],
-            f"{op}: position {int(positions.max())} is beyond the {block_table.shape[1] * PAGE} tokens of a row of the "
+            f"{op}: position {int(positions.max())} is beyond the {block_table.shape[1] * PAGE} tokens of a "
+            "row of the "
             "block table; make the cache with more pages per slot.",
         )
         check_pages(op, block_table[slots.long(), place], k_cache)
@@ -224,18 +230,21 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
         check_tensor(op, name, cache)
         check(
             cache.dtype == like.dtype,
-            f"{op}: {name} is {cache.dtype} and the heads are {like.dtype}; make the cache in the model's dtype.",
+            f"{op}: {name} is {cache.dtype} and the heads are {like.dtype}; make the cache in the model's "
+            "dtype.",
             TypeError,
         )
         check_device(op, name, cache, like)
     check(
         k_cache.dim() == 5 and k_cache.shape[2] == PAGE // LANES and k_cache.shape[4] == LANES,
-        f"{op}: k_cache has shape {list(k_cache.shape)}; give one layer, [pages, Hkv, {PAGE // LANES}, D, {LANES}].",
+        f"{op}: k_cache has shape {list(k_cache.shape)}; give one layer, [pages, Hkv, {PAGE // LANES}, D, "
+        f"{LANES}].",
     )
     pages, heads, _, dim, _ = k_cache.shape
     check(
         v_cache.shape == (pages, heads, PAGE, padded_head_dim(dim)),
-        f"{op}: v_cache has shape {list(v_cache.shape)}; give {[pages, heads, PAGE, padded_head_dim(dim)]} as k_cache asks.",
+        f"{op}: v_cache has shape {list(v_cache.shape)}; give {[pages, heads, PAGE, padded_head_dim(dim)]} "
+        "as k_cache asks.",
     )
     check(
         k_cache.is_contiguous() and v_cache.is_contiguous(),
@@ -243,7 +252,8 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
     )
     check(
         like.dim() == 3 and like.shape[2] == dim,
-        f"{op}: the heads have shape {list(like.shape)} and the cache has head_dim {dim}; give [tokens, heads, {dim}].",
+        f"{op}: the heads have shape {list(like.shape)} and the cache has head_dim {dim}; give [tokens, "
+        f"heads, {dim}].",
     )
     if op == "rope_append":
         check(
@@ -253,7 +263,8 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
     check_tensor(op, "block_table", block_table, floating=False)
     check(
         block_table.dim() == 2 and block_table.dtype in (torch.int32, torch.int64),
-        f"{op}: block_table is {block_table.dtype} {list(block_table.shape)}; give an int32 tensor [slots, max_pages].",
+        f"{op}: block_table is {block_table.dtype} {list(block_table.shape)}; give an int32 tensor [slots, "
+        "max_pages].",
     )
 
 
@@ -301,7 +312,8 @@ def _check_rotary(
         low, high = int(positions.min()), int(positions.max())
         check(
             low >= 0 and high < cos.shape[0],
-            f"{op}: positions run from {low} to {high} and the tables cover 0 to {cos.shape[0] - 1}; make them longer.",
+            f"{op}: positions run from {low} to {high} and the tables cover 0 to {cos.shape[0] - 1}; make "
+            "them longer.",
         )
     return rotary_dim
 
@@ -309,7 +321,8 @@ def _check_rotary(
 # ----------------------------------------------------------------------------------------- torch.library
 
 LIBRARY.define(
-    "rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, int rotary_dim, str style, bool inverse) -> Tensor"
+    "rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, int rotary_dim, str style, bool inverse) -> "
+    "Tensor"
 )
 LIBRARY.define(
     "rope_append(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor positions, Tensor slots, "
@@ -318,7 +331,7 @@ LIBRARY.define(
 
 
 def packed_heads(x: Tensor) -> Tensor:
-    """x [T, heads, D] with the heads of a token side by side: itself (a slice of a packed qkv too) or a copy."""
+    """x [T, heads, D] with the heads of a token side by side: itself (a slice of packed qkv) or a copy."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
@@ -333,12 +346,13 @@ def float32(table: Tensor | None) -> Tensor | None:
 def _rope_cpu(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, rotary_dim: int, style: str, inverse: bool
 ) -> Tensor:
-    x, cos, sin, positions = packed_heads(x), float32(cos), float32(sin), int32(positions)  # type: ignore[assignment]
+    x, positions = packed_heads(x), int32(positions)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
     tokens, heads, dim = x.shape
     kernels().rope(
-        DTYPES[x.dtype], ptr(x), x.stride(0), ptr(y), y.stride(0), ptr(cos), ptr(sin), ptr(positions), tokens, heads, dim,
-        rotary_dim, STYLES[style], -1.0 if inverse else 1.0,
+        DTYPES[x.dtype], ptr(x), x.stride(0), ptr(y), y.stride(0), ptr(cos), ptr(sin), ptr(positions), tokens,
+        heads, dim, rotary_dim, STYLES[style], -1.0 if inverse else 1.0,
     )  # fmt: skip
     return y
 
@@ -380,9 +394,10 @@ def _rope_append_cpu(
     out = torch.empty(q.shape, dtype=q.dtype)
     tokens, q_heads, dim = q.shape
     kernels().rope_append(
-        DTYPES[q.dtype], ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0), ptr(out), out.stride(0), ptr(cos),
-        ptr(sin), ptr(positions), ptr(slots), ptr(block_table), block_table.stride(0), ptr(k_cache), ptr(v_cache), tokens,
-        q_heads, k.shape[1], dim, rotary_dim, STYLES[style],
+        DTYPES[q.dtype], ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0), ptr(out),
+        out.stride(0), ptr(cos), ptr(sin), ptr(positions), ptr(slots), ptr(block_table),
+        block_table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q_heads, k.shape[1], dim, rotary_dim,
+        STYLES[style],
     )  # fmt: skip
     return out
 

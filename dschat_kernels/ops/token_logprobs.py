@@ -5,10 +5,11 @@
     z     = logit * (1 / temperature)
     logprob[t] = z[target_t] - logsumexp(z)         entropy[t] = logsumexp(z) - sum_v softmax(z)_v z_v
 
-The cpu backend walks over the vocabulary in chunks of 1024 and folds them by the rule of csrc/cpu/logsumexp.h; its logits
-have the bits of `linear` and its log-probabilities those of `sample`, so that the ratio of a rollout to its recomputation
-is exactly one. The backward recomputes logits block by block. Its matrix products run in float32 on widened inputs (also
-for bfloat16, whose own products would round every block), and the gradients are rounded once at the end.
+The cpu backend walks over the vocabulary in chunks of 1024 and folds them by the rule of
+csrc/cpu/logsumexp.h; its logits have the bits of `linear` and its log-probabilities those of `sample`, so
+that the ratio of a rollout to its recomputation is exactly one. The backward recomputes logits block by
+block. Its matrix products run in float32 on widened inputs (also for bfloat16, whose own products would round
+every block), and the gradients are rounded once at the end.
 
 Fused linear cross-entropy: Hsu et al., "Liger Kernel", 2024, https://arxiv.org/abs/2410.10989
 """
@@ -88,18 +89,22 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of targets [T] under the head weight [V, H] (bias [V]) at hidden [T, H]. -> float32 [T]
 
-    With return_entropy also the entropy of every row's distribution, float32 [T]. (float64 in: float64 out, by the
-    reference.) Differentiable in hidden, weight and bias. weight has the dtype of hidden.
+    With return_entropy also the entropy of every row's distribution, float32 [T]. (float64 in: float64 out,
+    by the reference.) Differentiable in hidden, weight and bias. weight has the dtype of hidden.
 
-    Raises ValueError or TypeError for wrong shapes, dtypes and devices, a target outside 0 .. V - 1, and a temperature
-    that is not positive.
+    Raises ValueError or TypeError for wrong shapes, dtypes and devices, a target outside 0 .. V - 1, and a
+    temperature that is not positive.
     """
     op = "token_logprobs"
     check_tensor(op, "hidden", hidden)
     check_tensor(op, "weight", weight)
     check(
-        hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1] > 0 and weight.shape[0] > 0,
-        f"{op}: hidden has shape {list(hidden.shape)} and weight {list(weight.shape)}; give [T, H] and [V, H].",
+        hidden.dim() == 2
+        and weight.dim() == 2
+        and hidden.shape[1] == weight.shape[1] > 0
+        and weight.shape[0] > 0,
+        f"{op}: hidden has shape {list(hidden.shape)} and weight {list(weight.shape)}; give [T, H] and [V, "
+        f"H].",
     )
     check(
         hidden.dtype == weight.dtype,
@@ -115,7 +120,8 @@ def token_logprobs(
     )
     check(
         targets.shape == hidden.shape[:1],
-        f"{op}: targets has shape {list(targets.shape)}; give [{hidden.shape[0]}], one token a row of hidden.",
+        f"{op}: targets has shape {list(targets.shape)}; give [{hidden.shape[0]}], one token a row of "
+        f"hidden.",
     )
     check_device(op, "targets", targets, hidden)
     if bias is not None:
@@ -127,7 +133,8 @@ def token_logprobs(
         check_device(op, "bias", bias, hidden)
     check(
         0.0 < temperature < float("inf"),
-        f"{op}: temperature is {temperature}; give a positive number (greedy log-probabilities are those at 1).",
+        f"{op}: temperature is {temperature}; give a positive number (greedy log-probabilities are those at "
+        f"1).",
     )
     check(
         logit_softcap is None or 0.0 < logit_softcap < float("inf"),
@@ -137,7 +144,8 @@ def token_logprobs(
         low, high = int(targets.min()), int(targets.max())
         check(
             low >= 0 and high < weight.shape[0],
-            f"{op}: target {low if low < 0 else high} is outside the vocabulary of {weight.shape[0]}; mask padding out "
+            f"{op}: target {low if low < 0 else high} is outside the vocabulary of {weight.shape[0]}; mask "
+            f"padding out "
             "before the call.",
         )
     if resolve_backend(op, backend, hidden, weight) == "reference":
@@ -185,7 +193,8 @@ LIBRARY.define(
     "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy)"
 )
 LIBRARY.define(
-    "token_logprobs_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor targets, "
+    "token_logprobs_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor "
+    "targets, "
     "Tensor? bias, Tensor lse, Tensor entropy, float temperature, float? logit_softcap, bool[3] wanted) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
@@ -207,8 +216,9 @@ def _forward_cpu(
     logprob, lse = torch.empty(tokens), torch.empty(tokens)
     entropy = torch.empty(tokens if with_entropy else 0)
     kernels().token_logprobs(
-        DTYPES[hidden.dtype], ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size, weight.shape[0],
-        temperature, logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if with_entropy else 0,
+        DTYPES[hidden.dtype], ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size,
+        weight.shape[0], temperature, logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if
+        with_entropy else 0,
     )  # fmt: skip
     return logprob, lse, entropy
 
@@ -243,7 +253,8 @@ def _backward_cpu(
     logit_softcap: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy), then through temperature and softcap."""
+    """dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy), then through temperature and
+    softcap."""
     (tokens, size), vocab = hidden.shape, weight.shape[0]
     h = hidden.detach().float()
     targets = targets.long()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import DTYPES, assert_close_to_fp64
@@ -71,7 +73,11 @@ def test_rope_gradient(style: str, dtype: torch.dtype) -> None:
     positions = torch.randint(0, 20, (7,))
     x = torch.randn(7, 3, 17).to(dtype)
     grad = torch.randn(7, 3, 17).to(dtype)
-    got, torch_own, exact = (x.clone().requires_grad_(), x.clone().requires_grad_(), x.double().requires_grad_())
+    got, torch_own, exact = (
+        x.clone().requires_grad_(),
+        x.clone().requires_grad_(),
+        x.double().requires_grad_(),
+    )
     rope(got, cos, sin, positions, style=style, backend="cpu").backward(grad)
     rope_reference(torch_own, cos, sin, positions, style=style).backward(grad)
     rope_reference(exact, cos, sin, positions, style=style).backward(grad.double())
@@ -82,7 +88,9 @@ def test_reference_gradcheck() -> None:
     cos, sin = tables(9, 4)
     x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
     for style in ("half", "interleaved"):
-        assert torch.autograd.gradcheck(lambda t, s=style: rope(t, cos, sin, torch.tensor([0, 8, 3]), style=s), x)
+        assert torch.autograd.gradcheck(
+            lambda t, s=style: rope(t, cos, sin, torch.tensor([0, 8, 3]), style=s), x
+        )
 
 
 class Case:
@@ -101,10 +109,18 @@ class Case:
         self.cos, self.sin = tables(200, dim - 8)
         self.dim = dim
 
-    def run(self, op: object = rope_append, rows: slice = slice(None), rotate: bool = True, **options: object) -> Tensor:
+    def run(
+        self, op: object = rope_append, rows: slice = slice(None), rotate: bool = True, **options: object
+    ) -> Tensor:
         table = (self.cos, self.sin) if rotate else (None, None)
         heads = (self.q[rows], self.k[rows], self.v[rows])
-        where = (self.positions[rows], self.slots[rows], self.cache.k[1], self.cache.v[1], self.cache.block_table)
+        where = (
+            self.positions[rows],
+            self.slots[rows],
+            self.cache.k[1],
+            self.cache.v[1],
+            self.cache.block_table,
+        )
         return op(*heads, *table, *where, **options)  # type: ignore[operator]
 
     def expect_written(self, rotate: bool, style: str) -> None:
@@ -161,13 +177,17 @@ def test_rope_takes_any_strides() -> None:
     positions = torch.tensor([0, 9, 2, 2, 7])
     expected = rope_reference(x.contiguous(), cos, sin, positions)
     assert torch.equal(rope(x, cos, sin, positions, backend="cpu"), expected)
-    assert torch.equal(rope(x, cos, sin, positions.int()[:, None].expand(5, 2)[:, 0], backend="cpu"), expected)
+    assert torch.equal(
+        rope(x, cos, sin, positions.int()[:, None].expand(5, 2)[:, 0], backend="cpu"), expected
+    )
 
 
 def test_opcheck() -> None:
     cos, sin = tables(10, 4)
     x = torch.randn(3, 2, 6, requires_grad=True)
-    torch.library.opcheck(torch.ops.dschat.rope.default, (x, cos, sin, torch.tensor([0, 4, 9]), 4, "half", False))
+    torch.library.opcheck(
+        torch.ops.dschat.rope.default, (x, cos, sin, torch.tensor([0, 4, 9]), 4, "half", False)
+    )
     cache = PagedKVCache(1, 1, 6, 2, 2, 1)
     cache.prepare_append([0, 1], [2, 1])
     index = (torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
@@ -175,7 +195,8 @@ def test_opcheck() -> None:
     where = (cache.k[0], cache.v[0], cache.block_table)
     for table in ((cos, sin), (None, None)):
         torch.library.opcheck(
-            torch.ops.dschat.rope_append.default, (*heads, *table, *index, *where, 4 if table[0] is not None else 0, "half")
+            torch.ops.dschat.rope_append.default,
+            (*heads, *table, *index, *where, 4 if table[0] is not None else 0, "half"),
         )
 
 
@@ -206,7 +227,12 @@ def test_fp64_falls_back_and_forced_backends_explain() -> None:
 )
 def test_rope_bad_input(change: dict[str, object], message: str) -> None:
     cos, sin = tables(8, 4)
-    arguments: dict[str, object] = {"x": torch.randn(3, 1, 4), "cos": cos, "sin": sin, "positions": torch.arange(3)}
+    arguments: dict[str, object] = {
+        "x": torch.randn(3, 1, 4),
+        "cos": cos,
+        "sin": sin,
+        "positions": torch.arange(3),
+    }
     with pytest.raises((ValueError, TypeError), match=message):
         rope(**{**arguments, **change})  # type: ignore[arg-type]
 
@@ -223,13 +249,13 @@ def test_rope_bad_input(change: dict[str, object], message: str) -> None:
         ({"dtype": torch.bfloat16}, "make the cache in the model's dtype"),
     ],
 )
-def test_append_bad_input(change: dict[str, object], message: str) -> None:
+def test_append_bad_input(change: dict[str, Any], message: str) -> None:
     case = Case(torch.float32)
     dtype = change.get("dtype", torch.float32)
-    q, k, v = (torch.randn(*change.get(n, (2, 6 if n == "q" else 2, 24))).to(dtype) for n in "qkv")  # type: ignore[misc]
+    q, k, v = (torch.randn(*change.get(n, (2, 6 if n == "q" else 2, 24))).to(dtype) for n in "qkv")
     positions, slots = (torch.tensor(change.get(n, [0, 1])) for n in ("positions", "slots"))
     before = case.cache.k.clone()
-    table = case.cache.block_table[:, : change.get("table", 5)]  # type: ignore[misc]
+    table = case.cache.block_table[:, : change.get("table", 5)]
     with pytest.raises((ValueError, TypeError), match=message):
         rope_append(q, k, v, case.cos, case.sin, positions, slots, case.cache.k[1], case.cache.v[1], table)
     assert torch.equal(case.cache.k, before)

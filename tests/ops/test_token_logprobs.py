@@ -1,4 +1,5 @@
-"""token_logprobs against float64 log_softmax, against the bits of sample and linear, its gradients and its memory."""
+"""token_logprobs against float64 log_softmax, against the bits of sample and linear, its gradients and its
+memory."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from dschat_kernels.ops.sample import sample
 from dschat_kernels.ops.token_logprobs import token_logprobs, token_logprobs_reference
 
 
-def problem(tokens: int, size: int, vocab: int, dtype: torch.dtype, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    tokens: int, size: int, vocab: int, dtype: torch.dtype, spread: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(tokens, size).to(dtype)
     weight = (torch.randn(vocab, size) * spread / size**0.5).to(dtype)
     return hidden, weight, torch.randint(0, vocab, (tokens,))
@@ -52,10 +55,13 @@ def test_matches_float64(
     exact = token_logprobs_reference(
         hidden.double(), weight.double(), targets, bias=bias if bias is None else bias.double(), **options
     )
-    only = token_logprobs(hidden, weight, targets, bias=bias, backend="cpu", temperature=temperature, logit_softcap=cap)
+    only = token_logprobs(
+        hidden, weight, targets, bias=bias, backend="cpu", temperature=temperature, logit_softcap=cap
+    )
     assert same_bits(only, got[0])
     for a, e, t in zip(got, exact, own, strict=True):
-        assert_close_to_fp64(a, e, t, size=8.0)  # near 0 they are differences of sums of the size of the logits
+        # Near 0 they are differences of sums of the size of the logits.
+        assert_close_to_fp64(a, e, t, size=8.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +69,13 @@ def test_bits_do_not_depend_on_batch_or_threads(dtype: torch.dtype) -> None:
     hidden, weight, targets = problem(131, 96, 5000, dtype)
     options: dict[str, Any] = {"temperature": 0.8, "return_entropy": True, "backend": "cpu"}
     together = token_logprobs(hidden, weight, targets, **options)
-    for n, rows in ((1, slice(0, 131)), (2, slice(7, 8)), (3, slice(100, 131)), (5, slice(0, 13)), (7, slice(0, 131))):
+    for n, rows in (
+        (1, slice(0, 131)),
+        (2, slice(7, 8)),
+        (3, slice(100, 131)),
+        (5, slice(0, 13)),
+        (7, slice(0, 131)),
+    ):
         with threads(n):
             part = token_logprobs(hidden[rows], weight, targets[rows], **options)
         for a, b in zip(part, together, strict=True):
@@ -83,7 +95,9 @@ def test_bits_of_linear_and_sample(dtype: torch.dtype, temperature: float, with_
     logits = linear(hidden, PackedLinear.from_weight(weight, bias), float_output=True)
     streams = torch.arange(29)
     tokens, logprobs = sample(logits, temperature=temperature, seed=5, streams=streams, positions=streams)
-    assert same_bits(token_logprobs(hidden, weight, tokens, temperature=temperature, bias=bias, backend="cpu"), logprobs)
+    assert same_bits(
+        token_logprobs(hidden, weight, tokens, temperature=temperature, bias=bias, backend="cpu"), logprobs
+    )
 
 
 def test_bits_of_sample_on_exact_logits() -> None:
@@ -93,7 +107,9 @@ def test_bits_of_sample_on_exact_logits() -> None:
     streams = torch.arange(12)
     for temperature in (1.0, 0.7, 2.5):
         tokens, logprobs = sample(logits, temperature=temperature, seed=1, streams=streams, positions=streams)
-        assert same_bits(token_logprobs(logits, torch.eye(vocab), tokens, temperature=temperature, backend="cpu"), logprobs)
+        assert same_bits(
+            token_logprobs(logits, torch.eye(vocab), tokens, temperature=temperature, backend="cpu"), logprobs
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +126,9 @@ def test_gradients(
 
     def gradients(op: Any, wide: torch.dtype | None = None, **more: Any) -> list[Tensor]:
         inputs = [x.to(wide or x.dtype).clone().requires_grad_() for x in (hidden, weight, bias)]
-        out = op(inputs[0], inputs[1], targets, bias=inputs[2], return_entropy=with_entropy, **options, **more)
+        out = op(
+            inputs[0], inputs[1], targets, bias=inputs[2], return_entropy=with_entropy, **options, **more
+        )
         terms = zip(out, weights, strict=True) if with_entropy else [(out, weights[0])]
         sum((x * w).sum() for x, w in terms).backward()
         return [x.grad for x in inputs]
@@ -129,7 +147,9 @@ def test_frozen_inputs_get_no_gradient() -> None:
     assert hidden.grad is not None and weight.grad is None
     weight.requires_grad_()
     token_logprobs(hidden.detach(), weight, targets, backend="cpu").sum().backward()
-    exact = token_logprobs_reference(hidden.detach().double(), w := weight.detach().double().requires_grad_(), targets)
+    exact = token_logprobs_reference(
+        hidden.detach().double(), w := weight.detach().double().requires_grad_(), targets
+    )
     exact.sum().backward()
     torch.testing.assert_close(weight.grad.double(), w.grad, atol=1e-5, rtol=1e-5)
 
@@ -163,10 +183,21 @@ def test_extreme_logits() -> None:
 
 def test_reference_gradcheck() -> None:
     hidden, weight, targets = problem(3, 4, 7, torch.float64)
-    inputs = [hidden.requires_grad_(), weight.requires_grad_(), torch.randn(7, dtype=torch.float64, requires_grad=True)]
+    inputs = [
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randn(7, dtype=torch.float64, requires_grad=True),
+    ]
     assert torch.autograd.gradcheck(
         lambda h, w, b: token_logprobs(
-            h, w, targets, bias=b, temperature=0.7, logit_softcap=3.0, return_entropy=True, backend="reference"
+            h,
+            w,
+            targets,
+            bias=b,
+            temperature=0.7,
+            logit_softcap=3.0,
+            return_entropy=True,
+            backend="reference",
         ),
         inputs,
     )
@@ -191,7 +222,8 @@ def test_peak_memory_is_far_below_the_logits() -> None:
     tokens, size, vocab = 1024, 16, 262144
     hidden, weight, targets = problem(tokens, size, vocab, torch.float32)
     hidden.requires_grad_()
-    token_logprobs(hidden[:2], weight, targets[:2], backend="cpu").sum().backward()  # warm: threads, scratch, MKL
+    # Warm: threads, their working memory, MKL.
+    token_logprobs(hidden[:2], weight, targets[:2], backend="cpu").sum().backward()
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")  # resets the peak
     before = _memory("VmRSS")
@@ -228,6 +260,11 @@ def test_opcheck() -> None:
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
-    arguments = {"hidden": torch.randn(3, 4), "weight": torch.randn(10, 4), "targets": torch.arange(3), **change}
+    arguments = {
+        "hidden": torch.randn(3, 4),
+        "weight": torch.randn(10, 4),
+        "targets": torch.arange(3),
+        **change,
+    }
     with pytest.raises((ValueError, TypeError), match=message):
         token_logprobs(**arguments)
