@@ -11,6 +11,7 @@ hold zeros."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -46,19 +47,23 @@ _KNOWN_ARGUMENTS = frozenset(
 )
 
 
+@functools.cache
+def _fields(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
+
+
 def spec_key(spec: Any) -> Any:
     """Two specs with one key describe the same modules in the same way."""
     if isinstance(spec, nn.Module):
         return id(spec)
     if isinstance(spec, Tensor):
         return tuple(spec.flatten().tolist())
-    if dataclasses.is_dataclass(spec):
-        return tuple(spec_key(getattr(spec, f.name)) for f in dataclasses.fields(spec))
     if isinstance(spec, tuple):
         return tuple(spec_key(item) for item in spec)
     if isinstance(spec, dict):
         return tuple(spec.items())
-    return spec
+    names = _fields(type(spec))
+    return tuple(spec_key(getattr(spec, name)) for name in names) if names else spec
 
 
 def check_dtypes(spec: DecoderSpec) -> None:
@@ -96,12 +101,17 @@ class FusedForward:
         self.model = model
         self.backend = backend
         self.note = note
+        annotation = str(inspect.signature(type(model).forward).return_annotation)
+        crossed = "CrossAttentions" in annotation
+        self._output_class: Any = CausalLMOutputWithCrossAttentions if crossed else CausalLMOutputWithPast
+        self._inner: list[nn.Module] = []  # every module below the model, as of the last refresh
         self.decoder = self._make(decoder_spec(model))
 
     def _make(self, spec: DecoderSpec) -> Decoder:
         if spec.lm_head is None:
             raise Unsupported(f"{parts.class_name(self.model)} has no language-model head to generate with")
         check_dtypes(spec)
+        self._key = spec_key(spec)
         return Decoder(spec, backend=self.backend)
 
     # ------------------------------------------------------------------------------------------------ weights
@@ -111,24 +121,26 @@ class FusedForward:
         try:
             spec = decoder_spec(self.model)
             check_dtypes(spec)
-            if spec_key(spec) != spec_key(self.decoder.spec):
+            if spec_key(spec) != self._key:
                 self.decoder = self._make(spec)
-        except Unsupported as reason:
-            return str(reason)
-        hook = self._hook()
-        if hook is not None:
-            return hook
-        self.decoder.refresh()
-        return None
+        except Unsupported as refused:
+            return str(refused)
+        self._inner = [module for module in self.model.modules() if module is not self.model]
+        reason = self._hook()
+        if reason is None:
+            self.decoder.refresh()
+        return reason
 
     def _hook(self) -> str | None:
+        """Who would miss being called, if the modules are not."""
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "a global forward hook is registered"
-        for name, module in self.model.named_modules():
-            if module is self.model:
+        for module in self._inner:
+            if not module._forward_hooks and not module._forward_pre_hooks:
                 continue
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS:
+                    name = next(n for n, m in self.model.named_modules() if m is module)
                     return f"{name} has a forward hook ({getattr(hook, '__qualname__', hook)})"
         return None
 
@@ -249,10 +261,10 @@ class FusedForward:
         """The output, or the reason why not."""
         ids = arguments["input_ids"]
         cache = arguments.get("past_key_values")
-        if cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0):
-            reason = self.refresh()
-            if reason is not None:
-                return reason
+        unused = cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0)
+        reason = self.refresh() if unused else self._hook()
+        if reason is not None:
+            return reason
         if cache is None:
             cache = self.new_cache()
         elif cache.owner is not self.decoder:
@@ -280,12 +292,6 @@ class FusedForward:
         if return_dict is None:
             return_dict = getattr(self.model.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
-
-    @property
-    def _output_class(self) -> Any:
-        signature = inspect.signature(type(self.model).forward)
-        crossed = "CrossAttentions" in str(signature.return_annotation)
-        return CausalLMOutputWithCrossAttentions if crossed else CausalLMOutputWithPast
 
     def _new_tokens(
         self, arguments: dict[str, Any], cache: PagedDynamicCache, rows: int, columns: int

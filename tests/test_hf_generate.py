@@ -514,6 +514,18 @@ class TestFallback:
 
         self.check("model.layers.1 has a forward hook", run)
 
+    @torch.no_grad()
+    def test_hook_in_the_middle(self) -> None:
+        def run(model: Any) -> Any:
+            ids = torch.arange(3, 20)[None]
+            first = model(ids)
+            handle = model.model.norm.register_forward_hook(lambda module, args, output: 0.5 * output)
+            second = model(ids[:, :2], past_key_values=first.past_key_values)
+            handle.remove()
+            return [first.logits, second.logits]
+
+        self.check("model.norm has a forward hook", run)
+
     def test_dropout_in_training_mode(self) -> None:
         model = build("gpt2", attn_pdrop=0.5).train()
         torch.manual_seed(1)
