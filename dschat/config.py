@@ -493,11 +493,9 @@ class GenerateConfig(_ModelCommand):
 class BenchGenerateConfig(_ModelCommand):
     command: ClassVar[str] = "bench generate"
     about: ClassVar[str] = "tokens a second against Hugging Face, prefill and decode apart"
-    batch_size: list[int] = opt(
-        [16], "numbers of prompts in a batch; several are measured one after the other"
+    workload: list[str] = opt(
+        ["16x128+128"], "BATCHxPROMPT+NEW in tokens, such as 16x128+128; several one by one"
     )
-    prompt_length: int = opt(128, "tokens in each prompt")
-    new_tokens: int = opt(128, "tokens generated for each prompt (EOS is ignored)")
     repeats: int = opt(3, "measurements of each number")
     compare_hf: bool = opt(True, "measure Hugging Face generate too")
     output: str = opt("", "write the table as JSON to this file too")
@@ -507,7 +505,8 @@ class BenchGenerateConfig(_ModelCommand):
 class VerifyConfig(_ModelCommand):
     command: ClassVar[str] = "verify"
     about: ClassVar[str] = "certificate: fused = Hugging Face, padded = unpadded, rollout = training"
-    exact: bool = opt(True, "check the exact mode too")
+    max_new_tokens: int = opt(16, "tokens generated in the comparisons")
+    seed: int = opt(0, "seed of the prompts and the sampling")
     output: str = opt("", "write the certificate as JSON to this file too")
 
 

