@@ -435,7 +435,8 @@ def _packed_cpu(
     k, v = packed_heads(k), packed_heads(v)
     kernels().rope_append(
         DTYPES[k.dtype], 0, 0, ptr(k), k.stride(0), ptr(v), v.stride(0), 0, 0, 0, 0, ptr(positions),
-        ptr(rows), ptr(table), table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q.shape[1], kv_heads, dim, 0, 0,
+        ptr(rows), ptr(table), table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q.shape[1], kv_heads, dim,
+        0, 0,
     )  # fmt: skip
     return attention_cpu(
         q, k_cache, v_cache, table, cu_seqlens, lens, None, scale, window, softcap, alibi_slopes
