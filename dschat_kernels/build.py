@@ -43,7 +43,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -660,6 +660,7 @@ class _Commands:
         self._log, self._verbose, self._rename = log, verbose, rename
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
+        self._starting = threading.Lock()  # a command is started and listed, or not started any more
 
     def __enter__(self) -> _Commands:
         return self
@@ -668,7 +669,8 @@ class _Commands:
         self._stop()
 
     def _stop(self) -> None:
-        self._stopped = True
+        with self._starting:
+            self._stopped = True
         for process in list(self._running):
             with contextlib.suppress(OSError):
                 process.kill()
@@ -679,20 +681,21 @@ class _Commands:
         return text
 
     def run(self, command: Sequence[str]) -> None:
-        if self._stopped:
-            raise _CommandFailed(command, "another command failed first")
         began = time.monotonic()
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env={**os.environ, "LC_ALL": "C"},
-            )
-            self._running.add(process)
+            with self._starting:
+                if self._stopped:
+                    raise _CommandFailed(command, "another command failed first")
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env={**os.environ, "LC_ALL": "C"},
+                )
+                self._running.add(process)
             output = self._shown(process.communicate()[0])
             self._running.discard(process)
             code = process.returncode
@@ -709,8 +712,9 @@ class _Commands:
     def run_all(self, task: Callable[[str], None], names: Sequence[str], jobs: int) -> None:
         """`task` of every name, `jobs` at a time; the first failure ends the rest."""
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(task, name) for name in names]
+            futures: list[Future[None]] = []
             try:
+                futures += [pool.submit(task, name) for name in names]
                 for future in as_completed(futures):
                     future.result()
             except BaseException:

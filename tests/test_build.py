@@ -117,9 +117,9 @@ class Project:
     def leftovers(self) -> list[Path]:
         return [path for path in self.cache.rglob("*") if path.name.endswith(".tmp")]
 
-    def start(self) -> subprocess.Popen[str]:
-        """Another process that loads the module and prints its value."""
-        program = PROGRAM.format(name=NAME, root=str(self.root), cache=str(self.cache))
+    def start(self, before: str = "") -> subprocess.Popen[str]:
+        """Another process that loads the module and prints its value; `before` is code that it runs first."""
+        program = before + PROGRAM.format(name=NAME, root=str(self.root), cache=str(self.cache))
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdout=subprocess.PIPE,
@@ -240,6 +240,25 @@ def test_killed_builder_leaves_nothing_that_loads(project: Project, stage: str) 
     assert out == "42"
     assert "waiting" not in err
     assert len(project.published()) == 1
+    assert project.leftovers() == []
+
+
+def test_builder_killed_while_publishing(project: Project) -> None:
+    """Nothing is seen under the final name until the rename that brings all of it."""
+    die_at_last = """
+import os
+rename = os.rename
+def watched(source, target):
+    if "/_dschat_fake-" in str(target):
+        os.kill(os.getpid(), 9)
+    rename(source, target)
+os.rename = watched
+"""
+    victim = project.start(die_at_last)
+    assert victim.wait(timeout=60) == -signal.SIGKILL
+    assert sorted(project.calls()) == ["helper.cpp", "link", "main.cpp"]
+    assert project.published() == []
+    assert finish(project.start())[0] == "42"
     assert project.leftovers() == []
 
 
