@@ -7,8 +7,6 @@
 
 #include <array>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "bindings/attention.h"
 #include "bindings/decoder.h"
@@ -19,9 +17,9 @@
 #include "cpu/parallel.h"
 #include "cpu/random.h"
 #include "cpu/rms_norm.h"
-#include "cpu/row_sum.h"
 #include "cpu/sample.h"
 #include "cpu/simd.h"
+#include "cpu/vector_math.h"
 
 namespace py = pybind11;
 using namespace dschat;
@@ -158,15 +156,8 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
     return std::array<uint32_t, 4>{r.word[0], r.word[1], r.word[2], r.word[3]};
   });
   m.def("philox_uniform", &philox_uniform);
-  // The vector functions of simd.h and activation.h on n floats, for the tests of their accuracy.
-  m.def("vector_function", [](const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
-    const auto each = [&](auto f) {
-      for_columns(0, n, [&](int64_t j, int k) { store_group(at<float>(y) + j, f(load_group(at<float>(x) + j, k)), k); });
-    };
-    if (name == "exp") each([](Vec v) { return exp(v); });
-    else if (name == "tanh") each([](Vec v) { return tanh(v); });
-    else if (name == "erf") each([](Vec v) { return erf(v); });
-    else throw std::invalid_argument("vector_function has exp, tanh and erf, not " + name + ".");
+  m.def("vector_function", [](int which, uintptr_t x, uintptr_t y, int64_t n) {
+    vector_function(VectorFunction(which), at<float>(x), at<float>(y), n);
   });
   bind_attention(m);
   bind_decoder(m);

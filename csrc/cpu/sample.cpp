@@ -1,6 +1,7 @@
 #include "sample.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <vector>
 
@@ -208,7 +209,7 @@ template <typename T> class RowSampler {
       std::sort(at, at + 3, [&](size_t a, size_t b) { return takes_first(s[a], s[b]); });
       std::swap(s[at[1]], s[hi - 1]);
       const Candidate pivot = s[hi - 1];
-      const auto first = s.begin() + ptrdiff_t(lo), last = s.begin() + ptrdiff_t(hi - 1);
+      const auto first = s.begin() + std::ptrdiff_t(lo), last = s.begin() + std::ptrdiff_t(hi - 1);
       const size_t mid = size_t(
           std::partition(first, last, [&](const Candidate& c) { return takes_first(c, pivot); }) - s.begin());
       double part = before;
@@ -221,7 +222,7 @@ template <typename T> class RowSampler {
         lo = mid + 1;
       }
     }
-    std::sort(s.begin() + ptrdiff_t(lo), s.begin() + ptrdiff_t(hi), takes_first);
+    std::sort(s.begin() + std::ptrdiff_t(lo), s.begin() + std::ptrdiff_t(hi), takes_first);
     for (; lo < hi && before < target; ++lo) before += s[lo].weight;
     const Candidate last_kept = s[lo - 1];
     keep_if([&](const Candidate& c) { return !takes_first(last_kept, c); });
