@@ -1,14 +1,16 @@
 """Weights as the rollout reads them: packed in panels, LoRA fused, rebuilt only when something changed.
 
-`resolve_linear` finds what a projection computes right now (weight, bias, the active LoRA adapters). `PackedLinear` holds one
-packed matrix, `W + sum of scale * B A` accumulated in float32 and rounded once, so the training weight is only read.
-`digest` says whether a tensor's bytes changed; a tensor's version counter cannot (fused optimizers and `.data` bypass it).
+`resolve_linear` finds what a projection computes right now (weight, bias, the active LoRA adapters).
+`PackedLinear` holds one packed matrix, `W + sum of scale * B A` accumulated in float32 and rounded once, so
+the training weight is only read. `digest` says whether a tensor's bytes changed; a tensor's version counter
+cannot (fused optimizers and `.data` bypass it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +35,15 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class ResolvedLinear:
-    """What a projection computes now: x @ (weight + sum of updates)^T + bias. weight: [out, in] view of the parameter."""
+    """What a projection computes now: x @ (weight + sum of updates)^T + bias. weight: [out, in] view of the
+    parameter."""
 
     weight: Tensor
     bias: Tensor | None
     updates: tuple[LoraUpdate, ...]
 
     def tensors(self) -> list[Tensor]:
+        """Everything the projection is computed from."""
         found = [self.weight] + ([self.bias] if self.bias is not None else [])
         return found + [t for u in self.updates for t in (u.a, u.b)]
 
@@ -49,16 +53,17 @@ def is_lora(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "get_base_layer")
 
 
-def _lora_updates(module: nn.Module, name: str) -> tuple[LoraUpdate, ...]:
+def _lora_updates(module: Any, name: str) -> tuple[LoraUpdate, ...]:
     if module.disable_adapters or module.merged:  # merged: the base weight already holds them
         return ()
     updates = []
     for adapter in module.active_adapters:
         if adapter not in module.lora_A:
-            continue
+            continue  # this adapter leaves this projection alone
         if getattr(module, "use_dora", {}).get(adapter, False):
             raise Unsupported(
-                f"{name} uses DoRA in adapter {adapter!r}, which is not a plain low-rank update: merge it first."
+                f"{name} uses DoRA in adapter {adapter!r}, which is not a plain low-rank update: "
+                "merge it first."
             )
         a, b = module.lora_A[adapter], module.lora_B[adapter]
         if getattr(b, "bias", None) is not None:
@@ -75,7 +80,8 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
     Raises:
         Unsupported: the module is neither a plain linear layer nor plain LoRA around one.
     """
-    module, updates = spec.module, ()
+    module: Any = spec.module
+    updates: tuple[LoraUpdate, ...] = ()
     if is_lora(module):
         updates = _lora_updates(module, name)
         module = module.get_base_layer()
@@ -93,20 +99,25 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
 
 
 def digest(tensor: Tensor) -> int:
-    """64-bit digest of a tensor's values; changing any one 4-byte word of it always changes the digest."""
+    """64-bit digest of a tensor's bytes; changing any one 4-byte word of it always changes the digest."""
     data = tensor.detach()
     if not data.is_contiguous():
         data = data.t() if data.dim() == 2 and data.t().is_contiguous() else data.contiguous()
-    module = native()
+    module: Any = native()
     if module is not None:
         return int(module.digest(ptr(data), data.numel() * data.element_size()))
-    words = data.reshape(-1).view(torch.uint8).to(torch.int64)
-    weights = torch.arange(1, words.numel() + 1, dtype=torch.int64) * 0x9E3779B1
-    return int((words * weights).sum())
+    flat = data.reshape(-1).view(torch.uint8)
+    words = nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32).to(torch.int64)
+    # A word's change is below 2^32 and its factor odd: their product is not 0 modulo 2^64.
+    factors = torch.arange(len(words), dtype=torch.int64)
+    for multiplier in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):
+        factors = (factors + 0x632BE59BD9B4E019) * multiplier
+        factors = factors ^ (factors >> 29)
+    return int((words * (factors | 1)).sum())
 
 
 def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
-    """round(W + sum of scale * B A) as a dense [out, in] tensor of `dtype`, accumulated in float32 (PyTorch)."""
+    """round(W + sum of scale * B A) as a dense [out, in] tensor of `dtype`, accumulated in float32."""
     weight = part.weight.detach().float()
     for update in part.updates:
         weight = weight + update.scale * (update.b.detach().float() @ update.a.detach().float())
@@ -116,8 +127,8 @@ def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
 class PackedLinear:
     """One matrix for `ops.linear`: several projections below each other (q, k, v), or a gate/up pair.
 
-    With the native kernels `panels` holds the packed layout and `dense` is None; without them `dense` is the fused
-    [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
+    With the native kernels `panels` holds the packed layout and `dense` is None; without them `dense` is the
+    fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
 
     Args:
         shapes: (out, in) of the parts; all `in` equal.
@@ -138,7 +149,8 @@ class PackedLinear:
         ks = {k for _, k in shapes}
         if len(ks) != 1 or (gated and (len(shapes) != 2 or shapes[0] != shapes[1])):
             raise ValueError(
-                f"parts of shapes {list(shapes)} cannot be packed together: give equal widths (gated: two alike)."
+                f"parts of shapes {list(shapes)} cannot be packed together: "
+                "give equal widths (gated: two alike)."
             )
         self.shapes = [tuple(s) for s in shapes]
         self.dtype = dtype
@@ -151,7 +163,8 @@ class PackedLinear:
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
         if native() is not None:
-            self.panels = torch.empty(self.num_panels * self.k * PANEL, dtype=dtype)
+            self.depth = native().panel_depth(DTYPES[dtype], self.k)
+            self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=dtype)
         else:
             self.dense = torch.empty(sum(n for n, _ in shapes), self.k, dtype=dtype)
 
@@ -181,24 +194,45 @@ class PackedLinear:
         held = [t for t in (self.panels, self.dense, self.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def fill(self, parts: Sequence[ResolvedLinear]) -> None:
-        """Writes the parts' present values into the pack, in place: pointers to it stay good."""
+    def fits(self, parts: Sequence[ResolvedLinear]) -> bool:
+        """Whether `fill(parts)` can write here: same shapes, and a place for every bias."""
         shapes = [tuple(p.weight.shape) for p in parts]
-        if shapes != self.shapes:
-            raise ValueError(f"the pack was made for shapes {self.shapes}, not {shapes}: make a new one.")
+        return shapes == self.shapes and (self.bias is not None or all(p.bias is None for p in parts))
+
+    def fill(self, parts: Sequence[ResolvedLinear]) -> None:
+        """Writes the parts' present values into the pack, in place: pointers to it stay good.
+
+        Raises:
+            ValueError: shapes or biases the pack has no place for. TypeError: a dtype that cannot be packed.
+        """
+        if not self.fits(parts):
+            shapes = [tuple(p.weight.shape) for p in parts]
+            biases = sum(p.bias is not None for p in parts)
+            held = "with" if self.bias is not None else "without"
+            raise ValueError(
+                f"the pack was made for shapes {self.shapes} {held} bias, not for {shapes} with "
+                f"{biases} biases: make a new one."
+            )
+        dtypes = {p.weight.dtype for p in parts}
+        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+            raise TypeError(
+                f"weights of dtype {', '.join(sorted(map(str, dtypes)))} cannot be packed together: "
+                "use torch.float32 or torch.bfloat16, one for all."
+            )
         if self.bias is not None:
             self.bias.copy_(self._panel_order(parts))
         if self.panels is None:
+            assert self.dense is not None
             torch.cat([fused_weight(p, self.dtype) for p in parts], out=self.dense)
-            return
+        else:
+            self._pack(parts, self.panels)
+
+    def _pack(self, parts: Sequence[ResolvedLinear], panels: Tensor) -> None:
+        module: Any = native()
         keep: list[Tensor] = []  # temporaries stay alive until the kernel has read them
         matrices = []
         for part in parts:
             weight = part.weight.detach()
-            if weight.dtype not in DTYPES:
-                raise TypeError(
-                    f"a weight of dtype {weight.dtype} cannot be packed: use torch.float32 or torch.bfloat16."
-                )
             updates = []
             for update in part.updates:
                 a, b = (t.detach().to(torch.float32).contiguous() for t in (update.a, update.b))
@@ -207,20 +241,23 @@ class PackedLinear:
             keep.append(weight)
             matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
         source = parts[0].weight.dtype
-        native().pack_linear(DTYPES[source], DTYPES[self.dtype], matrices, self.gated, ptr(self.panels))
+        module.pack_linear(DTYPES[source], DTYPES[self.dtype], matrices, self.gated, ptr(panels))
 
     def to_dense(self) -> Tensor:
-        """The fused matrix [n, k] (a gated pair: [2 n, k], gate first) that the pack stands for, bit for bit."""
+        """The fused matrix [n, k] (a gated pair: [2 n, k], gate first) that the pack stands for, bit for
+        bit."""
         if self.dense is not None:
             return self.dense.clone()
         assert self.panels is not None
-        rows = self.panels.view(self.num_panels, self.k, PANEL)
-        if self.dtype == torch.bfloat16:  # pairs (c, c + 16) -> columns in order
+        half, count = PANEL // 2, self.num_panels
+        rows = self.panels.view(count, self.depth, PANEL)  # csrc/cpu/gemm.h: panel_place
+        if self.dtype == torch.bfloat16 and native().amx_tiles != "no":
             rows = (
-                rows.view(self.num_panels, self.k, PANEL // 2, 2)
-                .transpose(2, 3)
-                .reshape(self.num_panels, self.k, PANEL)
+                rows.view(count, self.depth // 2, PANEL, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
             )
+        elif self.dtype == torch.bfloat16:  # pairs (c, c + 16) -> columns in order
+            rows = rows.view(count, self.depth, half, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
+        rows = rows[:, : self.k]
         rows = rows.transpose(1, 2)
         if self.gated:
             halves = rows.reshape(self.num_panels, 2, PANEL // 2, self.k)

@@ -40,10 +40,26 @@ inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, i
   return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated};
 }
 
+// Whether bfloat16 products run on AMX tiles: "no", "yes", or "model" for the software model of the tests.
+#if defined(DSCHAT_AMX_MODEL)
+constexpr const char* kAmxTiles = "model";
+#elif defined(DSCHAT_AMX)
+constexpr const char* kAmxTiles = "yes";
+#else
+constexpr const char* kAmxTiles = "no";
+#endif
+
 inline void bind_decoder(pybind11::module_& m) {
   namespace py = pybind11;
   using release = py::call_guard<py::gil_scoped_release>;
 
+  m.attr("amx_tiles") = kAmxTiles;
+  m.def(
+      "panel_depth",
+      [](int dtype, int64_t k) {
+        return DType(dtype) == DType::f32 ? panel_depth(static_cast<const float*>(nullptr), k)
+                                          : panel_depth(static_cast<const bf16*>(nullptr), k);
+      });
   m.def(
       "pack_linear",
       [](int source, int target, const std::vector<Matrix>& parts, bool gated, uintptr_t panels) {

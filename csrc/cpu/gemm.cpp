@@ -76,7 +76,11 @@ void multiply_panels(DType x_type, DType w_type, const void* x, int64_t x_stride
   if (w_type == DType::f32)
     Job<float>{x_type, x, x_stride, k, static_cast<const float*>(panels), sink}.run(r0, r1, p0, p1);
   else
+#if defined(DSCHAT_AMX)
+    multiply_panels_amx(static_cast<const bf16*>(x), x_stride, k, static_cast<const bf16*>(panels), r0, r1, p0, p1, sink);
+#else
     Job<bf16>{x_type, x, x_stride, k, static_cast<const bf16*>(panels), sink}.run(r0, r1, p0, p1);
+#endif
 }
 
 Share share_of(const Team& team, int64_t rows, int64_t panels) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "amx.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
@@ -13,6 +14,24 @@
 namespace dschat {
 
 constexpr int64_t kPanel = 32;  // output columns of a panel
+
+// Where column c of depth k stands in a panel, in values from its beginning, and how many depths a panel holds.
+//   float32    [k][32], columns in order
+//   bfloat16   [k][16 pairs (c, c + 16)]: one 64-byte load gives two float vectors by a shift and a mask
+//   with AMX   [k / 2][2 halves][16 columns][2 depths], k padded with zeros to whole tiles of 32
+DSCHAT_INLINE int64_t panel_place(const float*, int64_t k, int64_t c) { return k * kPanel + c; }
+DSCHAT_INLINE int64_t panel_depth(const float*, int64_t k) { return k; }
+#if defined(DSCHAT_AMX)
+DSCHAT_INLINE int64_t panel_place(const bf16*, int64_t k, int64_t c) {
+  return k / 2 * 64 + c / kLanes * 32 + c % kLanes * 2 + k % 2;
+}
+DSCHAT_INLINE int64_t panel_depth(const bf16*, int64_t k) { return (k + kTileDepth - 1) / kTileDepth * kTileDepth; }
+#else
+DSCHAT_INLINE int64_t panel_place(const bf16*, int64_t k, int64_t c) {
+  return k * kPanel + (c < kLanes ? 2 * c : 2 * (c - kLanes) + 1);
+}
+DSCHAT_INLINE int64_t panel_depth(const bf16*, int64_t k) { return k; }
+#endif
 
 // Receives finished sums: rows x (panels * 32) float32 of the tile whose first row and panel are given.
 struct TileSink {
@@ -26,6 +45,11 @@ struct TileSink {
 // panels have x's dtype, or float32.
 void multiply_panels(DType x_type, DType w_type, const void* x, int64_t x_stride, int64_t k, const void* panels,
                      int64_t r0, int64_t r1, int64_t p0, int64_t p1, const TileSink& sink);
+
+#if defined(DSCHAT_AMX)
+void multiply_panels_amx(const bf16* x, int64_t x_stride, int64_t k, const bf16* panels, int64_t r0, int64_t r1,
+                         int64_t p0, int64_t p1, const TileSink& sink);
+#endif
 
 // This thread's rectangle of rows x panels: the grid of threads whose largest share is smallest, panels cut first.
 struct Share {

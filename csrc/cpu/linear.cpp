@@ -47,9 +47,6 @@ template <typename S> void fused_row(const DenseMatrix& w, int64_t n, float* out
   }
 }
 
-DSCHAT_INLINE int64_t panel_place(float*, int c) { return c; }
-DSCHAT_INLINE int64_t panel_place(bf16*, int c) { return c < kLanes ? 2 * c : 2 * (c - kLanes) + 1; }
-
 template <typename S, typename D>
 void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool gated, D* panels) {
   const int64_t k = parts[0].k;
@@ -81,13 +78,13 @@ void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool 
       if (part) fused_row<S>(*part, index, row);
       else std::fill(row, row + k, 0.0f);
     }
-    D* out = panels + p * k * kPanel;
+    const int64_t depth = panel_depth(panels, k);
+    D* out = panels + p * depth * kPanel;
+    if (depth > k) std::memset(static_cast<void*>(out), 0, size_t(depth * kPanel) * sizeof(D));
     for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
       const int64_t k1 = std::min(k, k0 + kBlock);
-      for (int c = 0; c < kPanel; ++c) {
-        const int64_t place = panel_place(out, c);
-        for (int64_t i = k0; i < k1; ++i) out[i * kPanel + place] = from_float<D>(rows[c * k + i]);
-      }
+      for (int c = 0; c < kPanel; ++c)
+        for (int64_t i = k0; i < k1; ++i) out[panel_place(out, i, c)] = from_float<D>(rows[c * k + i]);
     }
   }
 }
@@ -131,9 +128,13 @@ void fuse_lora(const Team& team, DType source, DType target, const DenseMatrix& 
 }
 
 void digest_blocks(const Team& team, const void* data, int64_t bytes, uint64_t* block_digests) {
-  // Sixteen independent 32-bit lanes; a step h = (h ^ word) * odd is a bijection of h and of word, so one changed
-  // word always changes its lane.
+  // Independent 32-bit lanes; a step is a bijection of h and of word, so one changed word always changes its lane. The
+  // rotation carries high bits down: without it two flipped signs would cancel.
   constexpr uint32_t kOdd = 0x9E3779B1u;
+  const auto step = [](uint32_t h, uint32_t word) {
+    h ^= word;
+    return ((h << 13) | (h >> 19)) * kOdd;
+  };
   const Range mine = team.range((bytes + kDigestBlock - 1) / kDigestBlock);
   for (int64_t b = mine.begin; b < mine.end; ++b) {
     const char* p = static_cast<const char*>(data) + b * kDigestBlock;
@@ -146,13 +147,13 @@ void digest_blocks(const Team& team, const void* data, int64_t bytes, uint64_t* 
       for (int j = 0; j < 4; ++j) {
         uint32_t words[kLanes];
         std::memcpy(words, p + at + j * 64, 64);
-        for (int i = 0; i < kLanes; ++i) lanes[j][i] = (lanes[j][i] ^ words[i]) * kOdd;
+        for (int i = 0; i < kLanes; ++i) lanes[j][i] = step(lanes[j][i], words[i]);
       }
     for (; at < len; at += 4) {
       uint32_t word = 0;
       std::memcpy(&word, p + at, size_t(std::min<int64_t>(4, len - at)));
       uint32_t& lane = lanes[0][(at / 4) % kLanes];
-      lane = (lane ^ word) * kOdd;
+      lane = step(lane, word);
     }
     uint64_t h = uint64_t(len) * 0x9E3779B97F4A7C15ull;
     for (int j = 0; j < 4; ++j)

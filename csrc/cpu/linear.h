@@ -1,9 +1,7 @@
 // y = epilogue(x W^T + b) with packed weights.
 //
-// Packed layout: panels of 32 output columns, [ceil(n/32)][k][32], zero-filled past n. A float32 row of a panel
-// holds columns 0..31 in order; a bfloat16 row holds them in pairs (c, c+16), so that one 64-byte load gives two
-// float vectors by a shift and a mask. A gated panel holds 16 gate columns as columns 0..15 and the matching 16
-// up columns as 16..31.
+// Packed layout: panels of 32 output columns, zero-filled past n, laid out inside as gemm.h says. A gated panel holds 16
+// gate columns as columns 0..15 and the matching 16 up columns as 16..31.
 //
 // Every output element is summed in one fixed order (gemm.h: multiply), so a row's bits do not depend on how many rows
 // there are, on how the work is split, or on the blocking.

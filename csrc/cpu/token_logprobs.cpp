@@ -11,45 +11,35 @@ constexpr int64_t kGroupRows = 96;  // rows whose logits of one chunk (384 KiB) 
 
 inline int64_t chunks_of(int64_t V) { return (V + kVocabChunk - 1) / kVocabChunk; }
 
-DSCHAT_INLINE int64_t place_in_panel(const float*, int c) { return c; }
-DSCHAT_INLINE int64_t place_in_panel(const bf16*, int c) { return c < kLanes ? 2 * c : 2 * (c - kLanes) + 1; }
-
-// Vocabulary entries [first, first + count) as panels of linear.h; columns past count are zero.
+// Vocabulary entries [first, first + count) as panels (gemm.h); columns past count and depths past H are zero.
 template <typename T> void pack_chunk(const T* weight, int64_t H, int64_t first, int64_t count, T* panels) {
-  constexpr int64_t kBlock = 64;  // columns of k interleaved at a time: 32 rows x 64 values stay in L1
-  for (int64_t p = 0; p * kPanel < count; ++p, panels += H * kPanel)
-    for (int64_t k0 = 0; k0 < H; k0 += kBlock) {
-      const int64_t k1 = std::min(H, k0 + kBlock);
-      for (int c = 0; c < kPanel; ++c) {
-        const int64_t place = place_in_panel(panels, c), v = p * kPanel + c;
+  constexpr int64_t kBlock = 64;  // depths interleaved at a time: 32 rows x 64 values stay in L1
+  const int64_t depth = panel_depth(panels, H);
+  for (int64_t p = 0; p * kPanel < count; ++p, panels += depth * kPanel)
+    for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+      const int64_t k1 = std::min(depth, k0 + kBlock), valid = std::min(H, k1);
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t v = p * kPanel + c, end = v < count ? valid : k0;
         const T* row = weight + (first + v) * H;
-        if (v < count)
-          for (int64_t k = k0; k < k1; ++k) panels[k * kPanel + place] = row[k];
-        else
-          for (int64_t k = k0; k < k1; ++k) panels[k * kPanel + place] = T{};
+        for (int64_t k = k0; k < end; ++k) panels[panel_place(panels, k, c)] = row[k];
+        for (int64_t k = std::max(k0, end); k < k1; ++k) panels[panel_place(panels, k, c)] = T{};
       }
     }
 }
 
-template <typename T, int MR, int NP>
-void logits_tile(const float* a, const T* panels, int64_t H, float* logits) {
-  alignas(64) float sums[MR * NP * kPanel];
-  multiply<T, MR, NP>(a, panels, H, sums);
-  for (int r = 0; r < MR; ++r)
-    for (int i = 0; i < NP * kPanel; i += kLanes)
-      store(logits + r * kVocabChunk + i, load(sums + r * NP * kPanel + i));
-}
+// Keeps the logits of a row group and a chunk as rows of kVocabChunk.
+struct LogitRows final : TileSink {
+  float* logits;
+  int64_t first_row;
 
-// MR rows (a: widen_rows) times the panels of `count` vocabulary entries; logits has rows of kVocabChunk.
-template <typename T, int MR>
-void logits_block(const float* a, const T* panels, int64_t H, int64_t count, float* logits) {
-  constexpr int NP = panels_at_once<MR>();
-  const int64_t n = (count + kPanel - 1) / kPanel;
-  int64_t p = 0;
-  for (; p + NP <= n; p += NP) logits_tile<T, MR, NP>(a, panels + p * H * kPanel, H, logits + p * kPanel);
-  if constexpr (NP > 1)
-    for (; p < n; ++p) logits_tile<T, MR, 1>(a, panels + p * H * kPanel, H, logits + p * kPanel);
-}
+  LogitRows(float* out, int64_t first) : logits(out), first_row(first) {}
+
+  void write(const float* sums, int64_t row, int rows, int64_t panel, int panels) const override {
+    for (int r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < panels * kPanel; i += kLanes, sums += kLanes)
+        store(logits + (row + r - first_row) * kVocabChunk + panel * kPanel + i, load(sums));
+  }
+};
 
 // Sum of exp(z - m) (z - m), the part of the entropy that a chunk adds.
 float chunk_weighted(const float* logits, int64_t n, float inv_temperature, float m) {
@@ -62,7 +52,7 @@ float chunk_weighted(const float* logits, int64_t n, float inv_temperature, floa
   return reduce_add(sum);
 }
 
-template <typename T> void run(const Team& team, const TokenLogprobsArgs& a) {
+template <typename T> void run(const Team& team, DType dtype, const TokenLogprobsArgs& a) {
   const T* hidden = static_cast<const T*>(a.hidden);
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t chunks = chunks_of(a.V);
@@ -70,9 +60,7 @@ template <typename T> void run(const Team& team, const TokenLogprobsArgs& a) {
   float* target_z = a.partials + a.T * chunks * 3;
 
   // Work is a grid of chunks by row groups, chunk after chunk, so that a chunk is packed by one or two threads.
-  const int64_t row_bytes = widened_size(1, a.H) * int64_t(sizeof(float));
-  int64_t group = std::min<int64_t>(kGroupRows, (512 * 1024 / row_bytes) / kMaxRows * kMaxRows);
-  group = std::max<int64_t>(group, kMaxRows);
+  const int64_t group = kGroupRows;
   const int64_t groups = (a.T + group - 1) / group;
   const Range share = team.range(chunks * groups);
   int64_t packed = -1;
@@ -81,21 +69,13 @@ template <typename T> void run(const Team& team, const TokenLogprobsArgs& a) {
     const int64_t c = unit / groups, r0 = unit % groups * group, r1 = std::min(a.T, r0 + group);
     const int64_t first = c * kVocabChunk, count = std::min(kVocabChunk, a.V - first);
     if (packed != c) {
-      panels = static_cast<T*>(scratch(kScratchPack, size_t(a.H * kVocabChunk) * sizeof(T)));
+      panels = static_cast<T*>(scratch(kScratchPack, size_t(panel_depth(panels, a.H) * kVocabChunk) * sizeof(T)));
       pack_chunk(weight, a.H, first, count, panels);
       packed = c;
     }
-    float* wide = static_cast<float*>(scratch(kScratchGemm, size_t(widened_size(kMaxRows, a.H)) * sizeof(float)));
     float* logits = static_cast<float*>(scratch(kScratchLogprobs, size_t(group * kVocabChunk) * sizeof(float)));
-    for (int64_t r = r0; r < r1;) {
-      // Whole blocks, and the rest row by row: few sizes are worth compiling.
-      const int rows = r1 - r >= kMaxRows ? kMaxRows : 1;
-      widen_rows(hidden + r * a.hidden_stride, a.hidden_stride, rows, a.H, wide);
-      float* to = logits + (r - r0) * kVocabChunk;
-      if (rows == kMaxRows) logits_block<T, kMaxRows>(wide, panels, a.H, count, to);
-      else logits_block<T, 1>(wide, panels, a.H, count, to);
-      r += rows;
-    }
+    multiply_panels(dtype, dtype, hidden, a.hidden_stride, a.H, panels, r0, r1, 0, (count + kPanel - 1) / kPanel,
+                    LogitRows(logits, r0));
     for (int64_t r = r0; r < r1; ++r) {
       float* row = logits + (r - r0) * kVocabChunk;
       if (a.bias)
@@ -140,7 +120,7 @@ template <typename T> void run(const Team& team, const TokenLogprobsArgs& a) {
 int64_t token_logprobs_partials(int64_t T, int64_t V) { return T * (3 * chunks_of(V) + 1); }
 
 void token_logprobs(const Team& team, DType dtype, const TokenLogprobsArgs& args) {
-  dispatch(dtype, [&](auto t) { run<decltype(t)>(team, args); });
+  dispatch(dtype, [&](auto t) { run<decltype(t)>(team, dtype, args); });
 }
 
 }  // namespace dschat
