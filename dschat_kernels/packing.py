@@ -162,8 +162,9 @@ class PackedLinear:
         self.bias = torch.zeros(self.num_panels * PANEL) if has_bias else None
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
-        if native() is not None:
-            self.depth = native().panel_depth(DTYPES[dtype], self.k)
+        module: Any = native()
+        if module is not None:
+            self.depth = module.panel_depth(DTYPES[dtype], self.k)  # k, padded where AMX tiles need it
             self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=dtype)
         else:
             self.dense = torch.empty(sum(n for n, _ in shapes), self.k, dtype=dtype)
