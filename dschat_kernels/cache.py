@@ -16,6 +16,7 @@ that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -247,15 +248,14 @@ class PagedKVCache:
     ) -> None:
         """Counts ``n_tokens`` new tokens in each slot; they must fit into pages that the slot already has."""
         targets, counts = self._pairs(slots, n_tokens)
-        for slot, count in zip(targets, counts, strict=True):
-            if self._lengths[slot] + count > self._owned[slot] * PAGE:
-                raise ValueError(
-                    f"slot {slot} has room for {self._owned[slot] * PAGE - self._lengths[slot]} more "
-                    f"tokens, not {count}: "
-                    "call prepare_append first."
-                )
-        for slot, count in zip(targets, counts, strict=True):
-            self._lengths[slot] += count
+        room = self._owned[targets] * PAGE - self._lengths[targets]
+        if (counts > room).any():
+            bad = int((counts > room).argmax())
+            raise ValueError(
+                f"slot {targets[bad]} has room for {room[bad]} more tokens, not {counts[bad]}: "
+                "call prepare_append first."
+            )
+        self._lengths[targets] += counts.astype(np.int32)
 
     # -------------------------------------------------------------------------------------------------- data
 
@@ -311,20 +311,24 @@ class PagedKVCache:
             raise ValueError(f"slot {index} does not exist: the cache has slots 0 to {self.num_slots - 1}.")
         return index
 
-    def _pairs(
-        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
-    ) -> tuple[list[int], list[int]]:
-        targets = [self._slot(slot) for slot in _ints(slots)]
-        counts = [n_tokens] * len(targets) if isinstance(n_tokens, int) else _ints(n_tokens)
+    def _pairs(self, slots: Any, n_tokens: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and their token counts, int64; every slot exists and is named once."""
+        targets, counts = _int_array(slots), _int_array(n_tokens)
+        if counts.ndim == 0:
+            counts = np.full(len(targets), counts)
         if len(counts) != len(targets):
             raise ValueError(
                 f"got {len(targets)} slots and {len(counts)} token counts: give one count a slot."
             )
-        if len(set(targets)) != len(targets):
-            raise ValueError(f"slots {targets} repeat a slot: name each once.")
-        for count in counts:
-            if count < 0:
-                raise ValueError(f"n_tokens is {count}: it must not be negative.")
+        if len(targets) == 0:
+            return targets, counts
+        if targets.min() < 0 or targets.max() >= self.num_slots:
+            for slot in targets.tolist():
+                self._slot(slot)
+        if np.bincount(targets).max() > 1:
+            raise ValueError(f"slots {targets.tolist()} repeat a slot: name each once.")
+        if counts.min() < 0:
+            raise ValueError(f"n_tokens is {counts.min()}: it must not be negative.")
         return targets, counts
 
     def _growth(self, slot: int, n_tokens: int) -> int:
@@ -344,15 +348,14 @@ class PagedKVCache:
     ) -> tuple[int, list[tuple[int, int, bool]]]:
         """(free pages needed, [(slot, pages to add, copy the partial page?)])."""
         targets, counts = self._pairs(slots, n_tokens)
+        lengths = self._lengths[targets]
+        if (lengths + counts <= self._owned[targets] * PAGE).all():  # most decode steps: nothing to do
+            partial = targets[lengths % PAGE > 0]
+            if not (self._refs[self._table[partial, self._lengths[partial] // PAGE]] > 1).any():
+                return 0, []
         need, plan = 0, []
         left: dict[int, int] = {}  # references of a page after the copies planned so far
-        index = np.asarray(targets, dtype=np.int64)
-        if (
-            self._refs.max() <= 1
-            and (self._lengths[index] + np.asarray(counts) <= self._owned[index] * PAGE).all()
-        ):
-            return 0, []
-        for slot, count in zip(targets, counts, strict=True):
+        for slot, count in zip(targets.tolist(), counts.tolist(), strict=True):
             grow, copy = self._growth(slot, count), False
             length = int(self._lengths[slot])
             if count > 0 and length % PAGE:
@@ -395,6 +398,15 @@ class PagedKVCache:
         self._refs[row] += 1
         self._owned[slot] = len(row)
         self._lengths[slot] = length
+
+
+def _int_array(values: Any) -> np.ndarray:
+    """int64 array of an int, a sequence or a tensor of them."""
+    if isinstance(values, torch.Tensor):
+        values = values.numpy()
+    elif not isinstance(values, (int, np.ndarray)):
+        values = [int(value) for value in values]
+    return np.asarray(values, dtype=np.int64)
 
 
 def _ints(values: Iterable[int] | torch.Tensor) -> list[int]:

@@ -252,7 +252,8 @@ class PackedLinear:
         assert self.panels is not None
         half, count = PANEL // 2, self.num_panels
         rows = self.panels.view(count, self.depth, PANEL)  # csrc/cpu/gemm.h: panel_place
-        if self.dtype == torch.bfloat16 and native().amx_tiles != "no":
+        module: Any = native()
+        if self.dtype == torch.bfloat16 and module.amx_tiles != "no":
             rows = (
                 rows.view(count, self.depth // 2, PANEL, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
             )
