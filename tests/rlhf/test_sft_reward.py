@@ -1,0 +1,221 @@
+"""SFT and reward stages: the right loss, learning, exact resume, files that load elsewhere, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from helpers_rlhf import Killed, numbers, same_weights
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dschat.config import ConfigError, RewardConfig, SFTConfig
+from dschat.engine import HybridEngine
+from dschat.rlhf import data, models, reward, sft
+from dschat.rlhf.checkpoint import CheckpointError, latest
+from dschat.rlhf.run import learning_rate
+
+STAGES = {"sft": (SFTConfig, sft.train), "reward": (RewardConfig, reward.train)}
+
+
+def run(stage: str, base: dict, **keys):
+    cls, train = STAGES[stage]
+    return train(cls(**{**base, "batch_size": 4, "learning_rate": 3e-3, "epochs": 2, **keys}))
+
+
+# --------------------------------------------------------------------------------------------------- the loss
+
+
+def test_sft_loss_is_hugging_faces_on_the_responses(new_stories_model, stories_tokenizer):
+    """checklist 2.1 #1, #15, #16: only response tokens count, end of turn included; equal to HF row by row,
+    any batch.
+    """
+    model = new_stories_model()
+    encoder = data.Encoder(stories_tokenizer)
+    texts = [
+        ("Once upon a time", "there was a cat."),
+        ("Tom", "ran."),
+        ("One day", "it rained a lot, so they slept."),
+    ]
+    examples = [data.Example(encoder.prompt(p), [encoder.completion(a)], p) for p, a in texts]
+    losses = []
+    for e in examples:
+        ids = torch.tensor([e.prompt_ids + e.answers[0]])
+        labels = ids.clone()
+        labels[0, : len(e.prompt_ids)] = -100
+        with torch.no_grad():
+            losses.append((float(model(ids, labels=labels).loss), len(e.answers[0])))
+    engine = HybridEngine(model)
+    tokens = sum(n for _, n in losses)
+    for size in (1, 2, 3):
+        config = SFTConfig(batch_size=size)
+        expected = sum(x * n for x, n in losses) / tokens
+        assert sft.evaluate(engine, examples, 0, config) == pytest.approx(expected, rel=1e-4)
+        config.aggregation = "sequence"
+        assert sft.evaluate(engine, examples, 0, config) == pytest.approx(
+            sum(x for x, _ in losses) / 3, rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_changes_nothing(stage, base, tmp_path):
+    """checklist 2.1 #16: 1 x 4 and 4 x 1 rows take the same steps, but for rounding."""
+    seen = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        keys = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "lora_r": 2}
+        run(stage, base, **keys, output_dir=str(tmp_path / f"{batch_size}"))
+        seen.append([line["loss"] for line in numbers(tmp_path / f"{batch_size}")])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------- what is written
+
+
+def test_sft_learns_and_loads(base, tmp_path):
+    result = run("sft", base, lora_r=4, learning_rate=1e-2, epochs=4, eval_data=base["data"], eval_every=3)
+    lines = numbers(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 13)) and lines[-1]["loss"] < 0.7 * lines[0][
+        "loss"
+    ]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6, 9, 12]
+    assert result["eval_loss"] == lines[-1]["eval/loss"]
+    assert lines[0]["lr"] == 1e-2 and lines[-1]["lr"] < 1e-3, "linear to 0"
+    files = set(os.listdir(tmp_path / "run"))
+    assert files >= {
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "adapter",
+        "result.json",
+    }
+    meta = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (
+        meta["seed"] == 0 and meta["versions"]["torch"] == torch.__version__ and meta["config"]["lora_r"] == 4
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    tokenizer = models.load_tokenizer(str(tmp_path / "run"))
+    encoder = data.Encoder(tokenizer)
+    records, stats = data.read(base["data"])
+    examples = data.sft_examples(records, encoder, stats)
+    loss = sft.evaluate(HybridEngine(model), examples, 0, SFTConfig())
+    assert loss == pytest.approx(result["eval_loss"], rel=1e-3), "the merged model is the trained one"
+
+
+def test_reward_learns_is_normalised_and_loads(base, tmp_path):
+    """checklist 2.1 #20: scores of training answers have mean 0 and deviation 1 after the stored ones are
+    taken out.
+    """
+    result = run("reward", base, lora_r=4, learning_rate=1e-2, epochs=4, eval_data=base["data"])
+    assert result["eval_accuracy"] == 1.0 and result["eval_loss"] < 0.3 and result["eval_pairs"] == 12
+    assert 0 <= result["eval_longer_wins"] <= 1
+    folder = tmp_path / "run" / "model"
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    assert (config.reward_mean, config.reward_std) == (result["reward_mean"], result["reward_std"])
+    scorer = models.Scorer(models.load_scorer(str(folder), torch.float32))
+    records, stats = data.read(base["data"])
+    examples = data.pair_examples(records, data.Encoder(models.load_tokenizer(str(folder))), stats)
+    chosen, rejected = reward.pair_scores(scorer, examples, 0)
+    assert (chosen > rejected).all()
+    both = torch.cat([chosen, rejected]).detach()
+    assert float(both.mean()) == pytest.approx(0, abs=1e-3) and float(
+        both.std(correction=0)
+    ) == pytest.approx(1, abs=1e-3)
+    with_base = run("reward", base, normalise=False, max_steps=1, output_dir=str(tmp_path / "raw"))
+    assert "reward_mean" not in with_base
+
+
+def test_margins_are_used(base, tmp_path):
+    losses = []
+    for margin in ("", "number"):
+        run("reward", base, max_steps=1, margin=margin, output_dir=str(tmp_path / f"m{margin}"))
+        losses.append(numbers(tmp_path / f"m{margin}")[0]["loss"])
+    assert losses[1] > losses[0] + 1, "the numbers 0 to 5 have to be won by"
+
+
+# ----------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_straight(stage, lora_r, base, tmp_path, kill_after):
+    """checklist 2.1 #25: killed after a step's numbers and before its checkpoint, and started again: the
+    same run.
+    """
+    keys = {"lora_r": lora_r, "eval_data": base["data"], "eval_every": 2}
+    straight = run(stage, base, **keys, output_dir=str(tmp_path / "straight"))
+    for at in (1, 4):
+        kill_after(at)
+        with pytest.raises(Killed):
+            run(stage, base, **keys)
+        newest = latest(tmp_path / "run" / "checkpoints")
+        assert newest is None if at == 1 else newest.name == "step-000003", "at most the running step is lost"
+    kill_after(None)
+    resumed = run(stage, base, **keys)
+    ignored = ("seconds", "written")
+    assert {k: v for k, v in resumed.items() if k not in ignored} == {
+        k: v for k, v in straight.items() if k not in ignored
+    }
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
+    for folder in ("model", "checkpoints"):
+        assert same_weights(tmp_path / "run" / folder, tmp_path / "straight" / folder)
+    before = os.stat(tmp_path / "run" / "result.json").st_mtime_ns
+    assert run(stage, base, **keys) == resumed, "a finished run gives its result at once"
+    assert os.stat(tmp_path / "run" / "result.json").st_mtime_ns == before
+
+
+def test_what_a_folder_refuses(base, tmp_path):
+    run("sft", base, max_steps=1)
+    with pytest.raises(
+        ConfigError, match=r"holds a run with learning_rate 0\.003, not 0\.5; name another output_dir"
+    ):
+        run("sft", base, max_steps=1, learning_rate=0.5)
+    with pytest.raises(ConfigError, match="holds a run already; name another, or add --overwrite"):
+        run("sft", base, max_steps=1, resume="never")
+    with pytest.raises(ConfigError, match=r"holds a run of sft; name another"):
+        run("reward", base, max_steps=1)
+    assert run("sft", base, max_steps=1, learning_rate=0.5, overwrite=True)["steps"] == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="holds files of no run, so it is not deleted"):
+        run("sft", base, output_dir=str(tmp_path / "mine"), overwrite=True)
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        run("sft", base, output_dir=str(tmp_path / "mine" / "thesis.txt"))
+
+
+def test_corrupt_checkpoint_is_said(base, tmp_path, kill_after):
+    kill_after(3)
+    with pytest.raises(Killed):
+        run("sft", base)
+    newest = latest(tmp_path / "run" / "checkpoints")
+    assert newest
+    os.truncate(newest / "tensors.safetensors", 100)
+    with pytest.raises(
+        CheckpointError, match=r"step-000002 has a tensors\.safetensors that is not what was written"
+    ):
+        run("sft", base)
+
+
+def test_bad_settings(base, tmp_path):
+    with pytest.raises(ConfigError, match="data is empty; name at least one file"):
+        run("sft", base, data=[])
+    with pytest.raises(
+        ConfigError, match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate"
+    ):
+        run("sft", base, learning_rate=1e30, output_dir=str(tmp_path / "nan"))
+    assert latest(tmp_path / "nan" / "checkpoints").name == "step-000001", "the broken weights are not saved"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 2 / 3, 1 / 3]),
+        ("cosine", [0.5, 1.0, 1.0, 0.75, 0.25]),
+    ],
+)
+def test_learning_rate(schedule, expected):
+    config = SFTConfig(warmup_steps=2, lr_schedule=schedule)
+    assert [learning_rate(config, 1.0, s, 5) for s in range(5)] == pytest.approx(expected)
