@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "cpu/attention.h"
+#include "cpu/attention_backward.h"
 #include "cpu/attention_decode.h"
 #include "cpu/rope_append.h"
 #include "cpu/token_logprobs.h"
@@ -94,6 +95,36 @@ inline void bind_attention(pybind11::module_& m) {
         const int64_t splits = num_splits == 1 ? 1 : attention_decode_splits(num_threads(), a, num_splits);
         const std::unique_ptr<float[]> partials(new float[size_t(attention_decode_partials(a, splits))]);
         parallel([&](const Team& team) { attention_decode(team, DType(type), a, splits, partials.get()); });
+      },
+      release);
+  m.def(
+      "attention_backward",
+      [](int type, uintptr_t dout, int64_t dout_stride, uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
+         uintptr_t v, int64_t v_stride, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t cu_seqlens, int64_t rows,
+         int64_t q_heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap,
+         uintptr_t alibi_slopes) {
+        AttentionBackwardArgs a;
+        a.dout = pointer<void>(dout);
+        a.dout_stride = dout_stride;
+        a.q = pointer<void>(q);
+        a.q_stride = q_stride;
+        a.k = pointer<void>(k);
+        a.k_stride = k_stride;
+        a.v = pointer<void>(v);
+        a.v_stride = v_stride;
+        a.dq = pointer<void>(dq);
+        a.dk = pointer<void>(dk);
+        a.dv = pointer<void>(dv);
+        a.cu_seqlens = pointer<int32_t>(cu_seqlens);
+        a.rows = rows;
+        a.Hq = q_heads;
+        a.Hkv = kv_heads;
+        a.D = head_dim;
+        a.scale = scale;
+        a.window = window;
+        a.softcap = softcap;
+        a.alibi_slopes = pointer<float>(alibi_slopes);
+        parallel([&](const Team& team) { attention_backward(team, DType(type), a); });
       },
       release);
   m.def(

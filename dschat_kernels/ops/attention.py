@@ -46,9 +46,6 @@ from dschat_kernels.ops.rope_append import (
     packed_heads,
 )
 
-QUERY_BLOCK = 256
-"""Queries of a row that the backward handles at once: bounds its memory at heads * 256 * keys numbers."""
-
 
 def attention(
     q: Tensor,
@@ -216,13 +213,10 @@ def _row_reference(
     return (s.softmax(-1) @ value).transpose(0, 1).to(q.dtype)
 
 
-def _distance(
-    queries: int, keys: int, device: torch.device, first_key: int = 0, last_query: int | None = None
-) -> Tensor:
-    """[queries, keys]: position of the key minus that of the query, keys being consecutive from first_key."""
-    end = keys if last_query is None else last_query
-    position = torch.arange(end - queries, end, device=device)
-    return torch.arange(first_key, first_key + keys, device=device) - position[:, None]
+def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[queries, keys]: position of the key minus that of the query, the queries being the last tokens."""
+    position = torch.arange(keys - queries, keys, device=device)
+    return torch.arange(keys, device=device) - position[:, None]
 
 
 def _hidden(distance: Tensor, window: int | None) -> Tensor:
@@ -250,8 +244,8 @@ def packed_attention(
     q is [T, Hq, D], k and v are [T, Hkv, D]; row r is the tokens cu_seqlens[r] .. cu_seqlens[r + 1] (int32).
 
     The forward runs `attention`'s kernel over a temporary cache: it has the bits of the rollout.
-    Differentiable in q, k and v: the backward recomputes the weights row by row in float32, QUERY_BLOCK
-    queries at a time.
+    Differentiable in q, k and v: the backward (csrc/cpu/attention_backward.h) recomputes the weights in float32,
+    a few queries at a time.
 
     Raises ValueError or TypeError for wrong shapes, dtypes and lengths.
     """
@@ -456,7 +450,7 @@ def _packed_fake(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _packed_backward(
+def _packed_backward_cpu(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -467,48 +461,14 @@ def _packed_backward(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P = softmax(s): dV = P' dO, ds = P (dO V' - rowsum(P dO V')), through the softcap,
-    dQ = scale ds K, dK = scale ds' Q. Summed in float32 and rounded once."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    heads, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
-    slopes = None if alibi_slopes is None else alibi_slopes.detach().to(wide).view(heads, group, 1, 1)
-    bounds = cu_seqlens.tolist()
-    for begin, end in pairwise(bounds):
-        # [Hkv, group, tokens, D] and [Hkv, tokens, D]
-        query, grad = (
-            x[begin:end].detach().to(wide).unflatten(1, (heads, group)).permute(1, 2, 0, 3) for x in (q, dout)
-        )
-        key, value = (x[begin:end].detach().to(wide).transpose(0, 1).contiguous() for x in (k, v))
-        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
-        for first in range(0, end - begin, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, end - begin)
-            low = max(0, first - window + 1) if window else 0  # keys that these queries see: low .. last
-            n = last - first
-            qb = query[:, :, first:last].reshape(heads, group * n, dim)
-            gb = grad[:, :, first:last].reshape(heads, group * n, dim)
-            kb, vb = key[:, low:last], value[:, low:last]
-            s = (qb @ kb.transpose(1, 2)).mul_(scale).view(heads, group, n, last - low)
-            slope_of_cap = None
-            if softcap:
-                t = torch.tanh(s / softcap)
-                s, slope_of_cap = softcap * t, 1 - t * t
-            distance = _distance(n, last - low, q.device, low, last)
-            if slopes is not None:
-                s = s + slopes * distance
-            p = s.masked_fill_(_hidden(distance, window), float("-inf")).softmax(-1)
-            dp = (gb @ vb.transpose(1, 2)).view_as(p)
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-            if slope_of_cap is not None:
-                ds = ds * slope_of_cap
-            flat = ds.view(heads, group * n, last - low)
-            value_grad[:, low:last] += p.view_as(flat).transpose(1, 2) @ gb
-            key_grad[:, low:last] += (flat.transpose(1, 2) @ qb).mul_(scale)
-            block = (flat @ kb).mul_(scale).view(heads, group, n, dim)
-            dq[begin + first : begin + last] = block.permute(2, 0, 1, 3).flatten(1, 2)
-        dk[begin:end] = key_grad.transpose(0, 1)
-        dv[begin:end] = value_grad.transpose(0, 1)
+    dout, q, k, v = (packed_heads(x) for x in (dout, q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    cu_seqlens, slopes = int32(cu_seqlens), float32(alibi_slopes)
+    kernels().attention_backward(
+        DTYPES[q.dtype], ptr(dout), dout.stride(0), ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0),
+        ptr(dq), ptr(dk), ptr(dv), ptr(cu_seqlens), len(cu_seqlens) - 1, q.shape[1], k.shape[1], q.shape[2], scale,
+        window or 0, softcap or 0.0, ptr(slopes),
+    )  # fmt: skip
     return dq, dk, dv
 
 
@@ -542,7 +502,7 @@ def _packed_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("attention", attention_cpu, "CPU")
 LIBRARY.impl("packed_attention", _packed_cpu, "CPU")
-LIBRARY.impl("packed_attention_backward", _packed_backward, "CPU")
+LIBRARY.impl("packed_attention_backward", _packed_backward_cpu, "CPU")
 torch.library.register_fake("dschat::attention", _attention_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::packed_attention", _packed_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::packed_attention_backward", _packed_backward_fake, lib=LIBRARY)

@@ -213,10 +213,7 @@ def test_packed_has_the_bits_of_attention(options: dict[str, Any], dtype: torch.
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_gradients(
-    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dschat_kernels.ops.attention.QUERY_BLOCK", 48)  # several blocks
+def test_packed_gradients(options: dict[str, Any], dtype: torch.dtype) -> None:
     inputs, cu = packed([130, 0, 1, 20], 4, 2, 12, dtype)
     grad = torch.randn(151, 4, 12).to(dtype)
     ours = [x.clone().requires_grad_() for x in inputs]
