@@ -28,7 +28,14 @@ OPS = (
     "sample",
     "token_logprobs",
 )
-SHARED = ("parallel", "gemm", "step")  # sources of csrc/cpu that are not an op
+SHARED = (
+    "parallel",
+    "vector_math",
+    "gemm",
+    "gemm_amx",
+    "attention_backward",
+    "step",
+)  # of csrc/cpu, not an op
 
 PYTHON = sorted([*(REPO / "dschat").rglob("*.py"), *(REPO / "dschat_kernels").rglob("*.py")])
 NATIVE = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
