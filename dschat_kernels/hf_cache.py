@@ -44,7 +44,7 @@ class PagedDynamicCache(DynamicCache):
         self.mask = torch.zeros(0, 0, dtype=torch.bool)  # [rows, columns]: which columns hold a token
         self._is_dense = False
 
-    # ------------------------------------------------------------------------------------------ ragged rows
+    # ------------------------------------------------------------------------------------- ragged rows
 
     @property
     def is_dense(self) -> bool:
@@ -117,7 +117,7 @@ class PagedDynamicCache(DynamicCache):
             super().update(keys, values, layer)
         self.paged, self.slots = None, []
 
-    # ------------------------------------------------------------------------------- transformers' interface
+    # ------------------------------------------------------------------------- transformers' interface
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -48,7 +48,7 @@ _KNOWN_ARGUMENTS = frozenset(
 
 
 @functools.cache
-def _fields(cls: type) -> tuple[str, ...]:
+def _fields(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 
 
@@ -62,7 +62,7 @@ def spec_key(spec: Any) -> Any:
         return tuple(spec_key(item) for item in spec)
     if isinstance(spec, dict):
         return tuple(spec.items())
-    names = _fields(type(spec))
+    names = _fields(spec.__class__)
     return tuple(spec_key(getattr(spec, name)) for name in names) if names else spec
 
 
@@ -114,7 +114,7 @@ class FusedForward:
         self._key = spec_key(spec)
         return Decoder(spec, backend=self.backend)
 
-    # ------------------------------------------------------------------------------------------------ weights
+    # ----------------------------------------------------------------------------------------- weights
 
     def refresh(self) -> str | None:
         """Bring spec and packs up to date; the reason when the model is no longer covered."""
@@ -151,7 +151,7 @@ class FusedForward:
     def _pages(self, slots: int, tokens: int) -> PagedKVCache:
         return self.decoder.new_cache(slots, max(1, tokens))
 
-    # --------------------------------------------------------------------------------------------- generation
+    # -------------------------------------------------------------------------------------- generation
 
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], max_length: int) -> None:
         """After transformers chose the cache of a `generate` call: replace its plain dynamic cache by
@@ -196,7 +196,7 @@ class FusedForward:
             return
         cache.fresh_packs = True
 
-    # ------------------------------------------------------------------------------------------------ forward
+    # ----------------------------------------------------------------------------------------- forward
 
     def forward(self, arguments: dict[str, Any]) -> Any:
         """The model's output, or None when transformers' forward must run (its cache made dense, the reason

@@ -31,11 +31,12 @@ from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
 from .ops._common import DTYPES, resolve_backend
 
+# How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
+_RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
 _MARK = "_dschat_patch"  # in the instance dictionary of a patched model; never copied or pickled
 
 
-# ------------------------------------------------------------------------------------------------------
-# report
+# ---------------------------------------------------------------------------------------------- report
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ class Report:
         return groups
 
 
-# -------------------------------------------------------------------------------------------------- class
-# swap
+# ------------------------------------------------------------------------------------------ class swap
 
 
 @functools.cache
@@ -114,8 +114,8 @@ def _fused_class(original: type, make_forward: Callable[..., Any], options: tupl
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, arguments, state, *rest = super(fused, self).__reduce_ex__(protocol)
         arguments = tuple(original if argument is fused else argument for argument in arguments)
-        if function is copyreg.__newobj__:  # pickle insists that its class is the object's own
-            function, arguments = copyreg._reconstructor, (original, object, None)
+        if function.__name__ == "__newobj__":  # pickle insists that its class is the object's own
+            function, arguments = _RECONSTRUCT, (original, object, None)
         if isinstance(state, dict):
             state = {key: value for key, value in state.items() if key != _MARK}
         return (function, arguments, state, *rest)
@@ -267,8 +267,7 @@ def _causal_lm(original: Any) -> dict[str, Any]:
     return {"forward": forward, "_prepare_cache_for_generation": _prepare_cache_for_generation}
 
 
-# ------------------------------------------------------------------------------------------------ what to
-# swap
+# ---------------------------------------------------------------------------------------- what to swap
 
 
 @dataclass(frozen=True)
@@ -307,8 +306,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in original_class(module).__name__ and not list(module.children())
 
 
-# -------------------------------------------------------------------------------------------------------
-# patch
+# ----------------------------------------------------------------------------------------------- patch
 
 
 class Patch:
@@ -333,7 +331,7 @@ class Patch:
             self._restore()
             raise
 
-    # ---------------------------------------------------------------------------------------------- applying
+    # ---------------------------------------------------------------------------------------- applying
 
     def _plan_decoder(self, strict: bool) -> str:
         """Set up the fused forward, or say why there is none. Changes nothing in the model."""
@@ -431,7 +429,7 @@ class Patch:
         module.__class__ = fused
         self._swapped.append((module, original, fused))
 
-    # ------------------------------------------------------------------------------------------------ public
+    # ------------------------------------------------------------------------------------------ public
 
     @property
     def active(self) -> bool:

@@ -82,6 +82,17 @@ class TestGreedy:
         )
         fused_only(patch)
 
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "opt-350m"])
+    def test_reference_backend(self, name: str) -> None:
+        """What runs where there is no compiler."""
+        model, inputs = build(name), padded()
+        theirs = tokens(model, inputs, num_beams=2)
+        with dk.patch(model, strict=True, backend="reference") as patch:
+            assert patch.report().decoder == "fused decoder (reference)"
+            assert {e.backend for e in patch.report().entries} <= {"reference", ""}
+            assert torch.equal(tokens(model, inputs, num_beams=2), theirs)
+            fused_only(patch)
+
     def test_inferred_mask_and_no_padding(self, pair: tuple[Any, Any, Patch]) -> None:
         plain, model, patch = pair
         for inputs in ({"input_ids": padded(512)["input_ids"]}, {"input_ids": torch.tensor([[1, 403, 407]])}):

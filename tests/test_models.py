@@ -106,8 +106,8 @@ class TestPinnedCode:
             if not hashes <= source.KNOWN.get(name, set())
         ]
         assert not changed, (
-            f"transformers {transformers.__version__} changed {changed}: read the new code, adapt the adapter, "
-            "then pin the output of `python -m dschat_kernels.models.source`"
+            f"transformers {transformers.__version__} changed {changed}: read the new code, adapt the "
+            "adapter, then pin the output of `python -m dschat_kernels.models.source`"
         )
 
     def test_no_hash_means_two_things(self) -> None:
