@@ -439,12 +439,12 @@ def train(
     model, tokenizer: use these instead of loading `config.model`. rewards: functions beside those that the
     config names.
     """
+    require_data(config)
+    if not config.reward and not rewards:
+        raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
     with Run(config, "ppo") as run, interruptible(run):
         if run.result is not None:
             return run.result
-        require_data(config)
-        if not config.reward and not rewards:
-            raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)

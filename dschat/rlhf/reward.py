@@ -25,10 +25,10 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
     model: a sequence classifier with one label to use instead of loading `config.model`. Writes `model/` and,
     with LoRA, `adapter/`.
     """
+    require_data(config)
     with Run(config, "reward") as run, interruptible(run):
         if run.result is not None:
             return run.result
-        require_data(config)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)

@@ -110,28 +110,21 @@ class Run:
         self._open()
 
     def _open(self) -> None:
-        file = self.folder / "run.json"
+        """Look at what is there; nothing is written before `start`, so that a run that cannot start leaves
+        no trace.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"output_dir {self.folder} is a file; name a folder")
-        if self.config.overwrite and file.is_file():
-            shutil.rmtree(self.folder)
-        elif self.config.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ConfigError(
-                f"output_dir {self.folder} holds files of no run, so it is not deleted; name another"
-            )
-        if file.is_file():
+        file = self.folder / "run.json"
+        if self.config.overwrite:
+            if not file.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ConfigError(
+                    f"output_dir {self.folder} holds files of no run, so it is not deleted; name another"
+                )
+        elif file.is_file():
             self._continue(json.loads(file.read_text(encoding="utf-8")))
         if self.result is not None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "stage": self.stage,
-            "config": self.config.to_dict(),
-            "versions": versions(),
-            "seed": self.config.seed,
-        }
-        checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
-        checkpoint.atomic_text(file, json.dumps(content, indent=1) + "\n")
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         random.seed(self.config.seed)
@@ -172,7 +165,14 @@ class Run:
             self.metrics.close()
 
     def start(self, total_steps: int) -> Metrics:
-        """Open the metrics, at the step where the run goes on."""
+        """Write what the run is started with, and open its metrics at the step where it goes on."""
+        if self.config.overwrite and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
+        content["config"] = self.config.to_dict()
+        checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
+        checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
         self.metrics = Metrics(
             self.folder, self.stage, total_steps, after_step=self.step,
             tensorboard=self.config.tensorboard, progress=self.config.progress,

@@ -20,10 +20,10 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
     model, tokenizer: use these instead of loading `config.model`. Writes `model/` and, with LoRA, `adapter/`.
     """
+    require_data(config)
     with Run(config, "sft") as run, interruptible(run):
         if run.result is not None:
             return run.result
-        require_data(config)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
