@@ -1,7 +1,7 @@
 """Generation throughput, ours beside Hugging Face in one run, as a share of what the machine can do.
 
-Random prompts of exact length, greedy, EOS ignored; tokens/s = batch x generated / total time, prefill included. Runs of the
-two sides alternate, so a machine that drifts drifts for both; figures are medians with their spread.
+Random prompts of exact length, greedy, EOS ignored; tokens/s = batch x generated / total time, prefill included.
+Runs of the two sides alternate, so a machine that drifts drifts for both; figures are medians with their spread.
 """
 
 from __future__ import annotations
@@ -69,15 +69,25 @@ class GenerateReport:
         return json.dumps({"machine": self.machine, "model": self.model, "rows": rows}, indent=2)
 
     def to_markdown(self) -> str:
-        head = "| batch, prompt + new | dschat tok/s | HF tok/s | ratio | prefill s (HF) | decode ms/step (HF) | GB/s | share of peak |"
+        head = (
+            "| batch, prompt + new | dschat tok/s | HF tok/s | ratio | prefill s (HF) | decode ms/step (HF) "
+            "| GB/s | share of peak |"
+        )
         lines = [head, "| --- " * 8 + "|"]
         for r in self.rows:
             hf = f"{r.hf.median:.0f} [{r.hf.low:.0f}-{r.hf.high:.0f}]" if r.hf else "-"
             ratio = f"{r.speedup:.1f}x" if r.speedup else "-"
-            prefill = f"{r.prefill:.2f} ({r.hf_prefill:.2f})" if r.hf_prefill is not None else f"{r.prefill:.2f}"
-            decode = f"{r.decode_ms:.1f} ({r.hf_decode_ms:.1f})" if r.hf_decode_ms is not None else f"{r.decode_ms:.1f}"
+            prefill = (
+                f"{r.prefill:.2f} ({r.hf_prefill:.2f})" if r.hf_prefill is not None else f"{r.prefill:.2f}"
+            )
+            decode = (
+                f"{r.decode_ms:.1f} ({r.hf_decode_ms:.1f})"
+                if r.hf_decode_ms is not None
+                else f"{r.decode_ms:.1f}"
+            )
             lines.append(
-                f"| {r.batch_size}, {r.prompt_length} + {r.new_tokens} | {r.ours.median:.0f} [{r.ours.low:.0f}-{r.ours.high:.0f}] "
+                f"| {r.batch_size}, {r.prompt_length} + {r.new_tokens} "
+                f"| {r.ours.median:.0f} [{r.ours.low:.0f}-{r.ours.high:.0f}] "
                 f"| {hf} | {ratio} | {prefill} | {decode} | {r.decode_gb_per_s:.1f} | {100 * r.bandwidth_share:.0f} % |"
             )
         return "\n".join(lines)
@@ -146,7 +156,7 @@ def _measure(
 
 
 @torch.no_grad()
-def _hf_generate(model: nn.Module, ids: Tensor, new: int) -> Tensor:
+def _hf_generate(model: Any, ids: Tensor, new: int) -> Tensor:
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
         pad_token_id=0, eos_token_id=None,

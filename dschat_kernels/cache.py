@@ -15,7 +15,7 @@ that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ PAGE = 64
 CHUNK = 256
 """Keys that attention reduces in one go; part of the definition of its bits."""
 LANES = 16
+
+
+Ints = Sequence[int] | np.ndarray | torch.Tensor
+"""Slots, or numbers of tokens."""
 
 
 class OutOfPages(RuntimeError):
@@ -170,7 +174,7 @@ class PagedKVCache:
             self.free(slot)
             self._share(self._table[src, :used], slot, int(self._lengths[src]))
 
-    def reorder(self, slots: Sequence[int] | torch.Tensor, sources: Sequence[int] | torch.Tensor) -> None:
+    def reorder(self, slots: Ints, sources: Ints) -> None:
         """After the call ``slots[i]`` holds what ``sources[i]`` held before, as beam search wants.
 
         Sources may repeat and may lie outside ``slots``. Pages are shared, never copied, so this needs no
@@ -207,15 +211,11 @@ class PagedKVCache:
         self._drop(slot, pages_for(length))
         self._lengths[slot] = length
 
-    def pages_needed(
-        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
-    ) -> int:
+    def pages_needed(self, slots: Ints, n_tokens: int | Ints) -> int:
         """Free pages that ``prepare_append(slots, n_tokens)`` would take."""
         return self._append_plan(slots, n_tokens)[0]
 
-    def prepare_append(
-        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
-    ) -> None:
+    def prepare_append(self, slots: Ints, n_tokens: int | Ints) -> None:
         """Makes the next ``n_tokens`` places of each slot writable: new pages, a copy of a shared one.
 
         ``lengths`` stay; call :meth:`advance` when the tokens are written. All or nothing.
@@ -243,9 +243,7 @@ class PagedKVCache:
             self.k[:, copies] = self.k[:, sources]
             self.v[:, copies] = self.v[:, sources]
 
-    def advance(
-        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
-    ) -> None:
+    def advance(self, slots: Ints, n_tokens: int | Ints) -> None:
         """Counts ``n_tokens`` new tokens in each slot; they must fit into pages that the slot already has."""
         targets, counts = self._pairs(slots, n_tokens)
         room = self._owned[targets] * PAGE - self._lengths[targets]
@@ -311,7 +309,7 @@ class PagedKVCache:
             raise ValueError(f"slot {index} does not exist: the cache has slots 0 to {self.num_slots - 1}.")
         return index
 
-    def _pairs(self, slots: Any, n_tokens: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, slots: Ints, n_tokens: int | Ints) -> tuple[np.ndarray, np.ndarray]:
         """Slots and their token counts, int64; every slot exists and is named once."""
         targets, counts = _int_array(slots), _int_array(n_tokens)
         if counts.ndim == 0:
@@ -343,9 +341,7 @@ class PagedKVCache:
             )
         return max(0, pages_for(total) - int(self._owned[slot]))
 
-    def _append_plan(
-        self, slots: Sequence[int] | torch.Tensor, n_tokens: int | Sequence[int] | torch.Tensor
-    ) -> tuple[int, list[tuple[int, int, bool]]]:
+    def _append_plan(self, slots: Ints, n_tokens: int | Ints) -> tuple[int, list[tuple[int, int, bool]]]:
         """(free pages needed, [(slot, pages to add, copy the partial page?)])."""
         targets, counts = self._pairs(slots, n_tokens)
         lengths = self._lengths[targets]
@@ -409,5 +405,5 @@ def _int_array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
 
 
-def _ints(values: Iterable[int] | torch.Tensor) -> list[int]:
+def _ints(values: Ints) -> list[int]:
     return values.tolist() if isinstance(values, torch.Tensor) else [int(value) for value in values]

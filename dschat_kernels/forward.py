@@ -1,10 +1,11 @@
-"""The training forward of a decoder on packed rows: no padding, the ops of the rollout, gradients for what is trained.
+"""The training forward of a decoder on packed rows: no padding, the ops of the rollout, gradients for what is
+trained.
 
-`packed_hidden` walks a `DecoderSpec`. By default projections run through the model's own modules (so adapters, hooks and
-sharded weights behave as ever) and everything between them through our differentiable ops. With `exact` they run through
-the packs of a `Decoder`: then every op has the kernel, the weights and the rounding of the rollout, and hidden states,
-hence log-probs, are equal to the rollout's bit for bit. Gradients to weights, A and B are those of W + scale B A; the one
-rounding of the packed weight is passed straight through.
+`packed_hidden` walks a `DecoderSpec`. By default projections run through the model's own modules (so adapters,
+hooks and sharded weights behave as ever) and everything between them through our differentiable ops. With
+`exact` they run through the packs of a `Decoder`: then every op has the kernel, the weights and the rounding
+of the rollout, and hidden states, hence log-probs, are equal to the rollout's bit for bit. Gradients to
+weights, A and B are those of W + scale B A; the one rounding of the packed weight is passed straight through.
 """
 
 from __future__ import annotations
@@ -38,28 +39,18 @@ def packed_hidden(
 
     Args:
         input_ids: int64 [T], the tokens of all rows one after the other.
-        cu_seqlens: int32 [rows + 1], row r owns the tokens cu_seqlens[r] .. cu_seqlens[r + 1]; positions start at 0.
+        cu_seqlens: int32 [rows + 1], row r owns the tokens cu_seqlens[r] .. cu_seqlens[r + 1]; positions start
+            at 0.
         exact: a refreshed `Decoder` of the same model: its packs do the projections.
         backend: of the ops between the projections.
 
     Gradient checkpointing is applied layer by layer where the model has it switched on. Dropout is not applied.
+
+    Raises ValueError or TypeError for ids, lengths or a decoder that do not fit.
     """
-    if input_ids.dim() != 1 or input_ids.dtype != torch.int64:
-        raise TypeError(
-            f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give int64 of shape [T]."
-        )
-    vocabulary = spec.embed.weight.shape[0]
-    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-        raise ValueError(
-            f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: the vocabulary has {vocabulary}."
-        )
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max()) if lengths.numel() else 0
-    if spec.positions is not None and longest > spec.max_positions:
-        raise ValueError(
-            f"a row has {longest} tokens and the model {spec.max_positions} positions: shorten it."
-        )
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
+    longest = _check_rows(spec, input_ids, cu_seqlens)
+    _check_exact(spec, exact)
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
     positions = torch.arange(input_ids.numel()) - starts
 
     walk = _Walk(spec, cu_seqlens, positions, longest, exact, backend)
@@ -67,7 +58,8 @@ def packed_hidden(
     if spec.project_in is not None:
         x = walk.project(x, "project_in", [spec.project_in])[0]
     if spec.positions is not None:
-        x = x + torch.nn.functional.embedding(positions + spec.position_offset, spec.positions.weight)
+        table: Any = spec.positions
+        x = x + torch.nn.functional.embedding(positions + spec.position_offset, table.weight)
     checkpointing = torch.is_grad_enabled() and getattr(spec.trunk, "gradient_checkpointing", False)
     for i, layer in enumerate(spec.layers):
         if checkpointing:
@@ -79,6 +71,50 @@ def packed_hidden(
     if spec.project_out is not None:
         x = walk.project(x, "project_out", [spec.project_out])[0]
     return x
+
+
+def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int:
+    """Length of the longest row."""
+    if input_ids.dim() != 1 or input_ids.dtype != torch.int64:
+        raise TypeError(
+            f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give int64 of shape [T]."
+        )
+    embed: Any = spec.embed
+    vocabulary = embed.weight.shape[0]
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise ValueError(
+            f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: "
+            f"the vocabulary has {vocabulary}."
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise TypeError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: give int32 of shape [rows + 1]."
+        )
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel() or bool((lengths < 0).any()):
+        raise ValueError(
+            f"cu_seqlens {cu_seqlens.tolist()} do not cut {input_ids.numel()} tokens into rows: "
+            "begin with 0, never fall, end with the number of tokens."
+        )
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if spec.positions is not None and longest > spec.max_positions:
+        raise ValueError(
+            f"a row has {longest} tokens and the model {spec.max_positions} positions: shorten it."
+        )
+    return longest
+
+
+def _check_exact(spec: DecoderSpec, exact: Decoder | None) -> None:
+    if exact is None:
+        return
+    embed: Any = spec.embed
+    if exact.dtype != embed.weight.dtype:
+        raise ValueError(
+            f"the rollout runs in {exact.dtype} and the model is {embed.weight.dtype}: "
+            "exact mode needs one dtype for both."
+        )
+    if exact.epoch == 0:
+        raise RuntimeError("the decoder has no packs yet: call refresh() before an exact forward.")
 
 
 class _Walk:
@@ -93,13 +129,8 @@ class _Walk:
         exact: Decoder | None,
         backend: str | None,
     ):
-        self.spec, self.cu_seqlens, self.positions, self.exact, self.backend = (
-            spec,
-            cu_seqlens,
-            positions,
-            exact,
-            backend,
-        )
+        self.spec, self.exact, self.backend = spec, exact, backend
+        self.cu_seqlens, self.positions = cu_seqlens, positions
         self.tables = None
         if spec.rope is not None:
             self.tables = exact.rope_tables(longest) if exact is not None else spec.rope.tables(longest)
@@ -118,12 +149,13 @@ class _Walk:
             for y in self.project(x, f"layers.{i}.qkv", [layer.q, layer.k, layer.v])
         )
         if self.tables is not None and self.spec.rope is not None:
-            rotary = {
-                "style": self.spec.rope.style,
-                "rotary_dim": self.spec.rope.rotary_dim,
-                "backend": self.backend,
-            }
-            q, k = (rope(y, *self.tables, self.positions, **rotary) for y in (q, k))
+            style, rotary_dim = self.spec.rope.style, self.spec.rope.rotary_dim
+            q, k = (
+                rope(
+                    y, *self.tables, self.positions, style=style, rotary_dim=rotary_dim, backend=self.backend
+                )
+                for y in (q, k)
+            )
         out = packed_attention(
             q, k, v, self.cu_seqlens, scale=layer.scale, window=layer.window, softcap=self.spec.attn_softcap,
             backend=self.backend,
@@ -154,8 +186,12 @@ class _Walk:
 
 
 def exact_linear(x: Tensor, packed: PackedLinear, parts: Sequence[ResolvedLinear]) -> tuple[Tensor, ...]:
-    """round(x W_p^T + b_p) for every part of a pack, with the pack's bits; differentiable in x and in the parts' weight,
-    bias, A and B. x: [T, k]; one [T, n_p] a part."""
+    """round(x W_p^T + b_p) for every part of a pack, with the pack's bits; x: [T, k], one [T, n_p] a part.
+
+    Differentiable in x and in the parts' weight, bias, A and B.
+    """
+    if x.dtype != packed.dtype:
+        raise TypeError(f"x is {x.dtype} and the packed weight {packed.dtype}: give one dtype.")
     tensors = [t for p in parts for t in (p.weight, p.bias)]
     updates = [t for p in parts for u in p.updates for t in (u.a, u.b)]
     scales = [[u.scale for u in p.updates] for p in parts]
@@ -173,7 +209,8 @@ class _ExactLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """With dy of a part: dx += dy W + s (dy B) A, dW = dy^T x, db = sum dy, dA = s (dy B)^T x, dB = s dy^T (x A^T)."""
+        """With dy of a part: dx += dy W + s (dy B) A, dW = dy^T x, db = sum dy, dA = s (dy B)^T x,
+        dB = s dy^T (x A^T)."""
         x, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         base, updates = tensors[: ctx.count], iter(range(ctx.count, len(tensors)))
@@ -192,10 +229,38 @@ class _ExactLinear(torch.autograd.Function):
                 ia, ib = next(updates), next(updates)
                 a, b = tensors[ia], tensors[ib]
                 inner = scale * (dy.to(b.dtype) @ b)  # [T, rank]
-                if needs[0]:
+                if dx is not None:
                     dx = dx + (inner @ a).to(dx.dtype)
                 if needs[4 + ia]:
                     out[ia] = inner.t() @ x.to(a.dtype)
                 if needs[4 + ib]:
                     out[ib] = scale * (dy.to(b.dtype).t() @ (x.to(a.dtype) @ a.t()))
         return (dx, None, None, None, *out)
+
+
+def exact_weight(packed: PackedLinear, part: ResolvedLinear) -> Tensor:
+    """The value of a single projection's pack, [out, in], with the gradient of W + sum of scale * B A."""
+    if not part.updates:
+        return part.weight if part.weight.dtype == packed.dtype else part.weight.to(packed.dtype)
+    updates = [t for u in part.updates for t in (u.a, u.b)]
+    return _ExactWeight.apply(packed.to_dense(), [u.scale for u in part.updates], part.weight, *updates)
+
+
+class _ExactWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scales: list[float], weight: Tensor, *updates: Tensor) -> Tensor:
+        ctx.scales, ctx.dtype = scales, weight.dtype
+        ctx.save_for_backward(*updates)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """dW = d, dA = s B^T d, dB = s d A^T."""
+        (d,) = grads
+        out: list[Tensor | None] = []
+        for i, scale in enumerate(ctx.scales):
+            a, b = ctx.saved_tensors[2 * i : 2 * i + 2]
+            needs_a, needs_b = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
+            out.append(scale * (b.t() @ d.to(b.dtype)) if needs_a else None)
+            out.append(scale * (d.to(a.dtype) @ a.t()) if needs_b else None)
+        return (None, None, d.to(ctx.dtype) if ctx.needs_input_grad[2] else None, *out)

@@ -1,17 +1,18 @@
-"""From a DecoderSpec to tokens: packs, a flat plan of op calls on preallocated buffers, and the step that walks it.
+"""From a DecoderSpec to tokens: packs, a flat plan of op calls on buffers, and the step that walks it.
 
-A `Plan` is a list of `OpCall`s on named buffers. Two executors walk it: `NativeExecutor` hands the whole list to the CPU
-kernels, which run a step in one parallel region; `PythonExecutor` calls the public ops one by one, on any backend, and can
-stop after any call, which is how a divergence is bisected. Both give the same bits on the cpu backend.
+A `Plan` is a list of `OpCall`s on named buffers. Two executors walk it: `NativeExecutor` hands the whole list
+to the CPU kernels, which run a step in one parallel region; `PythonExecutor` calls the public ops one by one,
+on any backend. Both can report every call (`trace`), which is how a divergence is found, and both give the
+same bits on the cpu backend.
 
-`Decoder` is what the engine and the patch use: it keeps the packs in step with the model's weights (`refresh`) and advances
-ragged rows over a paged cache (`step`). Rows carry no padding.
+`Decoder` is what the engine and the patch use: it keeps the packs in step with the model's weights
+(`refresh`) and advances ragged rows over a paged cache (`step`). Rows carry no padding.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import PAGE, PagedKVCache
+from .cache import PagedKVCache, pages_for
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
 from .ops._common import ACTIVATIONS, native, ptr
 from .ops.attention import attention
@@ -32,7 +33,8 @@ from .packing import DTYPES, PackedLinear, ResolvedLinear, digest, resolve_linea
 
 @dataclass(frozen=True)
 class OpCall:
-    """One op on named buffers: `out = op(input, ...)`. `weights` names a pack or norm of the plan, `layer` the cache layer."""
+    """One op on named buffers: `out = op(input, ...)`. `weights` names a pack or norm of the plan, `layer`
+    the cache layer."""
 
     op: Literal["embed", "add_positions", "norm", "linear", "rope_append", "attention", "select_rows"]
     input: str
@@ -41,6 +43,10 @@ class OpCall:
     residual: str = ""
     activation: str = "none"
     layer: int = 0
+
+
+Trace = Callable[[OpCall, Tensor], None]
+"""Called with every call of the plan and its output, which the next step overwrites."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,16 @@ class Plan:
 def make_plan(spec: DecoderSpec) -> Plan:
     """The op calls of one step of `spec`.
 
-    Buffers: x residual stream, h normalised input, qkv, ctx attention output, mid MLP hidden, sel the rows that reach the
-    head, logits. The norms before the head run on the selected rows only.
+    Buffers: x residual stream, h normalised input, qkv, ctx attention output, mid MLP hidden, sel the rows
+    that reach the head, logits. The norms before the head run on the selected rows only.
     """
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     widths = {"x": hidden, "h": hidden, "qkv": heads + 2 * spec.num_kv_heads * spec.head_dim, "ctx": heads,
               "mid": spec.intermediate_size, "sel": hidden}  # fmt: skip
     calls = []
     if spec.project_in is not None:
-        widths["embedded"] = spec.embed.weight.shape[1]
+        embed: Any = spec.embed
+        widths["embedded"] = embed.weight.shape[1]
         calls += [OpCall("embed", "", "embedded"), OpCall("linear", "embedded", "x", "project_in")]
     else:
         calls.append(OpCall("embed", "", "x"))
@@ -127,9 +134,11 @@ class PackedNorm:
     bias: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
+        """What the norm is computed from."""
         return [t for t in self.spec.tensors() if t is not None]
 
     def fill(self) -> None:
+        """Takes the module's present values, in place once they have a place."""
         weight, bias = self.spec.tensors()
         if weight is not None:
             value = weight.detach().float() + self.spec.weight_offset
@@ -137,9 +146,19 @@ class PackedNorm:
         elif self.spec.kind == "rms":
             self.scale = torch.ones(self.width)
         if bias is not None:
-            self.bias = (
-                bias.detach().float().clone() if self.bias is None else self.bias.copy_(bias.detach().float())
-            )
+            value = bias.detach().float()
+            self.bias = value.clone() if self.bias is None else self.bias.copy_(value)
+
+    def apply(self, x: Tensor, backend: str | None) -> Tensor:
+        """The norm of x [rows, width] with the values of the last `fill`."""
+        spec = self.spec
+        if spec.kind == "layer":
+            y = layer_norm(x, self.scale, self.bias, spec.eps, backend=backend)
+        else:
+            assert self.scale is not None, "fill() first"
+            y = rms_norm(x, self.scale, spec.eps, rounding=spec.rounding, backend=backend)
+        assert isinstance(y, Tensor)
+        return y
 
 
 @dataclass
@@ -152,6 +171,7 @@ class _Group:
     key: Any = None
 
     def resolve(self, name: str) -> list[ResolvedLinear]:
+        """What the projections compute at this moment."""
         return [resolve_linear(s, name) for s in self.specs]
 
 
@@ -164,6 +184,25 @@ class RefreshStats:
     bytes_hashed: int = 0
     bytes_packed: int = 0
     seconds: float = 0.0
+
+
+class _Digests:
+    """Digests of tensors, each read once (tied weights, slices that several projections share)."""
+
+    def __init__(self, stats: RefreshStats):
+        self.stats = stats
+        self.known: dict[Any, int] = {}
+
+    def of(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+        """What changes when any of the tensors changes."""
+        key = []
+        for t in tensors:
+            place = (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+            if place not in self.known:
+                self.known[place] = digest(t)
+                self.stats.bytes_hashed += t.numel() * t.element_size()
+            key.append((self.known[place], tuple(t.shape), t.dtype))
+        return tuple(key)
 
 
 @dataclass
@@ -188,8 +227,9 @@ class Decoder:
         backend: None (native kernels where they are, else the reference), "cpu" or "reference".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
 
-    `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step` runs on what
-    the last `refresh` left. Call `refresh` after any change of weights, adapters or their switches.
+    `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
+    runs on what the last `refresh` left. Call `refresh` after any change of weights, adapters or their
+    switches.
     """
 
     def __init__(
@@ -200,21 +240,23 @@ class Decoder:
         backend: str | None = None,
         max_tokens: int = 2048,
     ):
-        weight_dtype = spec.embed.weight.dtype
-        self.dtype = dtype or weight_dtype
+        embed: Any = spec.embed
+        self.dtype: torch.dtype = dtype or embed.weight.dtype
         if self.dtype not in DTYPES:
             raise Unsupported(
                 f"the model's dtype is {self.dtype}: the fused decoder runs float32 and bfloat16."
             )
-        if spec.embed.weight.device.type != "cpu":
+        if embed.weight.device.type != "cpu":
             raise Unsupported(
-                f"the model is on {spec.embed.weight.device}: the fused decoder runs on the CPU in this version."
+                f"the model is on {embed.weight.device}: the fused decoder runs on the CPU in this version."
             )
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
         if backend not in (None, "cpu", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
         if backend == "cpu" and native() is None:
             raise RuntimeError(
-                "backend 'cpu' was asked for and the native kernels are not available: see dschat doctor."
+                "backend is 'cpu' and the native kernels are not available: see dschat doctor."
             )
         self.spec = spec
         self.backend = backend or ("cpu" if native() is not None else "reference")
@@ -245,64 +287,72 @@ class Decoder:
         return sum(g.packed.nbytes for g in self._groups.values() if g.packed is not None)
 
     def refresh(self) -> RefreshStats:
-        """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last call.
+        """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
+        call.
 
         Reads every weight once to see what changed; a changed one is read once more and written once.
+
+        Raises:
+            Unsupported: a projection can no longer be packed (an adapter of another kind), or has another
+                shape; nothing was changed.
         """
         start = time.perf_counter()
         stats = RefreshStats()
-        digests: dict[tuple[int, int], int] = {}
-
-        def key_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-            key = []
-            for t in tensors:
-                place = (t.data_ptr(), t.numel() * t.element_size())
-                if place not in digests:  # tied weights are read once
-                    digests[place] = digest(t)
-                    stats.bytes_hashed += place[1]
-                key.append((digests[place], tuple(t.shape), t.dtype))
-            return tuple(key)
-
+        digests = _Digests(stats)
+        parts = {name: group.resolve(name) for name, group in self._groups.items()}
+        for name, group in self._groups.items():
+            shapes = [tuple(p.weight.shape) for p in parts[name]]
+            if group.packed is not None and shapes != group.packed.shapes:
+                raise Unsupported(
+                    f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
+                )
         with torch.no_grad():
             for name, group in self._groups.items():
-                parts = group.resolve(name)
-                key = (
-                    key_of(t for p in parts for t in p.tensors()),
-                    tuple(u.scale for p in parts for u in p.updates),
-                )
-                stats.total += 1
-                if key != group.key:
-                    if group.packed is None:
-                        group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated)
-                    else:
-                        group.packed.fill(parts)
-                    group.key = key
-                    stats.changed += 1
-                    stats.bytes_packed += group.packed.nbytes
+                self._refresh_group(group, parts[name], digests, stats)
             for name, norm in self.norms.items():
-                key = key_of(norm.tensors())
+                key = digests.of(norm.tensors())
                 stats.total += 1
                 if key != self._norm_keys.get(name):
                     norm.fill()
                     self._norm_keys[name] = key
                     stats.changed += 1
-            self._refresh_tables(key_of, stats)
+            self._refresh_tables(digests, stats)
         if stats.changed:
             self.epoch += 1
             self.executor.rebind()
         stats.seconds = time.perf_counter() - start
         return stats
 
-    def _refresh_tables(self, key_of: Callable[[Iterable[Tensor]], Any], stats: RefreshStats) -> None:
-        """Embedding and learned positions are used where they are (copied only when the dtypes differ)."""
-        tables = [self.spec.embed.weight] + (
-            [self.spec.positions.weight] if self.spec.positions is not None else []
+    def _refresh_group(
+        self, group: _Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
+    ) -> None:
+        key = (
+            digests.of(t for p in parts for t in p.tensors()),
+            tuple(tuple(u.scale for u in p.updates) for p in parts),
+            tuple(p.bias is None for p in parts),
         )
+        stats.total += 1
+        if key == group.key:
+            return
+        if group.packed is not None and group.packed.fits(parts):
+            group.key = None  # a fill that fails leaves no pack that counts as good
+            group.packed.fill(parts)
+        else:
+            group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated)
+        group.key = key
+        stats.changed += 1
+        stats.bytes_packed += group.packed.nbytes
+
+    def _refresh_tables(self, digests: _Digests, stats: RefreshStats) -> None:
+        """Embedding and learned positions are used where they are (copied only when the dtypes differ)."""
+        modules: list[Any] = [m for m in (self.spec.embed, self.spec.positions) if m is not None]
+        tables: list[Tensor] = [m.weight.detach() for m in modules]
         in_place = all(t.dtype == self.dtype and t.is_contiguous() for t in tables)
-        key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else key_of(tables)
+        key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else digests.of(tables)
+        stats.total += 1
         if key == self._table_key:
             return
-        self.embed_table, *rest = [t.detach().to(self.dtype).contiguous() for t in tables]
+        self.embed_table, *rest = [t.to(self.dtype).contiguous() for t in tables]
         self.position_table = rest[0] if rest else torch.empty(0)
         self._table_key = key
         stats.changed += 1
@@ -320,17 +370,13 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------ steps
 
     def new_cache(self, num_slots: int, max_tokens: int, num_pages: int | None = None) -> PagedKVCache:
-        """A cache for `num_slots` sequences of up to `max_tokens` tokens (`num_pages` limits the pool; default: enough)."""
-        spec, pages = self.spec, -(-max_tokens // PAGE)
+        """A cache for `num_slots` sequences of up to `max_tokens` tokens (`num_pages` limits the pool;
+        default: enough)."""
+        spec, pages = self.spec, pages_for(max_tokens)
         return PagedKVCache(
-            len(spec.layers),
-            spec.num_kv_heads,
-            spec.head_dim,
-            num_pages or num_slots * pages,
-            num_slots,
-            pages,
-            self.dtype,
-        )
+            len(spec.layers), spec.num_kv_heads, spec.head_dim, num_pages or num_slots * pages, num_slots,
+            pages, self.dtype,
+        )  # fmt: skip
 
     def step(
         self,
@@ -340,100 +386,113 @@ class Decoder:
         q_lens: Sequence[int] | None = None,
         logits: Literal["last", "all", "none"] = "last",
     ) -> Tensor:
-        """Appends tokens to rows of the cache and returns logits.
+        """Appends tokens to rows of the cache and returns logits (without a head: hidden states).
 
         Args:
             tokens: int64 [T], the new tokens of all rows one after the other.
             slots: cache slot of each row, each named once.
             q_lens: new tokens of each row, all at least 1; default: one each.
-            logits: "last" gives float32 [rows, vocab] for each row's last token, "all" [T, vocab], "none" [0, vocab].
+            logits: "last" gives float32 [rows, vocab] for each row's last token, "all" [T, vocab], "none"
+                [0, vocab].
+
+        Raises ValueError or TypeError, before anything changes, for tokens, slots, lengths or a cache that do
+        not fit together; OutOfPages when the cache is full.
         """
-        lens = np.ones(len(slots), dtype=np.int64) if q_lens is None else np.asarray(q_lens, dtype=np.int64)
-        self._check_step(tokens, cache, slots, lens)
-        cache.prepare_append(slots, lens.tolist())
+        places = np.asarray(slots, dtype=np.int64)
+        lens = np.ones(len(places), dtype=np.int64) if q_lens is None else np.asarray(q_lens, dtype=np.int64)
+        ids = self._check_step(tokens, cache, places, lens, logits)
+        cache.prepare_append(places, lens)
+        if self.spec.rope is not None:
+            self.rope_tables(int((cache._lengths[places] + lens).max()))
         pieces = []
         for rows, row_lens, begin in _passes(lens, self.max_tokens):
-            ids = tokens[begin : begin + int(row_lens.sum())]
-            chosen = [slots[r] for r in rows]
-            tables = _tables(ids, cache, chosen, row_lens, logits)
-            if logits == "last":  # a cut row's logits come with its final piece
+            chosen = places[rows]
+            tables = _tables(ids[begin : begin + int(row_lens.sum())], cache, chosen, row_lens, logits)
+            if logits == "last" and len(rows) != len(lens):  # a cut row's logits come with its final piece
                 done = np.cumsum(lens)[rows] == begin + np.cumsum(row_lens)
                 tables.selected = tables.selected[done]
-            if self.spec.rope is not None:
-                self.rope_tables(int(tables.kv_lens.max()))
             pieces.append(self.executor.run(tables, cache))
-            cache.advance(chosen, row_lens.tolist())
+            cache.advance(chosen, row_lens)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _check_step(
-        self, tokens: Tensor, cache: PagedKVCache, slots: Sequence[int], lens: np.ndarray
-    ) -> None:
+        self, tokens: Tensor, cache: PagedKVCache, slots: np.ndarray, lens: np.ndarray, logits: str
+    ) -> np.ndarray:
+        """The tokens as an array, once everything fits together."""
         if self.epoch == 0:
             raise RuntimeError("the decoder has no packs yet: call refresh() before step().")
-        if tokens.dtype != torch.int64 or tokens.dim() != 1:
+        if tokens.dtype != torch.int64 or tokens.dim() != 1 or tokens.device.type != "cpu":
             raise TypeError(
-                f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}: give int64 of shape [T]."
+                f"tokens are {tokens.dtype} of shape {list(tokens.shape)} on {tokens.device}: "
+                "give int64 of shape [T] on the CPU."
             )
-        if (
-            len(lens) != len(slots)
-            or len(slots) == 0
-            or (lens < 1).any()
-            or int(lens.sum()) != tokens.numel()
-        ):
+        if logits not in ("last", "all", "none"):
+            raise ValueError(f"logits is {logits!r}: give 'last', 'all' or 'none'.")
+        ids = tokens.numpy()
+        if len(lens) != len(slots) or len(slots) == 0 or lens.min() < 1 or lens.sum() != len(ids):
             raise ValueError(
-                f"{tokens.numel()} tokens, {len(slots)} slots and lengths {lens.tolist()} do not fit: every row needs at "
-                "least one token and the lengths must add up."
+                f"{len(ids)} tokens, {len(slots)} slots and lengths {lens.tolist()} do not fit: every row "
+                "needs at least one token and the lengths must add up."
             )
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.embed_table.shape[0]:
             bad = low if low < 0 else high
             raise ValueError(
-                f"token id {bad} is outside the vocabulary of {self.embed_table.shape[0]}: check the tokenizer."
+                f"token id {bad} is outside the vocabulary of {self.embed_table.shape[0]}: "
+                "check the tokenizer."
             )
-        if cache.dtype != self.dtype or cache.num_layers != len(self.spec.layers):
+        spec = self.spec
+        ours = (self.dtype, len(spec.layers), spec.num_kv_heads, spec.head_dim)
+        if (cache.dtype, cache.num_layers, cache.num_kv_heads, cache.head_dim) != ours:
             raise ValueError(f"the cache ({cache}) was not made for this decoder: use decoder.new_cache().")
-        if self.spec.positions is not None:
-            longest = int((cache._lengths[list(slots)] + lens).max())
-            if longest > self.spec.max_positions:
+        if slots.min() < 0 or slots.max() >= cache.num_slots:
+            bad = int(slots.min() if slots.min() < 0 else slots.max())
+            raise ValueError(f"slot {bad} does not exist: the cache has slots 0 to {cache.num_slots - 1}.")
+        if spec.positions is not None:
+            longest = int((cache._lengths[slots] + lens).max())
+            if longest > spec.max_positions:
                 raise ValueError(
-                    f"a row would reach {longest} tokens and the model has {self.spec.max_positions} positions: shorten it."
+                    f"a row would reach {longest} tokens and the model has {spec.max_positions} positions: "
+                    "shorten it."
                 )
+        return ids
 
 
-def _passes(lens: np.ndarray, limit: int) -> Iterable[tuple[list[int], np.ndarray, int]]:
+def _passes(lens: np.ndarray, limit: int) -> Iterable[tuple[np.ndarray, np.ndarray, int]]:
     """(rows, tokens of each, first token) of passes of at most `limit` tokens; long rows are cut."""
-    rows: list[int] = []
-    counts: list[int] = []
-    begin = used = 0
-    for row, length in enumerate(lens.tolist()):
-        while length:
-            take = min(length, limit - used)
-            rows.append(row)
-            counts.append(take)
-            used, length = used + take, length - take
-            if used == limit:
-                yield rows, np.asarray(counts), begin
-                begin += used
-                rows, counts, used = [], [], 0
-    if rows:
-        yield rows, np.asarray(counts), begin
-
-
-def _tables(ids: Tensor, cache: PagedKVCache, slots: list[int], lens: np.ndarray, logits: str) -> StepTables:
-    slot_array = np.asarray(slots, dtype=np.int32)
-    old = cache._lengths[slot_array]
+    if lens.sum() <= limit:
+        yield np.arange(len(lens)), lens, 0
+        return
     ends = np.cumsum(lens)
     starts = ends - lens
-    offsets = np.arange(int(ends[-1])) - np.repeat(starts, lens)
+    for begin in range(0, int(ends[-1]), limit):
+        end = min(begin + limit, int(ends[-1]))
+        rows = np.flatnonzero((starts < end) & (ends > begin))
+        yield rows, np.minimum(ends[rows], end) - np.maximum(starts[rows], begin), begin
+
+
+def _tables(
+    ids: np.ndarray, cache: PagedKVCache, slots: np.ndarray, lens: np.ndarray, logits: str
+) -> StepTables:
+    old = cache._lengths[slots]
+    ends = np.cumsum(lens)
+    total = int(ends[-1])
+    slot_of_token = slots.astype(np.int32)
+    slot_array, positions = slot_of_token, old
+    if total != len(slots):  # else one token a row
+        slot_of_token = np.repeat(slot_array, lens)
+        positions = np.repeat(old - (ends - lens), lens) + np.arange(total)
     if logits == "last":
         selected = ends - 1
     else:
-        selected = np.arange(int(ends[-1]) if logits == "all" else 0)
+        selected = np.arange(total if logits == "all" else 0)
+    bounds = np.zeros(len(slots) + 1, dtype=np.int32)
+    bounds[1:] = ends
     return StepTables(
-        token_ids=np.ascontiguousarray(ids.numpy()),
-        positions=(np.repeat(old, lens) + offsets).astype(np.int32),
-        slot_of_token=np.repeat(slot_array, lens).astype(np.int32),
-        cu_seqlens=np.concatenate([[0], ends]).astype(np.int32),
+        token_ids=np.ascontiguousarray(ids),
+        positions=positions.astype(np.int32),
+        slot_of_token=slot_of_token,
+        cu_seqlens=bounds,
         kv_lens=(old + lens).astype(np.int32),
         slots=slot_array,
         selected=selected.astype(np.int64),
@@ -467,10 +526,14 @@ def _named_groups(spec: DecoderSpec) -> Iterable[tuple[str, list[LinearSpec], bo
 
 
 class NativeExecutor:
-    """Walks the plan in one call of the CPU kernels."""
+    """Walks the plan in one call of the CPU kernels.
 
-    def __init__(self, decoder: Decoder):
+    With `trace` every call runs by itself and is reported with its output, which changes no bits.
+    """
+
+    def __init__(self, decoder: Decoder, trace: Trace | None = None):
         self.decoder = decoder
+        self.trace = trace
         self.names = list(decoder.plan.widths)
         self.buffers: dict[str, Tensor] = {}
         self.plan: Any = None
@@ -480,44 +543,52 @@ class NativeExecutor:
         """Pointers changed: build the native plan anew before the next step."""
         self.plan = None
 
-    def run(self, t: StepTables, cache: PagedKVCache, limit: int = -1) -> Tensor:
-        """Executes the first `limit` calls (all: -1); returns the logits, float32 [selected, vocab]."""
+    def run(self, t: StepTables, cache: PagedKVCache) -> Tensor:
+        """The last output of the plan, float32 logits [selected, vocab] where the model has a head."""
         self._reserve(len(t.token_ids), len(t.selected))
-        if self.plan is None:
-            self._build()
+        calls = self.decoder.plan.calls
+        if self.trace is not None:
+            self._run_traced(t, cache)
+        else:
+            if self.plan is None:
+                self.plan = self._build(calls)
+            self._execute(self.plan, len(t.token_ids), t, cache)
+        return self.buffers[calls[-1].out][: len(t.selected)].clone()
+
+    def _run_traced(self, t: StepTables, cache: PagedKVCache) -> None:
+        assert self.trace is not None
+        rows = len(t.token_ids)
+        for call in self.decoder.plan.calls:
+            self._execute(self._build([call]), rows, t, cache)
+            if call.op == "select_rows":
+                rows = len(t.selected)
+            self.trace(call, self.buffers[call.out][:rows])
+
+    def _execute(self, plan: Any, rows: int, t: StepTables, cache: PagedKVCache) -> None:
         table = cache.block_table
-        self.plan.run(
-            len(t.token_ids), len(t.slots), t.token_ids.ctypes.data, t.positions.ctypes.data, t.slot_of_token.ctypes.data,
+        plan.run(
+            rows, len(t.slots), t.token_ids.ctypes.data, t.positions.ctypes.data, t.slot_of_token.ctypes.data,
             t.cu_seqlens.ctypes.data, t.kv_lens.ctypes.data, t.slots.ctypes.data, ptr(table), table.stride(0),
-            ptr(cache.k), ptr(cache.v), cache.k.stride(0) * cache.k.element_size(), cache.v.stride(0) * cache.v.element_size(),
-            len(t.selected), t.selected.ctypes.data, limit,
+            ptr(cache.k), ptr(cache.v), cache.k.stride(0) * cache.k.element_size(),
+            cache.v.stride(0) * cache.v.element_size(), len(t.selected), t.selected.ctypes.data, -1,
         )  # fmt: skip
-        if "logits" not in self.buffers:
-            return torch.empty(len(t.selected), 0)
-        return self.buffers["logits"][: len(t.selected)].clone()
 
     def _reserve(self, tokens: int, selected: int) -> None:
         if tokens <= self.capacity["tokens"] and selected <= self.capacity["selected"]:
             return
-        self.capacity = {
-            "tokens": max(tokens, self.capacity["tokens"]),
-            "selected": max(selected, self.capacity["selected"]),
-        }
+        tokens, selected = max(tokens, self.capacity["tokens"]), max(selected, self.capacity["selected"])
+        self.capacity = {"tokens": tokens, "selected": selected}
         for name, width in self.decoder.plan.widths.items():
-            rows = max(
-                self.capacity["selected"]
-                if name in ("sel", "projected", "logits")
-                else self.capacity["tokens"],
-                1,
-            )
+            rows = max(1, selected if name in ("sel", "projected", "logits") else tokens)
             dtype = torch.float32 if name == "logits" else self.decoder.dtype
             if name not in self.buffers or self.buffers[name].shape[0] < rows:
                 self.buffers[name] = torch.zeros(rows, width, dtype=dtype)
         self.plan = None
 
-    def _build(self) -> None:
+    def _build(self, calls: Sequence[OpCall]) -> Any:
         d, spec = self.decoder, self.decoder.spec
-        plan = native().StepPlan(DTYPES[d.dtype], spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        module: Any = native()
+        plan = module.StepPlan(DTYPES[d.dtype], spec.num_heads, spec.num_kv_heads, spec.head_dim)
         if d.rope is not None and spec.rope is not None:
             cos, sin = d.rope
             plan.set_rope(ptr(cos), ptr(sin), spec.rope.rotary_dim, spec.rope.style == "interleaved")
@@ -525,39 +596,43 @@ class NativeExecutor:
         index = {name: i for i, name in enumerate(self.names)}
         for name, i in index.items():
             plan.set_buffer(i, ptr(self.buffers[name]), self.buffers[name].stride(0))
-        for c in d.plan.calls:
-            if c.op == "embed":
-                plan.embed(index[c.out], ptr(d.embed_table), d.embed_table.shape[1])
-            elif c.op == "add_positions":
-                plan.add_positions(
-                    index[c.out], ptr(d.position_table), d.position_table.shape[1], spec.position_offset
-                )
-            elif c.op == "norm":
-                n = d.norms[c.weights]
-                plan.norm(
-                    n.spec.kind == "rms", index[c.input], index[c.out], ptr(n.scale), ptr(n.bias), n.width, n.spec.eps,
-                    0 if n.spec.rounding == "llama" else 1,
-                )  # fmt: skip
-            elif c.op == "linear":
-                p = d.packed(c.weights)
-                plan.linear(
-                    index[c.input], index[c.out], index[c.residual] if c.residual else -1, ptr(p.panels), ptr(p.bias),
-                    p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
-                )  # fmt: skip
-            elif c.op == "rope_append":
-                plan.rope_append(index[c.input], c.layer)
-            elif c.op == "attention":
-                layer = spec.layers[c.layer]
-                plan.attention(index[c.input], index[c.out], c.layer, layer.scale, layer.window or 0)
-            else:
-                plan.select_rows(index[c.input], index[c.out], d.plan.widths[c.out])
-        self.plan = plan
+        for call in calls:
+            self._add(plan, call, index)
+        return plan
+
+    def _add(self, plan: Any, c: OpCall, index: dict[str, int]) -> None:
+        d, spec = self.decoder, self.decoder.spec
+        if c.op == "embed":
+            plan.embed(index[c.out], ptr(d.embed_table), d.embed_table.shape[1])
+        elif c.op == "add_positions":
+            table = d.position_table
+            plan.add_positions(index[c.out], ptr(table), table.shape[1], spec.position_offset)
+        elif c.op == "norm":
+            n = d.norms[c.weights]
+            plan.norm(
+                n.spec.kind == "rms", index[c.input], index[c.out], ptr(n.scale), ptr(n.bias), n.width,
+                n.spec.eps, 0 if n.spec.rounding == "llama" else 1,
+            )  # fmt: skip
+        elif c.op == "linear":
+            p = d.packed(c.weights)
+            plan.linear(
+                index[c.input], index[c.out], index[c.residual] if c.residual else -1, ptr(p.panels),
+                ptr(p.bias), p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
+            )  # fmt: skip
+        elif c.op == "rope_append":
+            plan.rope_append(index[c.input], c.layer)
+        elif c.op == "attention":
+            layer = spec.layers[c.layer]
+            plan.attention(index[c.input], index[c.out], c.layer, layer.scale, layer.window or 0)
+        else:
+            plan.select_rows(index[c.input], index[c.out], d.plan.widths[c.out])
 
 
 class PythonExecutor:
-    """Walks the plan with the public ops, on the decoder's backend. `trace` receives (call, output) after every call."""
+    """Walks the plan with the public ops, on the decoder's backend. `trace` receives every call and its
+    output."""
 
-    def __init__(self, decoder: Decoder, trace: Callable[[OpCall, Tensor], None] | None = None):
+    def __init__(self, decoder: Decoder, trace: Trace | None = None):
         self.decoder = decoder
         self.trace = trace
 
@@ -565,19 +640,17 @@ class PythonExecutor:
         """Nothing is bound: tensors are looked up at every call."""
 
     @torch.no_grad()
-    def run(self, t: StepTables, cache: PagedKVCache, limit: int = -1) -> Tensor:
-        """Executes the first `limit` calls (all: -1); returns the last output."""
+    def run(self, t: StepTables, cache: PagedKVCache) -> Tensor:
+        """The last output of the plan, float32 logits [selected, vocab] where the model has a head."""
         buffers: dict[str, Tensor] = {}
-        out = torch.empty(0)
-        calls = self.decoder.plan.calls
-        for call in calls if limit < 0 else calls[:limit]:
-            out = self._execute(call, buffers, t, cache)
-            buffers[call.out] = out
+        for call in self.decoder.plan.calls:
+            buffers[call.out] = self.execute(call, buffers, t, cache)
             if self.trace is not None:
-                self.trace(call, out)
-        return out
+                self.trace(call, buffers[call.out])
+        return buffers[self.decoder.plan.calls[-1].out]
 
-    def _execute(self, c: OpCall, buffers: dict[str, Tensor], t: StepTables, cache: PagedKVCache) -> Tensor:
+    def execute(self, c: OpCall, buffers: Mapping[str, Tensor], t: StepTables, cache: PagedKVCache) -> Tensor:
+        """The output of one call; `buffers` hold its inputs and stay as they are."""
         d, spec, backend = self.decoder, self.decoder.spec, self.decoder.backend
         if c.op == "embed":
             return d.embed_table[torch.from_numpy(t.token_ids)]
@@ -587,47 +660,40 @@ class PythonExecutor:
         if c.op == "select_rows":
             return x[torch.from_numpy(t.selected)]
         if c.op == "norm":
-            return apply_norm(d.norms[c.weights].spec, x, backend)
+            return d.norms[c.weights].apply(x, backend)
         if c.op == "linear":
             return linear(
-                x, d.packed(c.weights), activation=c.activation, residual=buffers[c.residual] if c.residual else None,
-                float_output=c.out == "logits", backend=backend,
-            )  # fmt: skip
-        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        positions, slots = torch.from_numpy(t.positions), torch.from_numpy(t.slot_of_token)
-        k_cache, v_cache = cache.k[c.layer], cache.v[c.layer]
-        if c.op == "rope_append":
-            q, k, v = x.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
-            cos, sin = d.rope if d.rope is not None else (None, None)
-            rotary = (
-                {} if spec.rope is None else {"style": spec.rope.style, "rotary_dim": spec.rope.rotary_dim}
-            )
-            q = rope_append(
-                q,
-                k,
-                v,
-                cos,
-                sin,
-                positions,
-                slots,
-                k_cache,
-                v_cache,
-                cache.block_table,
+                x, d.packed(c.weights), activation=c.activation,
+                residual=buffers[c.residual] if c.residual else None, float_output=c.out == "logits",
                 backend=backend,
-                **rotary,
-            )
-            return torch.cat([q.reshape(len(x), heads * dim), x[:, heads * dim :]], dim=1)
-        layer = spec.layers[c.layer]
+            )  # fmt: skip
+        if c.op == "rope_append":
+            return self._rope_append(c, x, t, cache)
+        layer, dim = spec.layers[c.layer], spec.head_dim
         out = attention(
-            x[:, : heads * dim].reshape(-1, heads, dim), k_cache, v_cache,
+            x[:, : spec.num_heads * dim].reshape(-1, spec.num_heads, dim), cache.k[c.layer], cache.v[c.layer],
             cache.block_table, torch.from_numpy(t.cu_seqlens), torch.from_numpy(t.kv_lens), scale=layer.scale,
             window=layer.window, softcap=spec.attn_softcap, slots=torch.from_numpy(t.slots), backend=backend,
         )  # fmt: skip
-        return out.reshape(len(x), heads * dim)
+        return out.reshape(len(x), -1)
+
+    def _rope_append(self, c: OpCall, x: Tensor, t: StepTables, cache: PagedKVCache) -> Tensor:
+        d, spec = self.decoder, self.decoder.spec
+        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        q, k, v = x.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+        cos, sin = d.rope if d.rope is not None else (None, None)
+        rotary: dict[str, Any] = {}
+        if spec.rope is not None:
+            rotary = {"style": spec.rope.style, "rotary_dim": spec.rope.rotary_dim}
+        q = rope_append(
+            q, k, v, cos, sin, torch.from_numpy(t.positions), torch.from_numpy(t.slot_of_token),
+            cache.k[c.layer], cache.v[c.layer], cache.block_table, backend=d.backend, **rotary,
+        )  # fmt: skip
+        return torch.cat([q.reshape(len(x), heads * dim), x[:, heads * dim :]], dim=1)
 
 
 def apply_norm(norm: NormSpec, x: Tensor, backend: str | None = None) -> Tensor:
-    """The norm op that a spec describes, on x [..., hidden]; differentiable."""
+    """The norm that a spec describes, on x [..., hidden]; differentiable in x and in the module's weights."""
     weight, bias = norm.tensors()
     if norm.kind == "layer":
         y = layer_norm(x, weight, bias, norm.eps, backend=backend)

@@ -1,9 +1,10 @@
 """One model that trains and generates: the state of its weights, and the way between the two.
 
-In *training* the model's own modules hold the weights. In *rollout* the decoder runs packs built from them: LoRA fused,
-layouts for the kernels; the training weight is only read. `generate` begins with a flip: it finds what changed since the
-last packs and rebuilds those. Nothing has to be synchronised by the caller, and the first log-probs after a rollout are
-those of the rollout: within the bound that `verify` reports, and bit for bit with exact=True.
+In *training* the model's own modules hold the weights. In *rollout* the decoder runs packs built from them:
+LoRA fused, layouts for the kernels; the training weight is only read. `generate` begins with a flip: it finds
+what changed since the last packs and rebuilds those. Nothing has to be synchronised by the caller, and the
+first log-probs after a rollout are those of the rollout: within the bound that `verify` reports, and bit for
+bit with exact=True.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
 
 from .packed import PackedModel, check_batch, pack_rows
@@ -27,11 +29,13 @@ class HybridEngine:
     """Generation, log-probs and optimizer steps of one model.
 
     Args:
-        model: a Hugging Face causal language model or a PEFT model around one, on the CPU, float32 or bfloat16.
+        model: a Hugging Face causal language model or a PEFT model around one, on the CPU, float32 or
+            bfloat16.
         optimizer: a torch optimizer over its parameters; only `step` needs it.
         max_slots: rows that are generated at a time; more rows wait.
-        exact: the training forward runs the packed kernels of the rollout: `logprobs` equals `rollout.logprobs` bit for
-            bit, at the cost of repacking after every step.
+        dtype: of the rollout, where it is not to be the model's (float32 weights, bfloat16 rollouts).
+        exact: the training forward runs the packed kernels of the rollout: `logprobs` equals
+            `rollout.logprobs` bit for bit, at the cost of repacking after every step.
         backend: None, "cpu" or "reference".
 
     Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
@@ -58,16 +62,36 @@ class HybridEngine:
         self.max_slots = max_slots
         self.exact = exact
         self.packed = PackedModel(model, backend=backend)
-        self.spec = self.packed.spec
-        self.decoder = Decoder(self.spec, dtype=dtype, backend=backend)
+        self._dtype, self._backend = dtype, backend
+        self.decoder = self._make_decoder()
+        model_dtype = Decoder(self.spec, backend=backend).dtype
+        if exact and self.decoder.dtype != model_dtype:
+            raise ValueError(
+                f"dtype is {dtype} and the model {model_dtype}: exact mode needs one dtype for both."
+            )
         self.epoch = 0
         """Optimizer steps taken; the packs remember which epoch they were made in."""
         self._packed_epoch = -1
 
+    @property
+    def spec(self) -> DecoderSpec:
+        """What the model computes; replaced when the model's modules change."""
+        return self.packed.spec
+
+    def _make_decoder(self) -> Decoder:
+        if self.spec.lm_head is None:
+            raise Unsupported(
+                f"{type(self.model).__name__} has no language head: generation needs a causal language model."
+            )
+        return Decoder(self.spec, dtype=self._dtype, backend=self._backend)
+
     # ------------------------------------------------------------------------------------------------- rollout
 
     def flip(self) -> RefreshStats:
-        """Brings the packs up to the present weights and adapters. `generate` does it by itself."""
+        """Brings the packs up to the present weights, adapters and modules. `generate` does it by itself."""
+        self.packed.sync()
+        if self.decoder.spec is not self.spec:
+            self.decoder = self._make_decoder()
         stats = self.decoder.refresh()
         self._packed_epoch = self.epoch
         return stats
@@ -89,13 +113,16 @@ class HybridEngine:
             sampling: where its eos_token_id is unset the completions run to max_new_tokens.
             on_token: called with (row, token) for every token as it is drawn.
 
-        Raises ValueError or TypeError, before anything is generated, for a bad batch, an empty prompt, or a prompt that
-        leaves no room in the model's context.
+        Raises ValueError or TypeError, before anything is generated, for a bad batch, an empty prompt, or a
+        prompt that leaves no room in the model's context; MemoryError where the cache of one row does not fit.
         """
         start = time.perf_counter()
         sampling = sampling or SamplingConfig()
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+        mask = attention_mask
+        if mask is None and isinstance(input_ids, Tensor):
+            mask = torch.ones_like(input_ids, dtype=torch.bool)
         check_batch(input_ids, mask)
+        assert mask is not None
         if input_ids.shape[0] == 0:
             raise ValueError("input_ids hold no prompt: give at least one row.")
         mask = mask.bool()
@@ -123,12 +150,14 @@ class HybridEngine:
             if low < 0 or high >= self.spec.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(
-                    f"prompt {i} holds token {bad}, outside the vocabulary of {self.spec.vocab_size}: check the tokenizer."
+                    f"prompt {i} holds token {bad}, outside the vocabulary of {self.spec.vocab_size}: "
+                    "check the tokenizer."
                 )
             if len(prompt) + sampling.max_new_tokens > self.spec.max_positions:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {sampling.max_new_tokens}, more than the model's "
-                    f"context of {self.spec.max_positions}: shorten the prompt or lower max_new_tokens."
+                    f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {sampling.max_new_tokens}, "
+                    f"more than the model's context of {self.spec.max_positions}: shorten the prompt or lower "
+                    "max_new_tokens."
                 )
 
     def _check_epoch(self) -> None:
@@ -155,20 +184,25 @@ class HybridEngine:
         entropy: bool = False,
         exact: bool | None = None,
     ) -> Any:
-        """Log-probs of the completion tokens under the present weights, with gradient: float32 [rows, C], 0 where masked.
+        """Log-probs of the completion tokens under the present weights, with gradient: float32 [rows, C], 0
+        where masked.
 
-        temperature: default that of the rollout. entropy: returns (logprobs, entropies), both [rows, C]. exact: default
-        the engine's. Padding is not computed, and only the completions' positions reach the head.
+        temperature: default that of the rollout. entropy: returns (logprobs, entropies), both [rows, C].
+        exact: default the engine's. Padding is not computed, and only the completions' positions reach the
+        head.
         """
         exact = self.exact if exact is None else exact
+        if temperature is None:
+            temperature = rollout.sampling.logprob_temperature
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}: give a number above 0.")
         decoder = None
         if exact:
             self.flip()
             decoder = self.decoder
         rows, select, targets, places = completion_rows(rollout)
         result = self.packed.token_logprobs(
-            rows, select, targets, temperature=temperature or rollout.sampling.logprob_temperature, entropy=entropy,
-            exact=decoder,
+            rows, select, targets, temperature=temperature, entropy=entropy, exact=decoder
         )  # fmt: skip
         shape = rollout.completion_ids.shape
         if entropy:
@@ -180,11 +214,13 @@ class HybridEngine:
         """The frozen reference: the model with its LoRA adapters switched off, inside the context."""
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError(
-                f"{type(self.model).__name__} has no adapters to switch off: use a PEFT model, or keep a frozen copy as reference."
+                f"{type(self.model).__name__} has no adapters to switch off: use a PEFT model, or keep a frozen "
+                "copy as reference."
             )
         exact, self.exact = self.exact, False  # repacking without the adapters would buy nothing
         try:
-            with self.model.disable_adapter():
+            model: Any = self.model
+            with model.disable_adapter():
                 yield
         finally:
             self.exact = exact
@@ -194,15 +230,24 @@ class HybridEngine:
         loss.backward()
 
     def step(self, max_grad_norm: float | None = None) -> float:
-        """Optimizer step and zero_grad; the next generate sees the new weights. Returns the gradient norm before clipping."""
+        """Optimizer step and zero_grad; the next generate sees the new weights.
+
+        Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that.
+        """
         if self.optimizer is None:
             raise ValueError(
                 "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."
             )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm}: give a number above 0, or None for no clipping."
+            )
         parameters = [
             p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm else float("inf"))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.epoch += 1
@@ -219,12 +264,18 @@ class HybridEngine:
 def completion_rows(rollout: Rollout) -> Any:
     """What a log-prob pass over a rollout computes: (packed rows, select, targets, places).
 
-    The last token of a completion predicts nothing and is not fed. select: packed places whose hidden state predicts a
-    completion token; targets: those tokens; places: where they stand in the flattened [rows, C].
+    The last token of a completion predicts nothing and is not fed. select: packed places whose hidden state
+    predicts a completion token; targets: those tokens; places: where they stand in the flattened [rows, C].
     """
-    mask = rollout.completion_mask
+    mask = rollout.completion_mask.bool()
     if not bool(mask.any()):
         raise ValueError("the rollout has no completion token: every completion_mask entry is false.")
+    holes = (mask[:, 1:] & ~mask[:, :-1]).any(1)
+    if bool(holes.any()):
+        raise ValueError(
+            f"completion_mask of row {int(holes.nonzero()[0])} has tokens after a gap: a completion starts in "
+            "the first column and ends once; mask its log-probs instead."
+        )
     fed = mask.clone()
     lengths = mask.sum(1)
     present = lengths > 0

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dschat_kernels.forward import packed_hidden
+from dschat_kernels.forward import exact_weight, packed_hidden
 from dschat_kernels.models.spec import DecoderSpec, decoder_spec
 from dschat_kernels.ops.token_logprobs import token_logprobs
 from dschat_kernels.packing import resolve_linear
@@ -20,8 +21,8 @@ from dschat_kernels.plan import Decoder
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of a padded batch, one after the other. ids: int64 [T]; cu_seqlens: int32 [rows + 1]; places: int64 [T], where
-    each token stood in the flattened [rows, columns] batch."""
+    """Rows of a padded batch, one after the other. ids: int64 [T]; cu_seqlens: int32 [rows + 1]; places:
+    int64 [T], where each token stood in the flattened [rows, columns] batch of `shape`."""
 
     ids: Tensor
     cu_seqlens: Tensor
@@ -51,14 +52,21 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor) -> PackedRows:
 
 def check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
     """Shapes, dtypes and device of a padded batch; one sentence for what is wrong."""
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: give a torch.Tensor [rows, columns].")
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise TypeError(
             f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}: give int64 [rows, columns]."
         )
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}: give one shape."
+            f"attention_mask has shape {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}: "
+            "give one shape."
         )
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on {value.device}: this version runs on the CPU, call .cpu().")
     if attention_mask.dtype.is_floating_point:
         raise TypeError(
             f"attention_mask is {attention_mask.dtype}: give booleans or 0 and 1, not an additive mask."
@@ -67,8 +75,6 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
         raise ValueError(
             "attention_mask holds other values than 0 and 1: give 1 for tokens and 0 for padding."
         )
-    if input_ids.device.type != "cpu":
-        raise ValueError(f"input_ids are on {input_ids.device}: this version runs on the CPU, call .cpu().")
 
 
 class PackedModel:
@@ -79,21 +85,41 @@ class PackedModel:
 
     def __init__(self, model: nn.Module, *, backend: str | None = None):
         self.model = model
-        self.spec: DecoderSpec = decoder_spec(model)
         self.backend = backend
+        self._modules: list[nn.Module] = []
+        self.sync()
+
+    def sync(self) -> bool:
+        """Describes the model anew if its modules changed (adapters added, layers replaced); whether they did."""
+        modules = list(self.model.modules())
+        if len(modules) == len(self._modules) and all(map(operator.is_, modules, self._modules)):
+            return False
+        self.spec: DecoderSpec = decoder_spec(self.model)
+        self._modules = modules
+        return True
 
     def hidden(self, rows: PackedRows, exact: Decoder | None = None) -> Tensor:
         """Hidden states after the last norm, [T, width], with gradient where the model has it."""
+        self.sync()
         self.check_dropout()
         return packed_hidden(self.spec, rows.ids, rows.cu_seqlens, exact=exact, backend=self.backend)
 
     def check_dropout(self) -> None:
         """Dropout would make the ratio of the first minibatch differ from 1."""
-        for name, module in self.model.named_modules():
-            if module.training and isinstance(module, nn.Dropout) and module.p > 0:
-                raise ValueError(
-                    f"dropout is active in {name} (p = {module.p}): call model.eval(), gradients flow in eval mode too."
-                )
+        active = {
+            name: module.p
+            for name, module in self.model.named_modules()
+            if module.training and isinstance(module, nn.Dropout) and module.p > 0
+        }
+        trunk = self.spec.trunk
+        if not active and trunk is not None and trunk.training and self.spec.dropout:
+            active = dict(
+                decoder_spec(self.model).dropout
+            )  # functional ones; the spec may be older than they
+        for name, p in active.items():
+            raise ValueError(
+                f"dropout is active in {name} (p = {p}): call model.eval(), gradients flow in eval mode too."
+            )
 
     def head_weight(self, exact: Decoder | None = None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the language head, its active LoRA included, differentiable."""
@@ -102,11 +128,11 @@ class PackedModel:
                 f"{type(self.model).__name__} has no language head: log-probs need a causal language model."
             )
         head = resolve_linear(self.spec.lm_head, "lm_head")
+        if exact is not None:
+            return exact_weight(exact.packed("lm_head"), head), head.bias
         weight = head.weight
         for update in head.updates:
             weight = weight + (update.scale * (update.b @ update.a)).to(weight.dtype)
-        if exact is not None and head.updates:  # the packed weight's value, the sum's gradient
-            weight = weight + (exact.packed("lm_head").to_dense() - weight).detach()
         return weight, head.bias
 
     def token_logprobs(
@@ -119,8 +145,10 @@ class PackedModel:
         entropy: bool = False,
         exact: Decoder | None = None,
     ) -> Any:
-        """Log-prob of targets[i] after the packed token select[i]; only those rows reach the head. float32 [len(select)],
-        with `entropy` a pair."""
+        """Log-prob of targets[i] after the packed token select[i]; only those rows reach the head.
+
+        float32 [len(select)]; with `entropy` a pair of these.
+        """
         hidden = self.hidden(rows, exact)[select]
         weight, bias = self.head_weight(exact)
         return token_logprobs(
@@ -132,7 +160,8 @@ class PackedModel:
 def sequence_hidden(
     model: nn.Module | PackedModel, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, PackedRows]:
-    """Hidden states of a padded batch on packed rows: ([T, width], the rows). `rows.index()` finds a token's place."""
+    """Hidden states of a padded batch on packed rows: ([T, width], the rows). `rows.index()` finds a token's
+    place."""
     packed = model if isinstance(model, PackedModel) else PackedModel(model)
     rows = pack_rows(input_ids, attention_mask)
     return packed.hidden(rows), rows

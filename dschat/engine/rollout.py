@@ -1,9 +1,10 @@
 """Rollouts: what is sampled, how rows are scheduled, and what comes back.
 
-Prompts are taken out of their padding and run as ragged rows over a paged cache. A prompt is prefilled once; its n samples
-share the prompt's pages. A finished row gives its slot to the next waiting sample, so no step works on a row that is done.
-Every row draws from its own random stream, keyed by (prompt, number of the sample) and the seed, and every kernel gives a
-row the same bits whatever shares its batch: a row's tokens depend only on the weights, the prompt, the sampling and the seed.
+Prompts are taken out of their padding and run as ragged rows over a paged cache. A prompt is prefilled once;
+its n samples share the prompt's pages. A finished row gives its slot to the next waiting sample, so no step
+works on a row that is done. Every row draws from its own random stream, keyed by (prompt, number of the
+sample) and the seed, and every kernel gives a row the same bits whatever shares its batch: a row's tokens
+depend only on the weights, the prompt, the sampling and the seed.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dschat_kernels.cache import PagedKVCache, pages_for
+from dschat_kernels.cache import PAGE, padded_head_dim, pages_for
 from dschat_kernels.ops.sample import sample
 from dschat_kernels.plan import Decoder
 
@@ -28,9 +29,9 @@ from dschat_kernels.plan import Decoder
 class SamplingConfig:
     """How completions are drawn.
 
-    max_new_tokens: tokens of a completion at most. temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is
-    off. n: samples a prompt. seed: 0 .. 2^63 - 1. eos_token_id: an id, several, or None: never stop. pad_token_id: fills
-    completions after their end; None: the model's.
+    max_new_tokens: tokens of a completion at most. temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
+    min_p: 0 is off. n: samples a prompt. seed: 0 .. 2^63 - 1. eos_token_id: an id, several, or None: never
+    stop. pad_token_id: fills completions after their end; None: the model's.
     """
 
     max_new_tokens: int = 128
@@ -98,10 +99,10 @@ class RolloutStats:
 class Rollout:
     """Prompts and their completions, one row a sample; the n samples of a prompt are neighbours.
 
-    prompt_ids, prompt_mask: int64, bool [rows, P] as given (left-padded). completion_ids: int64 [rows, C], filled with the
-    pad token after the end. completion_mask: bool [rows, C], true up to and including the first EOS. logprobs: float32
-    [rows, C], log-prob of each sampled token in the full softmax at the sampling temperature, 0 where masked. finished:
-    bool [rows], whether the row ended with EOS.
+    prompt_ids, prompt_mask: int64, bool [rows, P] as given (left-padded). completion_ids: int64 [rows, C],
+    filled with the pad token after the end. completion_mask: bool [rows, C], true up to and including the
+    first EOS. logprobs: float32 [rows, C], log-prob of each sampled token in the full softmax at the sampling
+    temperature, 0 where masked. finished: bool [rows], whether the row ended with EOS.
     """
 
     prompt_ids: Tensor
@@ -129,15 +130,14 @@ class Rollout:
     def select(self, rows: Tensor | Sequence[int] | slice) -> Rollout:
         """The rollout of some rows."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
-        parts = (getattr(self, name)[index] for name in _TENSORS)
-        return Rollout(*parts, sampling=self.sampling, stats=self.stats)
+        return replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
 
 
 _TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "finished")
 
 
 def stream_of(prompt: Tensor, sample_number: int) -> int:
-    """Random stream of a prompt's sample: 63 bits of a digest, so that it does not depend on the place in the batch."""
+    """Random stream of a prompt's sample: 63 bits of a digest, so that the place in the batch does not matter."""
     data = prompt.to(torch.int64).contiguous().numpy().tobytes() + sample_number.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
@@ -153,21 +153,12 @@ class _Prompt:
     logits: Tensor | None = None
 
 
-class _Slots:
-    """Free cache slots."""
-
-    def __init__(self, count: int):
-        self.free = list(range(count - 1, -1, -1))
-
-    def take(self) -> int:
-        return self.free.pop()
-
-    def give(self, slot: int) -> None:
-        self.free.append(slot)
-
-
 class RolloutRun:
-    """One generate call: `prompts` (ragged, int64) times `sampling.n` rows through at most `max_slots` slots."""
+    """One generate call: `prompts` (ragged, int64) times `sampling.n` rows, at most `max_slots` at a time.
+
+    A row is waiting (its prompt is in `queue` or `open`), active (it has a slot and its last token is drawn
+    but not fed), or done. A prompt keeps a slot of its own from its prefill until its last sample starts.
+    """
 
     def __init__(
         self,
@@ -178,8 +169,7 @@ class RolloutRun:
         pad_token_id: int,
         on_token: Callable[[int, int], None] | None = None,
     ):
-        self.decoder, self.sampling, self.pad = decoder, sampling, pad_token_id
-        self.on_token = on_token
+        self.decoder, self.sampling, self.on_token = decoder, sampling, on_token
         rows = len(prompts) * sampling.n
         self.streams = _streams(prompts, sampling.n)
         self.ids = np.full((rows, sampling.max_new_tokens), pad_token_id, dtype=np.int64)
@@ -192,17 +182,16 @@ class RolloutRun:
         )
         self.open: deque[_Prompt] = deque()  # prefilled, with samples that wait for a slot
         longest = max(len(p) for p in prompts)
-        # With several samples a prompt keeps its own slot until the last of them has started.
-        active = min(rows, max_slots)
-        holders = 0 if sampling.n == 1 else -(-active // sampling.n) + 1
-        active, holders = _fit_memory(decoder, active, holders, longest, sampling.max_new_tokens)
-        self.cache = decoder.new_cache(active + holders, longest + sampling.max_new_tokens)
-        self.slots = _Slots(active + holders)
-        self.max_active = active
+        self.max_active = fit_rows(
+            min(rows, max_slots), sampling.n, slot_bytes(decoder, longest + sampling.max_new_tokens)
+        )
+        slots = slots_needed(self.max_active, sampling.n)
+        self.cache = decoder.new_cache(slots, longest + sampling.max_new_tokens)
+        self.free = list(range(slots - 1, -1, -1))  # slots
         self.active_rows: list[int] = []
         self.active_slots: list[int] = []
         self.stats = RolloutStats(
-            slots=active,
+            slots=self.max_active,
             prompt_tokens=sum(len(p) for p in prompts),
             cache_bytes=self.cache.num_pages * self.cache.bytes_per_page,
             packed_bytes=decoder.packed_bytes,
@@ -219,52 +208,53 @@ class RolloutRun:
     # ------------------------------------------------------------------------------------------------ admission
 
     def _admit(self) -> None:
-        """Fills free places: first with samples of prompts that are prefilled, then by prefilling waiting prompts."""
-        self._start_samples()
-        room = self.max_active - len(self.active_rows)
-        fresh: list[_Prompt] = []
-        while self.queue and room > 0 and self.slots.free:
-            prompt = self.queue.popleft()
-            prompt.slot = self.slots.take()
-            fresh.append(prompt)
-            room -= len(prompt.waiting)
-        if fresh:
-            self._prefill(fresh)
-            self.open.extend(fresh)
+        """Fills free places, with samples of prefilled prompts before any further prompt is prefilled.
+
+        Prompts are prefilled only when no prefilled one waits, so the slots they keep cannot run out.
+        """
+        while (room := self.max_active - len(self.active_rows)) > 0:
+            if not self.open:
+                fresh: list[_Prompt] = []
+                while self.queue and room > 0:
+                    fresh.append(self.queue.popleft())
+                    room -= len(fresh[-1].waiting)
+                if not fresh:
+                    return
+                self._prefill(fresh)
             self._start_samples()
 
     def _prefill(self, prompts: list[_Prompt]) -> None:
         start = time.perf_counter()
+        for prompt in prompts:
+            prompt.slot = self.free.pop()
         lens = [len(p.tokens) for p in prompts]
         logits = self.decoder.step(
             torch.cat([p.tokens for p in prompts]), self.cache, [p.slot for p in prompts], lens
         )
         for prompt, row in zip(prompts, logits, strict=True):
             prompt.logits = row
+        self.open.extend(prompts)
         self.stats.prefill += time.perf_counter() - start
         self.stats.prefilled_tokens += sum(lens)
 
     def _start_samples(self) -> None:
+        """Gives waiting samples of prefilled prompts their slot and first token, as many as there is room for."""
         rows: list[int] = []
         slots: list[int] = []
         logits: list[Tensor] = []
         while self.open and len(self.active_rows) + len(rows) < self.max_active:
             prompt = self.open[0]
             assert prompt.logits is not None
-            last = len(prompt.waiting) == 1
-            if not last and not self.slots.free:
-                break
-            if last:  # the last sample inherits the prompt's slot
+            if len(prompt.waiting) == 1:  # the last sample inherits the prompt's slot
                 slot = prompt.slot
                 self.open.popleft()
             else:
-                slot = self.slots.take()
+                slot = self.free.pop()
                 self.cache.fork(prompt.slot, slot)
             rows.append(prompt.waiting.popleft())
             slots.append(slot)
             logits.append(prompt.logits)
-        if rows:
-            self._accept(rows, slots, torch.stack(logits))
+        self._accept(rows, slots, torch.stack(logits))
 
     # --------------------------------------------------------------------------------------------------- decode
 
@@ -301,7 +291,7 @@ class RolloutRun:
                 self.on_token(row, token)
             if done:
                 self.cache.free(slot)
-                self.slots.give(slot)
+                self.free.append(slot)
             else:
                 self.active_rows.append(row)
                 self.active_slots.append(slot)
@@ -341,25 +331,36 @@ def available_memory() -> int | None:
         return None
 
 
-def _fit_memory(decoder: Decoder, active: int, holders: int, longest: int, new: int) -> tuple[int, int]:
-    """Slots whose cache fits into three quarters of the free memory: fewer rows at a time, the same results."""
+def slots_needed(rows: int, n: int) -> int:
+    """Cache slots for `rows` rows at a time: with several samples, one prompt is half started."""
+    return rows + (n > 1)
+
+
+def slot_bytes(decoder: Decoder, tokens: int) -> int:
+    """Cache bytes of one sequence of up to `tokens` tokens."""
     spec = decoder.spec
-    one = PagedKVCache(1, spec.num_kv_heads, spec.head_dim, 1, 1, 1, decoder.dtype).bytes_per_page * len(
-        spec.layers
-    )
-    slot_bytes = one * pages_for(longest + new)
+    per_token = spec.num_kv_heads * (spec.head_dim + padded_head_dim(spec.head_dim)) * decoder.dtype.itemsize
+    return pages_for(tokens) * PAGE * len(spec.layers) * per_token
+
+
+def fit_rows(rows: int, n: int, bytes_per_slot: int) -> int:
+    """Rows at a time, at most `rows`, whose cache fits into three quarters of the free memory.
+
+    Fewer rows at a time give the same results, later.
+    """
     free = available_memory()
-    if free is None or slot_bytes * (active + holders) <= 0.75 * free:
-        return active, holders
-    fit = int(0.75 * free // slot_bytes)
-    if fit < min(active, 1) + holders:
+    if free is None:
+        return rows
+    budget = int(0.75 * free)
+    fit = budget // bytes_per_slot - slots_needed(0, n)
+    if fit < 1:
         raise MemoryError(
-            f"one row of {longest} + {new} tokens needs {slot_bytes / 2**20:.0f} MiB of cache and "
-            f"{free / 2**20:.0f} MiB are free: shorten the prompts or max_new_tokens."
+            f"one row needs {slots_needed(1, n) * bytes_per_slot / 2**20:.1f} MiB of cache and "
+            f"{budget / 2**20:.1f} MiB may be used: shorten the prompts or max_new_tokens."
         )
-    return fit - holders, holders
+    return min(rows, fit)
 
 
 def stats_dict(stats: RolloutStats) -> dict[str, Any]:
     """The stats as plain numbers, for logs."""
-    return {**stats.__dict__, "tokens_per_second": stats.tokens_per_second}
+    return {**asdict(stats), "tokens_per_second": stats.tokens_per_second}
