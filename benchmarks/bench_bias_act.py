@@ -27,6 +27,8 @@ TORCH = {
 
 def report(benchmark: Any, x: torch.Tensor, what: str, passes: int) -> None:
     """`passes`: how often an activation of the size of x must at least be read or written."""
+    if benchmark.stats is None:  # --benchmark-disable
+        return
     benchmark.group = f"bias_act {what} {x.shape[0]}x{x.shape[1]} {x.dtype}"
     rate = passes * x.numel() * x.element_size() / benchmark.stats.stats.median / 1e9
     benchmark.extra_info["GB/s"] = round(rate, 2)

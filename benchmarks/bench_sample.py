@@ -63,6 +63,8 @@ def test_sample(benchmark: Any, who: str, rows: int, options: dict[str, Any], sp
         benchmark(sample, logits, streams=streams, positions=positions, backend="cpu", **options)
     else:
         benchmark(hf, logits, options)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
     benchmark.group = f"sample {options} {rows}x{VOCAB} {spread}"
     seconds = benchmark.stats.stats.median
     rate = logits.numel() * logits.element_size() / seconds / 1e9
