@@ -42,6 +42,15 @@ def test_splits_and_threads_do_not_change_a_bit(
         assert same_bits(attention_decode(*batch.arguments, num_splits=splits, **options), expected)
 
 
+@pytest.mark.parametrize("splits", [2, 3, 5, 9, 10])
+def test_uneven_splits_of_a_long_row(splits: int) -> None:
+    batch = make_batch([1, 2], [2310, 2049], 3, 1, 8)
+    expected = attention(*batch.arguments, scale=0.3, backend="cpu")
+    assert same_bits(
+        attention_decode(*batch.arguments, scale=0.3, num_splits=splits, backend="cpu"), expected
+    )
+
+
 def test_options_and_slots() -> None:
     batch = make_batch([1, 2], [700, 300], 4, 2, 24)
     options = {"scale": 0.3, "softcap": 8.0, "alibi_slopes": torch.rand(4), "slots": torch.tensor([1, 0])}
