@@ -239,6 +239,7 @@ class StageConfig(Config):
     lora_r: int = opt(0, "LoRA rank; 0: train all weights")
     lora_alpha: float = opt(0.0, "LoRA alpha (scaling is alpha / r); 0: 2 * r")
     lora_targets: list[str] = opt(["all-linear"], "module names that get an adapter, or all-linear")
+    lora_last: int = opt(0, "put adapters into the last N layers only, which is faster; 0: into all")
     merge_lora: bool = opt(
         True, "save the model with the adapter merged in (the adapter is saved in any case)"
     )
@@ -271,7 +272,15 @@ class StageConfig(Config):
 
     def check(self) -> None:
         for key in (
-            *("max_train_rows", "max_eval_rows", "threads", "lora_r", "lora_alpha", "warmup_steps"),
+            *(
+                "max_train_rows",
+                "max_eval_rows",
+                "threads",
+                "lora_r",
+                "lora_alpha",
+                "lora_last",
+                "warmup_steps",
+            ),
             *("weight_decay", "max_grad_norm", "max_steps", "eval_every", "save_every", "learning_rate"),
         ):
             self.require(getattr(self, key) >= 0, key, "0 or more")

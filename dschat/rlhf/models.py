@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,28 +188,46 @@ def no_dropout(model: Any) -> Any:
 # --------------------------------------------------------------------------------------------------- adapters
 
 
-def add_lora(model: Any, r: int, alpha: float, targets: list[str], task: str, seed: int) -> Any:
-    """The model with a fresh LoRA adapter, float32 whatever the base is; its first output is the base's
-    exactly (B = 0).
+def add_lora(
+    model: Any, r: int, alpha: float, targets: list[str], task: str, seed: int, last: int = 0
+) -> Any:
+    """The model with a fresh LoRA adapter, float32 whatever the base is; its first output is the base's (B =
+    0).
+
+    last: only the last so many layers get one, so that a backward ends where they begin; 0: all layers.
     """
     import peft
 
-    chosen: Any = targets[0] if len(targets) == 1 and targets[0] in ("all-linear",) else targets
-    names = {
-        n.rpartition(".")[2]
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-    }
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    linear = [
+        n for n in linear if n.rpartition(".")[2] not in ("lm_head", "embed_out", "score", "classifier")
+    ]
+    names = {n.rpartition(".")[2] for n in linear}
     unknown = [t for t in targets if t != "all-linear" and t not in names]
     if unknown:
         raise ConfigError(
             f"lora_targets has {unknown[0]!r}, which the model lacks; use all-linear, or some of "
             f"{', '.join(sorted(names))}"
         )
+    layers = model.config.get_text_config().num_hidden_layers
+    if last > layers:
+        raise ConfigError(
+            f"lora_last is {last}, but the model has {layers} layers; use at most that, or 0 for all"
+        )
+    chosen = [n for n in linear if "all-linear" in targets or n.rpartition(".")[2] in targets]
+    if last:
+        # The layer's number is the first one in a module's name: model.layers.7.mlp.up_proj,
+        # transformer.h.7.attn.
+        numbers = {n: int(found.group(1)) for n in chosen if (found := re.search(r"\.(\d+)\.", n))}
+        chosen = [n for n in chosen if numbers.get(n, -1) >= layers - last]
     config = peft.LoraConfig(
-        r=r, lora_alpha=alpha or 2 * r, lora_dropout=0.0, target_modules=chosen, task_type=task,
+        r=r,
+        lora_alpha=alpha or 2 * r,
+        lora_dropout=0.0,
+        target_modules=chosen,
+        task_type=task,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return no_dropout(peft.get_peft_model(model, config))
@@ -217,7 +236,9 @@ def add_lora(model: Any, r: int, alpha: float, targets: list[str], task: str, se
 def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
     """Add the adapter that the config asks for, or make all weights trainable."""
     if config.lora_r:
-        return add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed)
+        return add_lora(
+            model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed, config.lora_last
+        )
     return model.requires_grad_(True)
 
 

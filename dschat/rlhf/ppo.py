@@ -111,7 +111,9 @@ def build_rewards_and_critic(
         critic = Critic(models.Scorer(model.requires_grad_(False)), head, frozen_trunk=True)
     elif config.critic_update == "lora":
         seed = derive_seed(config.seed, "critic")
-        model = models.add_lora(model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed)
+        model = models.add_lora(
+            model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
+        )
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
     else:
         model.requires_grad_(True)

@@ -183,6 +183,14 @@ def test_bad_model_names(tmp_path, name, message):
     assert "\n" not in str(error.value)
 
 
+def test_adapter_in_the_last_layers_only(new_stories_model):
+    model = models.add_lora(new_stories_model(), 2, 0.0, ["q_proj", "up_proj"], "CAUSAL_LM", 0, last=2)
+    where = {n.split("layers.")[1].split(".lora")[0] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert where == {f"{i}.{m}" for i in (3, 4) for m in ("self_attn.q_proj", "mlp.up_proj")}
+    with pytest.raises(ConfigError, match="lora_last is 6, but the model has 5 layers"):
+        models.add_lora(new_stories_model(), 2, 0.0, ["all-linear"], "CAUSAL_LM", 0, last=6)
+
+
 def test_bad_lora_target(new_stories_model):
     with pytest.raises(ConfigError, match=r"lora_targets has 'query', which the model lacks; .* q_proj"):
         models.add_lora(new_stories_model(), 4, 0.0, ["query"], "CAUSAL_LM", 0)
