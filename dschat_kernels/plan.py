@@ -126,39 +126,39 @@ def _layer_calls(i: int, layer: LayerSpec) -> list[OpCall]:
 
 @dataclass
 class PackedNorm:
-    """A norm's float32 scale (weight_offset + weight) and bias, with the spec it came from."""
+    """A norm's weight and bias, rounded to the decoder's dtype, with the spec they came from.
+
+    weight, bias: in that dtype, as the ops take them. scale, shift: float32 weight_offset + weight and bias, as
+    the native plan reads them.
+    """
 
     spec: NormSpec
     width: int
-    scale: Tensor | None = None
+    dtype: torch.dtype
+    weight: Tensor | None = None
     bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """What the norm is computed from."""
         return [t for t in self.spec.tensors() if t is not None]
 
     def fill(self) -> None:
-        """Takes the module's present values, in place once they have a place."""
+        """Takes the module's present values."""
         weight, bias = self.spec.tensors()
+        if weight is None and self.spec.kind == "rms":
+            weight = torch.ones(self.width)
         if weight is not None:
-            value = weight.detach().float() + self.spec.weight_offset
-            self.scale = value.clone() if self.scale is None else self.scale.copy_(value)
-        elif self.spec.kind == "rms":
-            self.scale = torch.ones(self.width)
+            self.weight = weight.detach().to(self.dtype, copy=True)
+            self.scale = self.weight.float() + self.spec.weight_offset
         if bias is not None:
-            value = bias.detach().float()
-            self.bias = value.clone() if self.bias is None else self.bias.copy_(value)
+            self.bias = bias.detach().to(self.dtype, copy=True)
+            self.shift = self.bias.float()
 
     def apply(self, x: Tensor, backend: str | None) -> Tensor:
         """The norm of x [rows, width] with the values of the last `fill`."""
-        spec = self.spec
-        if spec.kind == "layer":
-            y = layer_norm(x, self.scale, self.bias, spec.eps, backend=backend)
-        else:
-            assert self.scale is not None, "fill() first"
-            y = rms_norm(x, self.scale, spec.eps, rounding=spec.rounding, backend=backend)
-        assert isinstance(y, Tensor)
-        return y
+        return _norm(self.spec, self.weight, self.bias, x, backend)
 
 
 @dataclass
@@ -263,7 +263,7 @@ class Decoder:
         self.max_tokens = max_tokens
         self.plan = make_plan(spec)
         self.epoch = 0
-        self.norms = {n: PackedNorm(s, spec.hidden_size) for n, s in _named_norms(spec)}
+        self.norms = {n: PackedNorm(s, spec.hidden_size, self.dtype) for n, s in _named_norms(spec)}
         self._groups = {n: _Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
@@ -610,7 +610,7 @@ class NativeExecutor:
         elif c.op == "norm":
             n = d.norms[c.weights]
             plan.norm(
-                n.spec.kind == "rms", index[c.input], index[c.out], ptr(n.scale), ptr(n.bias), n.width,
+                n.spec.kind == "rms", index[c.input], index[c.out], ptr(n.scale), ptr(n.shift), n.width,
                 n.spec.eps, 0 if n.spec.rounding == "llama" else 1,
             )  # fmt: skip
         elif c.op == "linear":
@@ -694,13 +694,17 @@ class PythonExecutor:
 
 def apply_norm(norm: NormSpec, x: Tensor, backend: str | None = None) -> Tensor:
     """The norm that a spec describes, on x [..., hidden]; differentiable in x and in the module's weights."""
-    weight, bias = norm.tensors()
-    if norm.kind == "layer":
-        y = layer_norm(x, weight, bias, norm.eps, backend=backend)
+    return _norm(norm, *norm.tensors(), x, backend)
+
+
+def _norm(
+    spec: NormSpec, weight: Tensor | None, bias: Tensor | None, x: Tensor, backend: str | None
+) -> Tensor:
+    if spec.kind == "layer":
+        y = layer_norm(x, weight, bias, spec.eps, backend=backend)
     else:
         scale = torch.ones(x.shape[-1], dtype=x.dtype) if weight is None else weight
-        y = rms_norm(
-            x, scale, norm.eps, weight_offset=norm.weight_offset, rounding=norm.rounding, backend=backend
-        )
+        offset, rounding = spec.weight_offset, spec.rounding
+        y = rms_norm(x, scale, spec.eps, weight_offset=offset, rounding=rounding, backend=backend)
     assert isinstance(y, Tensor)
     return y

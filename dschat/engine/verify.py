@@ -76,7 +76,7 @@ class Certificate:
         return "\n".join(lines)
 
 
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Half a unit in the last place, relative."""
 
 
