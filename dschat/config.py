@@ -598,7 +598,9 @@ def _spread(values: dict[str, Any], where: str) -> dict[str, Any]:
     """
     out = {k: v for k, v in values.items() if k not in STAGES}
     shared = {k: v for k, v in out.items() if k != "output_dir"}
-    root = str(out.get("output_dir") or TrainConfig.__dataclass_fields__["output_dir"].default)
+    root = coerce(
+        out.get("output_dir", TrainConfig.__dataclass_fields__["output_dir"].default), str, "output_dir"
+    )
     folder = {s: os.path.join(root, s) for s in STAGES}
     written = {s: os.path.join(folder[s], "model") for s in STAGES}
     stages = field_types(TrainConfig)
@@ -682,6 +684,19 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
     return build(cls, values, f"{path} and the flags" if path else "the flags")
 
 
+def _is_list(cls: type[Config], key: str) -> bool:
+    """Whether a flag names a list, in the command itself or in a stage of it: then it may be given several
+    times.
+    """
+    types_of = field_types(cls)
+    stage, dot, name = key.partition(".")
+    if dot:
+        inner = next((a for a in typing.get_args(types_of.get(stage)) if a is not type(None)), None)
+        types_of, key = (field_types(inner) if inner is not None else {}), name
+    key = key.replace("-", "_")
+    return typing.get_origin(types_of.get(ALIASES.get(key, key))) is list
+
+
 def parse_flags(argv: Iterable[str], cls: type[Config]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--key a b` (a list), `--key` (true) and `--no-key` (false) as a mapping
     of texts.
@@ -691,13 +706,13 @@ def parse_flags(argv: Iterable[str], cls: type[Config]) -> dict[str, Any]:
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             key, eq, value = word[2:].partition("=")
-            if key in flags:
+            if key in flags and not _is_list(cls, key):
                 raise ConfigError(f"--{key} is given twice; keep one")
             if key.startswith(("no-", "no_")) and not eq and key[3:].replace("-", "_") in field_types(cls):
                 flags[key[3:]] = [False]
                 current = None
                 continue
-            flags[key] = [value] if eq else []
+            flags.setdefault(key, []).extend([value] if eq else [])
             current = None if eq else key
         elif current is not None:
             flags[current].append(word)

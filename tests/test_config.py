@@ -169,6 +169,16 @@ def test_bad_flags(argv, message):
         C.load(C.SFTConfig, None, C.parse_flags(argv, C.SFTConfig))
 
 
+def test_a_list_may_be_given_in_pieces():
+    argv = "--data a b --data c --data=d".split()
+    assert C.load(C.SFTConfig, None, C.parse_flags(argv, C.SFTConfig)).data == ["a", "b", "c", "d"]
+    argv = "--sft.data a --sft.data b --output_dir out".split()
+    config = C.load(C.TrainConfig, None, C.parse_flags(argv, C.TrainConfig))
+    assert config.sft and config.sft.data == ["a", "b"] and config.sft.output_dir == "out/sft"
+    with pytest.raises(C.ConfigError, match="--sft.seed is given twice"):
+        C.parse_flags("--sft.seed 1 --sft.seed 2".split(), C.TrainConfig)
+
+
 def test_flag_forms():
     argv = [
         "--data",
