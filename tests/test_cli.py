@@ -1,0 +1,262 @@
+"""The command line: every command runs, and bad input is one sentence on stderr with exit code 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dschat import config as configs
+from dschat.cli import BODIES, main, parse_workload
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "tests" / "data" / "stories260k")
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_every_command_has_a_body_and_help(capsys):
+    assert set(BODIES) == set(configs.COMMANDS)
+    code, out, _ = run(capsys)
+    assert code == 0 and all(f"dschat {name}" in out for name in configs.COMMANDS)
+    for name in configs.COMMANDS:
+        code, out, _ = run(capsys, *name.split(), "--help")
+        assert code == 0 and f"usage: dschat {name}" in out
+    assert run(capsys, "--version")[1].startswith("dschat ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("tarin", "unknown command 'tarin'; did you mean train?"),
+        ("zzz", "unknown command 'zzz'; known are doctor"),
+        ("bench", "bench needs what to measure: dschat bench generate"),
+        ("sft --lerning_rate 1", "unknown key 'lerning_rate' in the flags; did you mean 'learning_rate'?"),
+        ("sft --config nowhere.yaml", "config file nowhere.yaml does not exist"),
+        ("sft --config", "--config needs the name of a YAML file"),
+        ("sft", "data is empty; name at least one file"),
+        ("sft --data nowhere.jsonl --output_dir {tmp}/run", "data file nowhere.jsonl does not exist; . has"),
+        ("sft --data {tmp}/bad.jsonl --output_dir {tmp}/run --model {model}", "bad.jsonl line 2 is not valid JSON"),
+        ("reward --data {tmp}/sft.jsonl --output_dir {tmp}/run --model {model}", "has no column 'chosen'"),
+        ("sft --data {tmp}/sft.jsonl --output_dir {tmp}/run --model {tmp}/nowhere", "nowhere does not exist; give a"),
+        ("ppo --data x.jsonl", "reward is empty; name a reward model folder or a function"),
+        ("ppo --top_p 0.9", "top_p is 0.9, but PPO"),
+        ("ppo --zero_stage 3", "zero_stage in the flags is not supported: this version trains in one process"),
+        ("generate --model {tmp} --prompt a", "has no config.json"),
+        ("generate --model {model} --prompt a --max_new_tokens 600", "more than the model's context of 512"),
+        ("bench generate --model {model} --workload 3", "workload is '3', but it must be BATCHxPROMPT+NEW"),
+        ("verify --model {model} --backend triton", "triton"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(capsys, tmp_path, argv, message):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    code, _, err = run(capsys, *argv.format(tmp=tmp_path, model=MODEL).split())
+    assert code == 2 and err.startswith("dschat: error: ") and message in err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not (tmp_path / "run").exists(), "a run that cannot start leaves nothing behind"
+
+
+def test_debug_shows_the_trace():
+    with pytest.raises(configs.ConfigError, match="unknown command"):
+        main(["tarin", "--debug"])
+
+
+def test_a_bug_is_said_to_be_one(capsys, monkeypatch):
+    def broken(config):
+        raise KeyError("oops")
+
+    monkeypatch.setitem(BODIES, "doctor", broken)
+    code, _, err = run(capsys, "doctor")
+    assert code == 2 and err == "dschat: error: KeyError: 'oops' (--debug shows where)\n"
+
+
+def test_notes_about_old_names(capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("num_padding_at_beginning: 1\n")
+    code, out, err = run(capsys, "ppo", "--config", str(path), "--dump-config")
+    assert code == 0 and err == (
+        "dschat: note: num_padding_at_beginning has no effect: masks are explicit here, so leading padding needs no "
+        "number\n"
+    )
+    assert yaml.safe_load(out)["cliprange"] == 0.2
+
+
+def test_doctor(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "backend" in out and "reference" in out and f"torch {torch.__version__}" in out
+
+
+def test_generate(capsys, monkeypatch):
+    argv = ("generate", "--model", MODEL, "--max_new_tokens", "12", "--prompt", "Once upon a time")
+    code, out, err = run(capsys, *argv)
+    assert code == 0 and out.startswith(", there was a little girl named Lily") and "tokens/s" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One day\n\nThe sun\n"))
+    code, out, _ = run(
+        capsys, "generate", "--model", MODEL, "--max_new_tokens", "4", "--n", "2", "--temperature", "1"
+    )
+    assert code == 0 and out.count("--- One day") == out.count("--- The sun") == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert "there is no prompt" in run(capsys, "generate", "--model", MODEL)[2]
+
+
+def test_verify_and_bench(capsys, tmp_path):
+    out = str(tmp_path / "v.json")
+    code, text, _ = run(capsys, "verify", "--model", MODEL, "--max_new_tokens", "4", "--output", out)
+    assert code == 0 and "certificate:" in text and json.loads(Path(out).read_text())["passed"]
+    out = str(tmp_path / "b.json")
+    argv = ("bench", "generate", "--model", MODEL, "--workload", "2x4+4", "--repeats", "1", "--output", out)
+    code, text, _ = run(capsys, *argv)
+    assert code == 0 and "| 2, 4 + 4 |" in text and json.loads(Path(out).read_text())["rows"]
+    assert parse_workload("16x128+64") == (16, 128, 64)
+
+
+def test_verify_that_fails_has_its_own_exit_code(capsys, monkeypatch):
+    from dschat.engine.verify import Certificate
+
+    monkeypatch.setattr("dschat.engine.verify.verify", lambda *a, **k: Certificate({}))
+    assert run(capsys, "verify", "--model", MODEL)[0] == 1
+
+
+def test_the_whole_pipeline(capsys, tmp_path, monkeypatch):
+    """recipes/ci.yaml: three stages, one page, models that load; started again it only says what it did."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "run"
+    argv = (
+        "train",
+        "--config",
+        "recipes/ci.yaml",
+        "--output_dir",
+        str(folder),
+        "--no-progress",
+        "--threads",
+        "1",
+    )
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    expected = [
+        "SFT: 6 steps",
+        "Reward model: 9 steps",
+        "held-out pairs",
+        "PPO: 4 steps",
+        "Reward on 12 held-out",
+    ]
+    expected += [
+        "KL of a held-out answer",
+        "Hugging Face generate",
+        "mean |d| 0.00e+00",
+        "dschat chat --model",
+    ]
+    for text in expected:
+        assert text in out, text
+    assert {p.name for p in folder.iterdir()} >= {
+        "sft",
+        "reward",
+        "ppo",
+        "curves.png",
+        "report.md",
+        "report.html",
+    }
+    assert configs.load(configs.TrainConfig, str(folder / "config.yaml")).ppo.model == str(
+        folder / "sft" / "model"
+    )
+    AutoModelForCausalLM.from_pretrained(folder / "ppo" / "model")
+    AutoModelForSequenceClassification.from_pretrained(folder / "reward" / "model")
+    assert list((folder / "ppo" / "tensorboard").glob("events*"))
+    lines = (folder / "ppo" / "metrics.jsonl").read_text()
+    code, again, _ = run(capsys, *argv)
+    assert code == 0 and again == out and (folder / "ppo" / "metrics.jsonl").read_text() == lines
+    code, _, err = run(capsys, *argv, "--ppo.seed", "5")
+    assert code == 2 and "holds a run with seed 0, not 5" in err
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "recipes").glob("*.yaml")))
+def test_recipes_are_valid(name, monkeypatch):
+    """Every recipe resolves, and its data files are there and fit its stages."""
+    from dschat.rlhf import data
+
+    monkeypatch.chdir(ROOT)
+    config = configs.load(configs.TrainConfig, f"recipes/{name}")
+    assert config.sft and config.reward and config.ppo
+    for stage in (config.sft, config.reward, config.ppo):
+        assert stage.data and (stage is config.sft or stage.eval_data)
+        for source in (*stage.data, *stage.eval_data):
+            records, _ = data.read([source])
+            wanted = {
+                "sft": [data.RESPONSE_COLUMNS],
+                "reward": [["chosen"], ["rejected"]],
+                "ppo": [["prompt"]],
+            }
+            data.require_columns(records, *wanted[stage.command])
+            assert (Path(source).parent / "README.md").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------- chat
+
+
+def chat(text: str, tokenizer, model, **keys) -> str:
+    from dschat.chat import chat as talk
+
+    target = io.StringIO()
+    talk(configs.ChatConfig(model="m", **keys), model, tokenizer, source=io.StringIO(text), target=target)
+    return target.getvalue()
+
+
+def test_chat_with_and_without_a_template(stories_model, stories_tokenizer):
+    import copy
+
+    out = chat(
+        "Once upon a time\n\n/new\n/quit\nignored",
+        stories_tokenizer,
+        stories_model,
+        max_new_tokens=8,
+        temperature=0,
+    )
+    assert (
+        "no chat template" in out
+        and ", there was a" in out
+        and "(a new conversation)" in out
+        and "ignored" not in out
+    )
+    tokenizer = copy.deepcopy(stories_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    out = chat("Once\nupon\n", tokenizer, stories_model, max_new_tokens=8)
+    assert out.count("> ") == 3 and "no chat template" not in out
+
+
+def test_long_conversations_forget_their_start(stories_model, stories_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(stories_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    line = "once upon a time there was a little cat and a little dog " * 5 + "\n"
+    assert chat(line * 5, tokenizer, stories_model, max_new_tokens=40).count("> ") == 6
+
+
+def test_characters_of_several_tokens_wait():
+    from dschat.chat import TextStream
+
+    shown: list[str] = []
+    pieces = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"z", 5: "é".encode()[:1]}
+    stream = TextStream(lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"), shown.append)
+    for token in (1, 2, 3, 4, 5):
+        stream.on_token(0, token)
+    assert shown == ["a", "é", "z"] and stream.close() == "aéz\ufffd" and "".join(shown) == "aéz\ufffd"
+
+
+def test_installed_entry_point_starts_fast():
+    """`dschat` alone must not load torch: the help is there at once."""
+    code = "import sys; from dschat.cli import main; main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
