@@ -114,6 +114,13 @@ def generate(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: measure at least once.")
+    if not workloads:
+        raise ValueError("there is no workload: give at least one (batch size, prompt length, new tokens).")
+    for workload in workloads:
+        if min(workload) < 1:
+            raise ValueError(
+                f"workload {workload}: give a batch size, prompt length and number of new tokens of at least 1."
+            )
     model.eval()
     engine = HybridEngine(model, max_slots=max(b for b, _, _ in workloads), backend=backend)
     peak = read_bandwidth()

@@ -18,7 +18,9 @@ README = (ROOT / "README.md").read_text()
 MODEL = ROOT / "tests" / "data" / "stories260k"
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["patch", "engine"])
+@pytest.mark.parametrize(
+    "block", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["patch", "engine"]
+)
 def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")

@@ -308,8 +308,8 @@ template <typename T> class TileWorker {
     sum_[i] = reduce_add(sum);
   }
 
-  // One page of values for the rows of one register tile. A key is multiplied only into rows that see it: what else lies
-  // in the page may be another sequence's past, or not finite.
+  // One page of values for the rows of one register tile. A key is multiplied only into rows that see it: what else
+  // lies in the page may be another sequence's past, or not finite.
   template <typename V>
   void weigh_page(int r, int rows, int64_t base, const V* v, float* o, Prefetch& prefetch) {
     Span common{0, kChunk};  // keys that all of the rows see

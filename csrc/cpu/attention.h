@@ -1,12 +1,13 @@
 // Causal attention of packed query tokens over the paged cache: prefill, decode and any mixture of both.
 //
-// For query token i of row r, at position p = kv_lens[r] - q_len(r) + i, over keys j with max(0, p - window + 1) <= j <= p:
+// For query token i of row r, at position p = kv_lens[r] - q_len(r) + i, over keys j with p - window < j <= p:
 //   s_j = dot(q, k_j) * scale;  s_j = softcap * tanh(s_j / softcap);  s_j += alibi_slope * (j - p)
 //   out = sum_j softmax(s)_j v_j
-// Order of the arithmetic (a row's bits depend on nothing else): dot by fma over d = 0..D-1; keys are cut into chunks of
-// kChunk at absolute positions; per chunk the maximum m_c, p_j = exp(s_j - m_c), l_c by lanes (j mod 16) then the
-// fixed tree, o_c by fma over the keys in order; chunks are folded from left to right:
-//   m' = max(m, m_c), l' = l exp(m - m') + l_c exp(m_c - m'), o' = o exp(m - m') + o_c exp(m_c - m');  out = round(o / l).
+// Order of the arithmetic (a row's bits depend on nothing else): dot by fma over d = 0..D-1; keys are cut into
+// chunks of kChunk at absolute positions; per chunk the maximum m_c, p_j = exp(s_j - m_c), l_c by lanes (j mod 16)
+// then the fixed tree, o_c by fma over the keys in order; chunks are folded from left to right:
+//   m' = max(m, m_c),  l' = l exp(m - m') + l_c exp(m_c - m'),  o' = o exp(m - m') + o_c exp(m_c - m')
+// and out = round(o / l).
 #pragma once
 
 #include <cstdint>

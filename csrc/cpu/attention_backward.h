@@ -25,8 +25,9 @@ struct AttentionBackwardArgs {
   const float* alibi_slopes = nullptr;
 };
 
-// One unit of work is one sequence and kv head, so no two threads add to the same gradient. All sums are float32, rounded
-// once. Working memory of a thread: about 5 Dp + 2 * 48 floats a token of the longest sequence. SPMD, no barrier.
+// One unit of work is one sequence and kv head, so no two threads add to the same gradient. All sums are float32,
+// rounded once. Working memory of a thread: about 5 Dp + 2 * 48 floats a token of the longest sequence. SPMD, no
+// barrier.
 void attention_backward(const Team& team, DType dtype, const AttentionBackwardArgs& args);
 
 }  // namespace dschat

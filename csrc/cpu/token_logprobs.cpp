@@ -105,9 +105,11 @@ template <typename T> void run(const Team& team, DType dtype, const TokenLogprob
       total.fold({partial[0], partial[1]});
       if (!a.entropy || partial[1] == 0.0f) continue;
       const float shift = partial[0] - total.max;
-      weighted = (before.sum == 0.0f ? 0.0f
-                                     : (weighted + before.sum * (before.max - total.max)) * exp_scalar(before.max - total.max)) +
-                 (partial[2] + partial[1] * shift) * exp_scalar(shift);
+      if (before.sum != 0.0f) {
+        const float drop = before.max - total.max;
+        weighted = (weighted + before.sum * drop) * exp_scalar(drop);
+      }
+      weighted = weighted + (partial[2] + partial[1] * shift) * exp_scalar(shift);
     }
     a.logprob[r] = total.log_prob(target_z[r]);
     if (a.lse) a.lse[r] = total.value();

@@ -1,7 +1,8 @@
 // Log-probabilities (and entropies) of given tokens from hidden states and the head, without a [T, V] tensor.
 //
 //   logit = sum_k hidden[k] * weight[v, k]  by fma over k = 0..H-1 in float32 (the order of linear()), + bias[v];
-//   logit = softcap * tanh(logit / softcap);  z = logit * inverse_temperature(temperature);  then the chunk rule of logsumexp.h.
+//   logit = softcap * tanh(logit / softcap);  z = logit * inverse_temperature(temperature);
+//   then the chunk rule of logsumexp.h.
 #pragma once
 
 #include <cstdint>

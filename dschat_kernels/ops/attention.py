@@ -34,6 +34,7 @@ from dschat_kernels.ops._common import (
     kernels,
     ptr,
     resolve_backend,
+    runs_directly,
 )
 from dschat_kernels.ops.rope_append import (
     check_cache,
@@ -155,6 +156,8 @@ def run(
         softcap,
         alibi_slopes,
     )
+    if runs_directly(q, k_cache, v_cache):
+        return attention_cpu(*arguments, num_splits)
     if op == "attention_decode":
         return torch.ops.dschat.attention_decode(*arguments, num_splits)
     return torch.ops.dschat.attention(*arguments)
@@ -272,7 +275,8 @@ def packed_attention(
             q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
         )
     check_head_dim(op, q.shape[2])
-    return torch.ops.dschat.packed_attention(q, k, v, cu_seqlens, float(scale), window, softcap, alibi_slopes)
+    call = _packed_cpu if runs_directly(q, k, v) else torch.ops.dschat.packed_attention
+    return call(q, k, v, cu_seqlens, float(scale), window, softcap, alibi_slopes)
 
 
 def packed_attention_reference(

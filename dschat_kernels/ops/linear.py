@@ -41,7 +41,7 @@ def linear(
     float_output: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """x [..., k] times a packed matrix: [..., n] of x's dtype (float32 with `float_output`). See the module for the formula.
+    """x [..., k] times a packed matrix: [..., n] of x's dtype (float32 with `float_output`), by the module's formula.
 
     `packed` has the dtype of x; `residual` the shape and dtype of the result. Forward only: training goes through the
     model's own linear layers, or through `forward.exact_linear`.
@@ -115,7 +115,7 @@ def linear_reference(
 
 
 def linear_sums(x: Tensor, packed: PackedLinear) -> tuple[Tensor, ...]:
-    """round(x W_p^T + b_p) of every part of a pack, one [T, n_p] each, x [T, k]: a gated pack's two halves unmultiplied.
+    """round(x W_p^T + b_p) of every part of a pack, one [T, n_p] each, x [T, k]; a gated pack's halves unmultiplied.
 
     The bits are those that `linear` and its epilogues start from.
     """

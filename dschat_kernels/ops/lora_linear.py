@@ -49,7 +49,7 @@ def lora_linear(
     check_tensor("lora_linear", "x", x)
     check(
         x.dim() > 0 and x.shape[-1] == weight.shape[1],
-        f"lora_linear: x has shape {list(x.shape)}; its last dimension must be {weight.shape[1]}, the width of the weight.",
+        f"lora_linear: x has shape {list(x.shape)}; the last dimension must be {weight.shape[1]}, as in weight.",
     )
     check(
         x.dtype == weight.dtype,

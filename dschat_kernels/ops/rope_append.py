@@ -32,6 +32,7 @@ from dschat_kernels.ops._common import (
     kernels,
     ptr,
     resolve_backend,
+    runs_directly,
 )
 
 STYLES = {"half": 0, "interleaved": 1}  # csrc/cpu/rope_append.h RopeStyle
@@ -57,7 +58,8 @@ def rope(
     rotary_dim = _check_rotary("rope", "x", x, cos, sin, positions, style, rotary_dim)
     if resolve_backend("rope", backend, x) == "reference":
         return rope_reference(x, cos, sin, positions, style=style, rotary_dim=rotary_dim)
-    return torch.ops.dschat.rope(x, cos, sin, positions, rotary_dim, style, False)
+    op = _rope_cpu if runs_directly(x) else torch.ops.dschat.rope
+    return op(x, cos, sin, positions, rotary_dim, style, False)
 
 
 def rope_reference(
@@ -159,9 +161,8 @@ def rope_append(
             rotary_dim=rotary_dim,
         )
     check_head_dim(op, q.shape[2])
-    return torch.ops.dschat.rope_append(
-        q, k, v, cos, sin, positions, slots, k_cache, v_cache, block_table, rotary_dim, style
-    )
+    run = _rope_append_cpu if runs_directly(q, k, v) else torch.ops.dschat.rope_append
+    return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, block_table, rotary_dim, style)
 
 
 def rope_append_reference(

@@ -32,6 +32,7 @@ from dschat_kernels.ops._common import (
     no_tensor,
     ptr,
     resolve_backend,
+    runs_directly,
 )
 
 ROW_BLOCK, VOCAB_BLOCK = 512, 4096
@@ -158,7 +159,8 @@ def token_logprobs(
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
         )
-    logprob, _, entropy = torch.ops.dschat.token_logprobs(
+    call = _forward_cpu if runs_directly(hidden, weight, bias) else torch.ops.dschat.token_logprobs
+    logprob, _, entropy = call(
         hidden, weight, targets, bias, float(temperature), logit_softcap, return_entropy
     )
     return (logprob, entropy) if return_entropy else logprob

@@ -23,7 +23,16 @@ SELECTION = {
 @pytest.mark.slow
 def test_tile_products_on_the_model() -> None:
     names = " or ".join(f"({Path(name).stem} and ({chosen}))" for name, chosen in SELECTION.items())
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(str(HERE / name) for name in SELECTION), "-k", names]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        *(str(HERE / name) for name in SELECTION),
+        "-k",
+        names,
+    ]
     result = subprocess.run(
         command,
         env={**os.environ, "DSCHAT_CXXFLAGS": "-DDSCHAT_AMX_MODEL"},

@@ -20,7 +20,13 @@ def make(rows: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple[torc
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g)
 
-    return (draw(rows, k).to(dtype), (draw(n, k) / k**0.5).to(dtype), draw(n).to(dtype), draw(rank, k) / k**0.5, draw(n, rank))
+    return (
+        draw(rows, k).to(dtype),
+        (draw(n, k) / k**0.5).to(dtype),
+        draw(n).to(dtype),
+        draw(rank, k) / k**0.5,
+        draw(n, rank),
+    )
 
 
 @given(
@@ -31,12 +37,20 @@ def test_against_float64(rows: int, n: int, k: int, rank: int, dtype: torch.dtyp
     x, w, b, la, lb = make(rows, n, k, rank, dtype)
     b = b if bias else None
     y = lora_linear(x, w, b, la, lb, 0.7, backend="cpu")
-    exact = lora_linear_reference(x.double(), w.double(), None if b is None else b.double(), la.double(), lb.double(), 0.7)
+    exact = lora_linear_reference(
+        x.double(), w.double(), None if b is None else b.double(), la.double(), lb.double(), 0.7
+    )
     torch_way = torch.nn.functional.linear(x, w, b) + 0.7 * (x.to(la.dtype) @ la.t() @ lb.t()).to(dtype)
     assert_close_to_fp64(y, exact, torch_way)
 
 
-@given(n=st.integers(1, 70), k=st.integers(1, 200), rank=st.integers(1, 40), dtype=st.sampled_from(DTYPES), t=st.booleans())
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 200),
+    rank=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    t=st.booleans(),
+)
 def test_fuse_rounds_once_and_leaves_the_base(n: int, k: int, rank: int, dtype: torch.dtype, t: bool) -> None:
     _, w, _, la, lb = make(1, n, k, rank, dtype)
     if t:
