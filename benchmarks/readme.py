@@ -40,7 +40,7 @@ def generate_table(result: dict[str, Any]) -> str:
     lines.append(
         f"{model['type']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}; {machine['cpu']}, "
         f"{machine['threads']} threads, kernels for {machine['isa']}, memory read at {machine['read_gb_per_s']} GB/s, "
-        f"torch {machine['torch']}. Median [smallest-largest], the two sides in turn."
+        f"torch {machine['torch']}. Median [smallest-largest] of the runs, the two sides in turn."
     )
     return "\n".join(lines)
 
