@@ -253,7 +253,7 @@ class PackedLinear:
         half, count = PANEL // 2, self.num_panels
         rows = self.panels.view(count, self.depth, PANEL)  # csrc/cpu/gemm.h: panel_place
         module: Any = native()
-        if self.dtype == torch.bfloat16 and module.amx_tiles != "no":
+        if self.dtype == torch.bfloat16 and module.depth_pairs:
             rows = (
                 rows.view(count, self.depth // 2, PANEL, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
             )

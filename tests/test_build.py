@@ -583,7 +583,9 @@ def test_no_flag_lets_the_compiler_choose_the_rounding() -> None:
         (AVX512, False, "avx512"),
         (AVX512 - {"avx512bw"}, False, "avx2"),
         (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, True, "amx"),
-        (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, False, "avx512"),
+        (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, False, "avx512_bf16"),
+        (AVX512 | {"avx512_bf16"}, False, "avx512_bf16"),
+        ({"avx512_bf16"}, False, "portable"),
         (AVX512 | {"amx_tile", "amx_bf16"}, True, "avx512"),
     ],
 )
@@ -599,6 +601,8 @@ def test_compiler_that_does_not_know_amx(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("DSCHAT_CPU_ISA", raising=False)
     monkeypatch.setattr(build, "runnable_isas", lambda: list(build.ISA_LEVELS))
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: "-mamx-tile" not in flags)
+    assert build.select_isa() == "avx512_bf16"
+    monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: "-mavx512bf16" not in flags)
     assert build.select_isa() == "avx512"
 
 

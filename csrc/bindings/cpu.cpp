@@ -40,6 +40,8 @@ void spread(int64_t elements, F&& f) {
 
 #if defined(__AMX_TILE__)
 constexpr const char* kIsa = "amx";
+#elif defined(__AVX512BF16__)
+constexpr const char* kIsa = "avx512_bf16";
 #else
 constexpr const char* kIsa = DSCHAT_ISA_NAME;
 #endif

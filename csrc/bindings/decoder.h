@@ -40,20 +40,26 @@ inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, i
   return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated};
 }
 
-// Whether bfloat16 products run on AMX tiles: "no", "yes", or "model" for the software model of the tests.
+// How bfloat16 products are computed: widened to float32, by dot products of pairs, or on AMX tiles; "model": by the
+// software model of the tests.
 #if defined(DSCHAT_AMX_MODEL)
-constexpr const char* kAmxTiles = "model";
+constexpr const char* kBf16Products = "amx model";
 #elif defined(DSCHAT_AMX)
-constexpr const char* kAmxTiles = "yes";
+constexpr const char* kBf16Products = "amx";
+#elif defined(DSCHAT_BF16_DOT_MODEL)
+constexpr const char* kBf16Products = "dot model";
+#elif defined(DSCHAT_BF16_DOT)
+constexpr const char* kBf16Products = "dot";
 #else
-constexpr const char* kAmxTiles = "no";
+constexpr const char* kBf16Products = "float32";
 #endif
 
 inline void bind_decoder(pybind11::module_& m) {
   namespace py = pybind11;
   using release = py::call_guard<py::gil_scoped_release>;
 
-  m.attr("amx_tiles") = kAmxTiles;
+  m.attr("bf16_products") = kBf16Products;
+  m.attr("depth_pairs") = kDepthPairs;
   m.def(
       "panel_depth",
       [](int dtype, int64_t k) {
