@@ -1,14 +1,17 @@
 #include "parallel.h"
 
+#include <algorithm>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -26,6 +29,28 @@ inline void pause_cpu() {
 // About 50 us of polling before the thread yields: longer than any barrier inside a step on a quiet machine.
 constexpr int kSpins = 2000;
 
+// The OpenMP runtime in the process, by the entry points that GCC's and LLVM's both have.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*team_size)() = nullptr;
+  int (*max_threads)() = nullptr;
+
+  static OpenMP find() {
+    OpenMP omp;
+#if !defined(_WIN32)
+    const auto look = [](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
+      return function != nullptr;
+    };
+    if (!look(omp.thread_num, "omp_get_thread_num") || !look(omp.team_size, "omp_get_num_threads") ||
+        !look(omp.max_threads, "omp_get_max_threads") || !look(omp.parallel, "GOMP_parallel"))
+      omp.parallel = nullptr;
+#endif
+    return omp;
+  }
+};
+
 class Pool {
  public:
   static Pool& get() {
@@ -35,12 +60,55 @@ class Pool {
 
   void run(const std::function<void(const Team&)>& fn) {
     std::lock_guard<std::mutex> turn(turn_);
-    const int size = size_.load(std::memory_order_relaxed);
+    const int threads = size();
+    if (threads == 1) fn(Team{0, 1, &barrier_});
+    else if (uses_openmp()) run_openmp(fn, threads);
+    else run_own(fn, threads);
+  }
+
+  void resize(int n) {
+    if (n < 0 || n > 256)
+      throw std::invalid_argument("num_threads is " + std::to_string(n) + ": give a number from 1 to 256, or 0.");
+    std::lock_guard<std::mutex> turn(turn_);
+    size_.store(n, std::memory_order_relaxed);
+  }
+
+  int size() const {
+    if (const int set = size_.load(std::memory_order_relaxed)) return set;
+    return uses_openmp() ? omp_.max_threads() : int(std::max(1u, std::thread::hardware_concurrency()));
+  }
+
+  bool uses_openmp() const { return omp_.parallel && allow_openmp_.load(std::memory_order_relaxed); }
+
+  void use_openmp(bool yes) {
+    std::lock_guard<std::mutex> turn(turn_);
+    allow_openmp_.store(yes, std::memory_order_relaxed);
+  }
+
+ private:
+  void run_openmp(const std::function<void(const Team&)>& fn, int threads) {
+    struct Job {
+      const std::function<void(const Team&)>& fn;
+      const OpenMP& omp;
+      Barrier& barrier;
+      std::exception_ptr error;
+    } job{fn, omp_, barrier_, nullptr};
+    const auto body = [](void* data) {
+      Job& j = *static_cast<Job*>(data);
+      const Team team{j.omp.thread_num(), j.omp.team_size(), &j.barrier};
+      if (team.rank != 0) return j.fn(team);
+      try {  // no exception may cross the runtime's frames
+        j.fn(team);
+      } catch (...) {
+        j.error = std::current_exception();
+      }
+    };
+    omp_.parallel(body, &job, unsigned(threads), 0);
+    if (job.error) std::rethrow_exception(job.error);
+  }
+
+  void run_own(const std::function<void(const Team&)>& fn, int size) {
     Team team{0, size, &barrier_};
-    if (size == 1) {
-      fn(team);
-      return;
-    }
     grow(size);
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -63,27 +131,15 @@ class Pool {
     if (error) std::rethrow_exception(error);
   }
 
-  void resize(int n) {
-    if (n < 1 || n > 256)
-      throw std::invalid_argument("num_threads is " + std::to_string(n) + ": give a number from 1 to 256.");
-    std::lock_guard<std::mutex> turn(turn_);
-    size_.store(n, std::memory_order_relaxed);
-  }
-
-  int size() const { return size_.load(std::memory_order_relaxed); }
-
-
- private:
   Pool() {
-    unsigned n = std::thread::hardware_concurrency();
-    size_.store(n ? int(n) : 1, std::memory_order_relaxed);
 #if !defined(_WIN32)
     pthread_atfork(nullptr, nullptr, [] { Pool::get().after_fork(); });
 #endif
   }
 
   void after_fork() {
-    // The vector's threads do not exist here; forgetting them without join is the only safe thing to do.
+    // Neither these threads nor the runtime's exist here; forgetting them without join is the only safe thing to do.
+    allow_openmp_.store(false, std::memory_order_relaxed);
     new (&workers_) std::vector<std::thread>();
     new (&mutex_) std::mutex();
     new (&turn_) std::mutex();
@@ -127,7 +183,9 @@ class Pool {
   int job_size_ = 1;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> pending_{0};
-  std::atomic<int> size_{1};
+  std::atomic<int> size_{0};
+  const OpenMP omp_ = OpenMP::find();
+  std::atomic<bool> allow_openmp_{true};
   Barrier barrier_;
 };
 
@@ -149,5 +207,7 @@ void Barrier::wait(int size) {
 void parallel(const std::function<void(const Team&)>& fn) { Pool::get().run(fn); }
 void set_num_threads(int n) { Pool::get().resize(n); }
 int num_threads() { return Pool::get().size(); }
+bool uses_openmp() { return Pool::get().uses_openmp(); }
+void use_openmp(bool yes) { Pool::get().use_openmp(yes); }
 
 }  // namespace dschat
