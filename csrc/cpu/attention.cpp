@@ -47,23 +47,31 @@ class Prefetch {
   std::pair<const char*, int64_t> pages_[kChunk / kPage];
 };
 
-// s[r][n * 16 + lane] = dot(q_r, key n * 16 + lane) over D; k: blocks [NV][D][16].
+// s[r][n * 16 + lane] = dot(q_r, key n * 16 + lane) over D; k: blocks [NV][D][16]. A chain of multiply-adds within each
+// tile of kDotTile dimensions, the tiles' sums added in order: one chain over a head of 256 would lose too much.
+constexpr int64_t kDotTile = 64;
 template <int MR, int NV, typename K>
 DSCHAT_INLINE void scores(const float* q, const K* k, int64_t D, float* s, Prefetch& prefetch) {
-  Vec acc[MR][NV];
-  for (int r = 0; r < MR; ++r)
-    for (int n = 0; n < NV; ++n) acc[r][n] = zero();
-  for (int64_t d = 0; d < D; ++d) {
-    prefetch.step(NV * kLanes * int64_t(sizeof(K)));
-    Vec key[NV];
-    for (int n = 0; n < NV; ++n) key[n] = load(k + (n * D + d) * kLanes);
-    for (int r = 0; r < MR; ++r) {
-      const Vec x = set1(q[r * D + d]);
-      for (int n = 0; n < NV; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+  for (int64_t d0 = 0; d0 < D; d0 += kDotTile) {
+    const int64_t d1 = std::min(D, d0 + kDotTile);
+    Vec acc[MR][NV];
+    for (int r = 0; r < MR; ++r)
+      for (int n = 0; n < NV; ++n) acc[r][n] = zero();
+    for (int64_t d = d0; d < d1; ++d) {
+      prefetch.step(NV * kLanes * int64_t(sizeof(K)));
+      Vec key[NV];
+      for (int n = 0; n < NV; ++n) key[n] = load(k + (n * D + d) * kLanes);
+      for (int r = 0; r < MR; ++r) {
+        const Vec x = set1(q[r * D + d]);
+        for (int n = 0; n < NV; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+      }
     }
+    for (int r = 0; r < MR; ++r)
+      for (int n = 0; n < NV; ++n) {
+        float* sum = s + r * kScoreStride + n * kLanes;
+        store(sum, d0 == 0 ? acc[r][n] : load(sum) + acc[r][n]);
+      }
   }
-  for (int r = 0; r < MR; ++r)
-    for (int n = 0; n < NV; ++n) store(s + r * kScoreStride + n * kLanes, acc[r][n]);
 }
 
 // o[r][0 .. NV * 16) += sum over keys of p[r][key] * v[key], in the order of the keys.
