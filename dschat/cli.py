@@ -231,7 +231,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _stage(config: Any) -> None:
-    """sft, reward, ppo: run it and say where things are."""
+    """sft, reward, dpo, ppo: run it and say where things are."""
     import importlib
 
     result = importlib.import_module(f"dschat.rlhf.{config.command}").train(config)
@@ -268,6 +268,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "verify": verify,
     "sft": _stage,
     "reward": _stage,
+    "dpo": _stage,
     "ppo": _stage,
     "train": train,
     "chat": chat,

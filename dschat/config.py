@@ -335,6 +335,35 @@ class RewardConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
+class DPOConfig(StageConfig):
+    """Direct preference optimisation on pairs, without reward model and rollouts."""
+
+    command: ClassVar[str] = "dpo"
+    about: ClassVar[str] = "DPO on pairs of a chosen and a rejected answer"
+
+    output_dir: str = opt("runs/dpo", "where everything of this run goes")
+    max_length: int = opt(512, "most tokens in prompt and answer together")
+    beta: float = opt(0.1, "strength of the pull to the reference (IPO: its tau)")
+    loss: Literal["sigmoid", "ipo"] = opt("sigmoid", "logistic loss of DPO, or the squared loss of IPO")
+    label_smoothing: float = opt(0.0, "share of the pairs that are taken to be labelled the wrong way round")
+    reference: str = opt("", "reference model; empty: the policy as it was at the start")
+    cache_reference: bool = opt(
+        True, "compute the reference's log-probs once; false: in every step (no pass over the data before)"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.max_length >= 2, "max_length", "2 or more")
+        self.require(self.beta > 0, "beta", "greater than 0")
+        self.require(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing} and loss is ipo, which has none; "
+                "set label_smoothing to 0, or loss to sigmoid"
+            )
+
+
+@dataclass(kw_only=True)
 class PPOConfig(StageConfig):
     """Proximal policy optimisation with a critic. A step is: roll out, score, then `ppo_epochs` passes of
     updates.
@@ -539,7 +568,7 @@ class DoctorConfig(Config):
 
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
-    *(SFTConfig, RewardConfig, PPOConfig, TrainConfig, ChatConfig),
+    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, TrainConfig, ChatConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 

@@ -343,7 +343,7 @@ class PPO:
                     self._check_ratio(found["policy/first_ratio_deviation"], experience, step)
                     sums["policy/first_ratio_deviation"] = found["policy/first_ratio_deviation"]
                 found.pop("policy/first_ratio_deviation")
-                found["policy/grad_norm"] = self.engine.step(config.max_grad_norm)
+                found["policy/grad_norm"] = self.engine.step(config.max_grad_norm or None)
                 found["value/grad_norm"] = clip_gradients(self.critic_parameters, config.max_grad_norm)
                 self.critic_optimizer.step()
                 self.critic_optimizer.zero_grad(set_to_none=True)

@@ -50,7 +50,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 loss, tokens = _accumulate(engine, examples, encoder.pad_id, config)
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(optimizer, lr)
-                norm = engine.step(config.max_grad_norm)
+                norm = engine.step(config.max_grad_norm or None)
             run.check_finite(norm, "gradient", step + 1)
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
             if eval_set and run.eval_due(step + 1, total):
