@@ -231,7 +231,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _stage(config: Any) -> None:
-    """sft, reward, dpo, ppo: run it and say where things are."""
+    """sft, reward, dpo, ppo, grpo, rloo: run it and say where things are."""
     import importlib
 
     result = importlib.import_module(f"dschat.rlhf.{config.command}").train(config)
@@ -270,6 +270,8 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "reward": _stage,
     "dpo": _stage,
     "ppo": _stage,
+    "grpo": _stage,
+    "rloo": _stage,
     "train": train,
     "chat": chat,
 }

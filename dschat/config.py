@@ -364,25 +364,15 @@ class DPOConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class PPOConfig(StageConfig):
-    """Proximal policy optimisation with a critic. A step is: roll out, score, then `ppo_epochs` passes of
-    updates.
+class OnlineConfig(StageConfig):
+    """What the algorithms that learn from their own rollouts have in common. A step is: roll out, score, then
+    `ppo_epochs` passes of updates.
     """
 
-    command: ClassVar[str] = "ppo"
-    about: ClassVar[str] = "PPO against a reward model or reward functions"
-
-    output_dir: str = opt("runs/ppo", "where everything of this run goes")
     reward: list[str] = opt(
         [], "reward model folders or Python functions (module:function); several are added up"
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
-    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
-    critic_update: Literal["head", "lora", "all"] = opt(
-        "lora", "what the critic trains: its head alone, an adapter too, or all"
-    )
-    critic_lora_r: int = opt(8, "LoRA rank of the critic")
-    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
 
     prompts_per_step: int = opt(16, "prompts in one step")
     samples_per_prompt: int = opt(1, "answers sampled for each prompt")
@@ -401,22 +391,24 @@ class PPOConfig(StageConfig):
     dual_clip: float | None = opt(
         None, "bound on the loss of negative advantages, greater than 1; none: no bound"
     )
-    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
-    gamma: float = opt(1.0, "discount")
-    lam: float = opt(0.95, "lambda of the advantage estimation")
-    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
-    aggregation: Literal["token", "sequence"] = opt(
-        "token", "mean over all tokens, or over sequences of their token means"
+    ratio_level: Literal["token", "sequence", "answer"] = opt(
+        "token", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
     )
-    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
-    whiten_rewards: bool = opt(
-        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    importance_cap: float | None = opt(
+        None, "weigh by min(p training / p rollout, this), for rollouts in lesser precision; none: don't"
+    )
+    importance_level: Literal["token", "sequence", "answer"] = opt("token", "what those weights are of")
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
+    aggregation: Literal["token", "sequence", "constant"] = opt(
+        "token", "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)"
     )
 
-    kl_coef: float = opt(
-        0.05, "weight of the KL to the reference inside the reward (start value when adaptive)"
-    )
+    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the rewards, or a loss")
     kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
+    kl_correction: bool = opt(
+        False, "weigh the KL in the loss by the ratio, which makes its gradient the KL's, also off-policy"
+    )
     kl_control: Literal["fixed", "adaptive"] = opt("fixed", "keep kl_coef, or steer it towards kl_target")
     kl_target: float = opt(6.0, "KL of a whole answer that the adaptive control aims at")
     kl_horizon: int = opt(10_000, "answers over which the adaptive control reacts")
@@ -427,6 +419,7 @@ class PPOConfig(StageConfig):
     )
     reward_clip: float = opt(10.0, "scores are cut to +- this; 0: never")
     missing_eos_penalty: float = opt(1.0, "taken off the score of an answer that the length limit cut")
+    mask_truncated: bool = opt(False, "leave answers that the length limit cut out of the update")
     ratio_tolerance: float | None = opt(
         None,
         "largest |ratio - 1| allowed on the first minibatch; none: from the measured gap, and 0 when exact",
@@ -441,35 +434,27 @@ class PPOConfig(StageConfig):
         super().check()
         for key in (
             *("prompts_per_step", "samples_per_prompt", "max_prompt_length", "max_new_tokens"),
-            *("ppo_epochs", "eval_samples", "critic_lora_r"),
+            *("ppo_epochs", "eval_samples"),
         ):
             self.require(getattr(self, key) >= 1, key, "1 or more")
-        for key in (
-            "kl_coef",
-            "entropy_coef",
-            "reward_clip",
-            "critic_learning_rate",
-            "missing_eos_penalty",
-            "compare_hf",
-        ):
+        for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
-        for key in ("gamma", "lam"):
-            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
         self.require(0 < self.cliprange < 1, "cliprange", "between 0 and 1")
-        for key in ("cliprange_high", "cliprange_value", "kl_target", "kl_horizon"):
+        for key in ("cliprange_high", "kl_target", "kl_horizon", "importance_cap"):
             self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "greater than 0")
         self.require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "greater than 1, or none")
         self.require(
             self.ratio_tolerance is None or self.ratio_tolerance >= 0, "ratio_tolerance", "0 or more, or none"
         )
+        name = self.command.upper()
         if self.temperature <= 0:
             raise ConfigError(
-                f"temperature is {self.temperature}, but PPO samples; use a value above 0, such as 1.0"
+                f"temperature is {self.temperature}, but {name} samples; use a value above 0, such as 1.0"
             )
         for key, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, key) != off:
                 raise ConfigError(
-                    f"{key} is {getattr(self, key)}, but PPO uses log-probs of the full distribution, "
+                    f"{key} is {getattr(self, key)}, but {name} uses log-probs of the full distribution, "
                     f"which cut sampling does not follow; set {key} to {off} and use temperature instead"
                 )
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
@@ -477,6 +462,115 @@ class PPOConfig(StageConfig):
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
                 "give one weight a reward"
             )
+        if self.importance_cap is not None and self.exact:
+            raise ConfigError(
+                f"importance_cap is {self.importance_cap} and exact is true, where nothing is left to correct; "
+                "set importance_cap to none, or exact to false"
+            )
+        if self.kl_place == "loss" and self.kl_kind == "k1" and not self.kl_correction and self.kl_coef:
+            raise ConfigError(
+                "kl_kind is k1 and kl_place is loss, where k1 has expected gradient 0; "
+                "set kl_kind to k3, or kl_place to reward"
+            )
+        if self.kl_correction and self.kl_place == "reward":
+            raise ConfigError("kl_correction is true, but kl_place is reward; set kl_place to loss")
+        if self.kl_control == "adaptive" and not self.kl_coef:
+            raise ConfigError(
+                "kl_control is adaptive and kl_coef is 0, which stays 0 whatever it is multiplied by; "
+                "set kl_coef to a start value such as 0.05"
+            )
+
+
+@dataclass(kw_only=True)
+class PPOConfig(OnlineConfig):
+    """Proximal policy optimisation with a critic."""
+
+    command: ClassVar[str] = "ppo"
+    about: ClassVar[str] = "PPO against a reward model or reward functions"
+
+    output_dir: str = opt("runs/ppo", "where everything of this run goes")
+    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
+    critic_update: Literal["head", "lora", "all"] = opt(
+        "lora", "what the critic trains: its head alone, an adapter too, or all"
+    )
+    critic_lora_r: int = opt(8, "LoRA rank of the critic")
+    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
+    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
+    gamma: float = opt(1.0, "discount")
+    lam: float = opt(0.95, "lambda of the advantage estimation")
+    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
+    whiten_rewards: bool = opt(
+        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.critic_lora_r >= 1, "critic_lora_r", "1 or more")
+        self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
+        for key in ("gamma", "lam"):
+            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
+        self.require(
+            self.cliprange_value is None or self.cliprange_value > 0, "cliprange_value", "greater than 0"
+        )
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(OnlineConfig):
+    """Group relative policy optimisation: the other answers to a prompt are the baseline."""
+
+    command: ClassVar[str] = "grpo"
+    about: ClassVar[str] = "GRPO (and Dr. GRPO, DAPO, GSPO) against rewards, without a critic"
+
+    output_dir: str = opt("runs/grpo", "where everything of this run goes")
+    samples_per_prompt: int = opt(8, "answers sampled for each prompt: the group")
+    baseline: Literal["mean", "others"] = opt(
+        "mean", "what an answer is compared with: the group's mean, or that of its other answers"
+    )
+    scale: Literal["group", "batch", "none"] = opt(
+        "group", "advantages are divided by the deviation of the group's or of all scores, or not at all"
+    )
+    flat_groups: Literal["keep", "drop"] = opt(
+        "keep", "groups whose scores are all equal: keep them (for the KL), or leave them out of the update"
+    )
+    kl_coef: float = opt(0.04, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("loss", "where that KL is: taken off the scores, or a loss")
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
+    missing_eos_penalty: float = opt(0.0, "taken off the score of an answer that the length limit cut")
+
+    def check(self) -> None:
+        super().check()
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt is {self.samples_per_prompt}, but {self.command.upper()} compares the "
+                "answers to a prompt with each other; use 2 or more, such as 8"
+            )
+
+
+@dataclass(kw_only=True)
+class RLOOConfig(GRPOConfig):
+    """REINFORCE leave-one-out: GRPO's skeleton with another baseline, no scaling, the ratio of the answer."""
+
+    command: ClassVar[str] = "rloo"
+    about: ClassVar[str] = "REINFORCE leave-one-out against rewards, without a critic"
+
+    output_dir: str = opt("runs/rloo", "where everything of this run goes")
+    samples_per_prompt: int = opt(4, "answers sampled for each prompt: the group")
+    baseline: Literal["mean", "others"] = opt(
+        "others", "what an answer is compared with: the group's mean, or that of its other answers"
+    )
+    scale: Literal["group", "batch", "none"] = opt(
+        "none", "advantages are divided by the deviation of the group's or of all scores, or not at all"
+    )
+    ratio_level: Literal["token", "sequence", "answer"] = opt(
+        "answer", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
+    )
+    aggregation: Literal["token", "sequence", "constant"] = opt(
+        "sequence",
+        "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)",
+    )
+    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the scores, or a loss")
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
 
 
 @dataclass(kw_only=True)
@@ -568,7 +662,7 @@ class DoctorConfig(Config):
 
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
-    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, TrainConfig, ChatConfig),
+    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig, ChatConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..config import ConfigError, OnlineConfig
+from . import models
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -153,6 +154,12 @@ class Rewards:
         for (name, source), weight in zip(self.sources, self.weights, strict=True):
             if hasattr(source, "rate"):
                 scores = source.rate(batch).float().cpu()
+                if not bool(torch.isfinite(scores).all()):
+                    row = int((~torch.isfinite(scores)).nonzero()[0])
+                    raise RewardError(
+                        f"reward model {name} gives {float(scores[row])} for completion {row}; load it in "
+                        "float32, or train it again with a lower learning rate"
+                    )
             else:
                 scores = call_function(source, prompts, completions, columns)
             said = ~torch.isnan(scores)
@@ -160,3 +167,18 @@ class Rewards:
             valid |= said
             parts[name] = scores
         return total, valid, parts
+
+
+def load_sources(
+    config: OnlineConfig, dtype: torch.dtype, functions: Sequence[RewardFunction] = ()
+) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """(all reward sources by name, functions first; the frozen reward models among them by name)."""
+    loaded: dict[str, Any] = {}
+    sources: list[tuple[str, Any]] = [(getattr(f, "__name__", "function"), f) for f in functions]
+    for name in config.reward:
+        if is_function_name(name):
+            sources.append((name.rpartition(":")[2], load_function(name)))
+        else:
+            loaded[name] = models.load_scorer(name, dtype, config.seed).requires_grad_(False)
+            sources.append((name, loaded[name]))
+    return sources, loaded

@@ -9,6 +9,7 @@ newest checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import config as configs
@@ -40,6 +42,12 @@ FREE_KEYS = {
     "threads",
     "output_dir",
 }
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A seed for one purpose and step, 0 .. 2^63 - 1."""
+    text = ":".join(str(p) for p in (seed, *parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def versions() -> dict[str, str]:
@@ -230,6 +238,16 @@ class Run:
             raise ConfigError(
                 f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"
             )
+
+    def save_failed(self, step: int, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> Path:
+        """Keep what a step failed on, for replay: `failed-step-000003/` with tensors and texts."""
+        where = self.folder / f"failed-step-{step:06d}"
+        with checkpoint.atomic_folder(where) as temporary:
+            plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            save_file(plain, temporary / "batch.safetensors")
+            content = {"step": step, "stage": self.stage, **texts}
+            (temporary / "batch.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return where
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json, the sign that the run is done."""
