@@ -55,6 +55,8 @@ ALIASES = {
     "actor_learning_rate": "learning_rate",
     "actor_weight_decay": "weight_decay",
     "enable_tensorboard": "tensorboard",
+    "unsupervised_dataset_name": "unsup_data",
+    "actor_lora_learning_rate": "lora_learning_rate",
     "eval_interval": "eval_every",
 }
 IGNORED = {
@@ -80,9 +82,8 @@ NOT_HERE = {
          " offload_reward_model deepspeed",
          "this version trains in one process without ZeRO"),
         ("inference_tp_size", "this version runs on one device"),
-        ("unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef",
-         "a pretraining loss cannot be mixed in"),
-        ("enable_ema", "an average of the weights is not kept"),
+        ("unsupervised_dataset_config_name", "name files or org/name:split in unsup_data"),
+        ("enable_ema", "set ema_decay instead, 0.992 there"),
         ("dropout actor_dropout critic_dropout", "dropout is off in every stage"),
         ("data_split", "give the files of each stage in its own data key"),
         ("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
@@ -245,11 +246,16 @@ class StageConfig(Config):
     )
 
     learning_rate: float = opt(1e-5, "peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = opt(
+    lora_learning_rate: float | None = opt(
+        None,
+        "peak learning rate of the adapter, where a new head or all else trains at learning_rate; none: the same",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = opt(
         "linear", "course of the learning rate after the warm-up"
     )
+    lr_final: float = opt(0.0, "share of the peak that the learning rate falls to")
     warmup_steps: int = opt(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay")
+    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay; biases and norms have none")
     adam_beta1: float = opt(0.9, "AdamW's first beta")
     adam_beta2: float = opt(0.95, "AdamW's second beta")
     adam_eps: float = opt(1e-5, "AdamW's epsilon")
@@ -290,6 +296,21 @@ class StageConfig(Config):
             self.require(0 <= getattr(self, key) < 1, key, "at least 0 and below 1")
         self.require(self.adam_eps > 0, "adam_eps", "greater than 0")
         self.require(bool(self.model), "model", "a model folder or hub id")
+        self.require(
+            self.lora_learning_rate is None or self.lora_learning_rate > 0,
+            "lora_learning_rate",
+            "greater than 0",
+        )
+        if self.lora_learning_rate is not None and not self.learning_rate:
+            raise ConfigError(
+                f"lora_learning_rate is {self.lora_learning_rate} and learning_rate 0; "
+                f"set learning_rate to {self.lora_learning_rate}"
+            )
+        self.require(0 <= self.lr_final <= 1, "lr_final", "between 0 and 1")
+        if self.lr_schedule == "exponential" and not self.lr_final:
+            raise ConfigError(
+                "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
 
 
 @dataclass(kw_only=True)
@@ -324,6 +345,10 @@ class RewardConfig(StageConfig):
 
     output_dir: str = opt("runs/reward", "where everything of this run goes")
     max_length: int = opt(512, "most tokens in prompt and answer together")
+    loss: Literal["last", "per_token"] = opt(
+        "last",
+        "compare scores at the last token, or at every token from where the answers part (DeepSpeed-Chat)",
+    )
     margin: str = opt("", "column with a margin that chosen has to win by; empty: none")
     normalise: bool = opt(
         True, "store mean and deviation of the scores, so that scores come out with mean 0 and deviation 1"
@@ -332,6 +357,10 @@ class RewardConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.require(self.max_length >= 2, "max_length", "2 or more")
+        if self.loss == "per_token" and self.margin:
+            raise ConfigError(
+                f"margin is {self.margin!r} and loss per_token, which has none; set loss to last, or margin to ''"
+            )
 
 
 @dataclass(kw_only=True)
@@ -425,6 +454,11 @@ class OnlineConfig(StageConfig):
         "largest |ratio - 1| allowed on the first minibatch; none: from the measured gap, and 0 when exact",
     )
 
+    unsup_data: list[str] = opt([], "files of plain text (column text) for a language-modelling loss beside")
+    unsup_coef: float = opt(0.0, "weight of that loss in every minibatch; 0: none")
+    unsup_length: int = opt(128, "tokens of a block of that text")
+    ema_decay: float = opt(0.0, "keep an average of the weights with this decay and save it too; 0: don't")
+
     eval_samples: int = opt(1, "answers sampled for each held-out prompt, before and after")
     compare_hf: int = opt(
         0, "time Hugging Face generate against the rollout on N held-out prompts at the end; 0: don't"
@@ -462,6 +496,14 @@ class OnlineConfig(StageConfig):
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
                 "give one weight a reward"
             )
+        self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
+        self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
+        self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        if bool(self.unsup_data) != bool(self.unsup_coef):
+            raise ConfigError(
+                f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
+                "give both, or leave both out"
+            )
         if self.importance_cap is not None and self.exact:
             raise ConfigError(
                 f"importance_cap is {self.importance_cap} and exact is true, where nothing is left to correct; "
@@ -495,6 +537,9 @@ class PPOConfig(OnlineConfig):
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
+    critic_lora_learning_rate: float | None = opt(
+        None, "peak learning rate of the critic's adapter, if it differs from that of its head"
+    )
     cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
     gamma: float = opt(1.0, "discount")
     lam: float = opt(0.95, "lambda of the advantage estimation")
@@ -507,6 +552,8 @@ class PPOConfig(OnlineConfig):
         super().check()
         self.require(self.critic_lora_r >= 1, "critic_lora_r", "1 or more")
         self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
+        rate = self.critic_lora_learning_rate
+        self.require(rate is None or rate > 0, "critic_lora_learning_rate", "greater than 0, or none")
         for key in ("gamma", "lam"):
             self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
         self.require(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..config import PPOConfig
 from ..engine.rollout import Rollout
-from . import models
-from .rewards import RewardFunction, Rewards, load_sources
+from . import data, models
+from .rewards import RewardFunction, Rewards, load_sources, require_same_tokenizer
 from .run import derive_seed
 
 
@@ -49,14 +49,21 @@ class AdapterOff:
 
 
 def build_rewards_and_critic(
-    config: PPOConfig, dtype: torch.dtype, functions: Sequence[RewardFunction] = ()
+    config: PPOConfig,
+    dtype: torch.dtype,
+    functions: Sequence[RewardFunction] = (),
+    encoder: data.Encoder | None = None,
 ) -> tuple[Rewards, Critic]:
     """Reward sources and critic as configured. The critic shares the frozen weights of the reward model it
     starts from.
+
+    encoder: the policy's; a reward model with a tokenizer of its own then reads decoded and re-encoded answers.
     """
-    sources, loaded = load_sources(config, dtype, functions)
+    sources, loaded = load_sources(config, dtype, functions, encoder)
     first_model = next(iter(loaded), None)
     start = config.critic or first_model or config.model
+    if encoder is not None:
+        require_same_tokenizer(start, encoder.tokenizer, "critic", "the critic reads the policy's tokens")
 
     head: nn.Module
     if config.critic_update == "all" or start not in loaded:

@@ -27,6 +27,7 @@ from ..config import DPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from . import data, losses, models
 from .checkpoint import atomic_folder
+from .rewards import require_same_tokenizer
 from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
 
 
@@ -44,11 +45,13 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
         eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
 
+        if config.reference:
+            require_same_tokenizer(config.reference, tokenizer)
         dtype = models.pick_dtype(config.dtype)
         policy = model or models.load_policy(config.model, dtype)
         reference = Reference(config, policy, encoder.pad_id)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
-        optimizer = make_optimizer(models.trainable(policy), config, config.learning_rate)
+        optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
         engine = HybridEngine(policy, optimizer)
         reference.attach(engine)
 

@@ -401,6 +401,43 @@ def bradley_terry_loss(
     return loss, {"accuracy": _mean(accuracy), "margin": _mean(detached)}
 
 
+def per_token_pair_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    start: Tensor,
+    *,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """DeepSpeed-Chat's reward loss: mean of -log sigmoid(chosen_t - rejected_t) over t = start .. end of the
+    longer answer, then the mean over pairs (or the sum divided by `normalizer`).
+
+    chosen, rejected: scores at every token [B, T], masks true for each answer's tokens, which begin in column
+    0; start [B]: the first column where the two answers differ. An answer that has ended keeps its last score.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(
+            f"chosen has shape {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}; they go in pairs"
+        )
+    sides = []
+    for scores, mask in ((chosen, chosen_mask), (rejected, rejected_mask)):
+        keep = _check(scores, mask, "scores")
+        last = (keep.sum(-1, keepdim=True) - 1).clamp(min=0)
+        columns = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        sides.append(
+            torch.where(keep, scores, torch.zeros_like(scores)).gather(1, torch.minimum(columns, last))
+        )
+    columns = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    counted = ((chosen_mask != 0) | (rejected_mask != 0)) & (columns >= start.unsqueeze(-1))
+    losses = masked_mean(-F.logsigmoid(sides[0] - sides[1]), counted, dim=-1)
+    loss = losses.sum() / (max(losses.numel(), 1) if normalizer is None else normalizer)
+    with torch.no_grad():
+        gap = sides[0][:, -1] - sides[1][:, -1]
+        accuracy = (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+        return loss, {"accuracy": _mean(accuracy), "margin": _mean(gap)}
+
+
 def _mean(x: Tensor) -> Tensor:
     return x.mean() if x.numel() else x.new_zeros(())
 

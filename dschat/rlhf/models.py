@@ -369,6 +369,14 @@ class Scorer:
         """
         return scatter(self.read(self.hidden(batch)[1]), batch.completion_mask)
 
+    def token_scores(self, batch: Any) -> Tensor:
+        """Score as if the answer ended at each completion token, float32 [B, C], with gradient; 0 where
+        masked.
+        """
+        hidden, _ = sequence_hidden(self.packed, batch.input_ids, batch.attention_mask)
+        own, _, _ = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
+        return scatter(self.read(hidden[own]), batch.completion_mask)
+
     @torch.no_grad()
     def rate(self, batch: Any) -> Tensor:
         """Score of every row, float32 [B], without gradient and piece by piece."""

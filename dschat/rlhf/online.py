@@ -29,7 +29,15 @@ from ..engine.rollout import Rollout, SamplingConfig
 from . import data, evaluate, losses, models, report
 from .experience import Experience, log_prob_gap, masked_vector_mean, shape_scores
 from .metrics import Metrics
-from .rewards import RewardError, RewardFunction, Rewards, load_sources, prompt_text
+from .pretraining import PretrainingMix, WeightAverage
+from .rewards import (
+    RewardError,
+    RewardFunction,
+    Rewards,
+    load_sources,
+    prompt_text,
+    require_same_tokenizer,
+)  # fmt: skip
 from .run import Run, derive_seed, interruptible, learning_rate, make_optimizer, require_data, set_lr
 
 RATIO_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -73,6 +81,8 @@ class Trainer:
             else losses.FixedKLController(config.kl_coef)
         )
         self.dtype = next(engine.model.parameters()).dtype
+        self.mix = PretrainingMix(config, encoder) if config.unsup_coef else None
+        self.average = WeightAverage(engine.model, config.ema_decay) if config.ema_decay else None
 
     # ------------------------------------------------------------------------------ what an algorithm decides
 
@@ -82,7 +92,7 @@ class Trainer:
         functions: Sequence[RewardFunction], dtype: torch.dtype,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
-        sources, _ = load_sources(config, dtype, functions)
+        sources, _ = load_sources(config, dtype, functions, encoder)
         scorers = [(n, models.Scorer(s) if isinstance(s, nn.Module) else s) for n, s in sources]
         return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
 
@@ -107,7 +117,8 @@ class Trainer:
 
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint keeps."""
-        return {"policy": self.engine.model}
+        average = {} if self.average is None else {"average": self.average}
+        return {"policy": self.engine.model, **average}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self.policy_optimizer}
@@ -263,7 +274,11 @@ class Trainer:
                     self._check_ratio(found["policy/first_ratio_deviation"], experience, step)
                     sums["policy/first_ratio_deviation"] = found["policy/first_ratio_deviation"]
                 found.pop("policy/first_ratio_deviation")
+                if self.mix is not None:
+                    found |= self.mix.backward(self.engine, step, count)
                 found["policy/grad_norm"] = self.engine.step(config.max_grad_norm or None)
+                if self.average is not None:
+                    self.average.update(self.engine.model)
                 found |= self.extra_step()
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -396,9 +411,11 @@ def train(
             frozen = (
                 models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
             )
+            if config.reference:
+                require_same_tokenizer(config.reference, tokenizer)
             reference = HybridEngine(frozen.requires_grad_(False))
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
-        optimizer = make_optimizer(models.trainable(policy), config, config.learning_rate)
+        optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
         engine = HybridEngine(policy, optimizer, exact=config.exact)
         trainer = build(config, engine, encoder, reference, rewards, dtype)
 
@@ -485,7 +502,12 @@ def _conclude(
         chosen = list(eval_set)[: config.compare_hf]
         metrics.say(f"timing the rollout against Hugging Face generate on {len(chosen)} prompts")
         result["speed"] = evaluate.compare_with_hf(trainer, chosen, derive_seed(config.seed, "compare"))
-    written = models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
+    written = []
+    if trainer.average is not None:
+        averaged = copy.deepcopy(trainer.engine.model)
+        trainer.average.copy_to(averaged)
+        written += models.save_model(averaged, tokenizer, run.folder / "ema", config.merge_lora)
+    written += models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
     result["written"] = [str(p) for p in written]
     lines = evaluate.sentences(result)
     report.write(run.folder, f"{name} run", lines, rows[:20])

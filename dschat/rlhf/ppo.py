@@ -45,14 +45,16 @@ class PPO(online.Trainer):
         super().__init__(config, engine, encoder, rewards, reference)
         self.critic = critic
         self.critic_parameters = [p for p in critic.module.parameters() if p.requires_grad]
-        self.critic_optimizer = make_optimizer(self.critic_parameters, config, config.critic_learning_rate)
+        self.critic_optimizer = make_optimizer(
+            critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate
+        )
 
     @classmethod
     def build(
         cls, config: PPOConfig, engine: HybridEngine, encoder: data.Encoder,
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
     ) -> PPO:  # fmt: skip
-        rewards, critic = build_rewards_and_critic(config, dtype, functions)
+        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder)
         return cls(config, engine, encoder, rewards, critic, reference)
 
     def credit(

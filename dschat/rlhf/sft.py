@@ -31,7 +31,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
         model = model or models.load_policy(config.model, models.pick_dtype(config.dtype))
         model = models.make_trainable(model, config, "CAUSAL_LM")
-        optimizer = make_optimizer(models.trainable(model), config, config.learning_rate)
+        optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
         engine = HybridEngine(model, optimizer)
 
         per_step = config.batch_size * config.gradient_accumulation_steps
