@@ -24,6 +24,7 @@ OPTIONAL = {
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
     "matplotlib": "the picture of a run",
+    "sklearn": "dschat eval's classification and win rates",
 }
 
 
@@ -254,6 +255,21 @@ def train(config: configs.TrainConfig) -> None:
         print(f"Talk to it: dschat chat --model {config.ppo.output_dir}")
 
 
+def evaluate(config: configs.EvalConfig) -> None:
+    import rich
+    from rich.table import Table
+
+    from .rlhf import evals
+
+    _threads(config)
+    result = evals.run(config)
+    table = Table(title=f"{config.task} of {config.model}", title_justify="left", show_header=False)
+    for row in evals.rows(result):
+        table.add_row(*row)
+    rich.print(table)
+    _write(config.output, json.dumps(result, indent=1))
+
+
 def chat(config: configs.ChatConfig) -> None:
     from .chat import chat as talk
 
@@ -273,6 +289,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "grpo": _stage,
     "rloo": _stage,
     "train": train,
+    "eval": evaluate,
     "chat": chat,
 }
 

@@ -690,6 +690,35 @@ class VerifyConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class EvalConfig(_ModelCommand):
+    command: ClassVar[str] = "eval"
+    about: ClassVar[str] = "perplexity, reward accuracy, win rate, exact answers, classification, KL"
+    task: Literal["perplexity", "reward", "classify", "win_rate", "answers", "kl"] = opt(
+        "perplexity", "what is measured, see docs/eval.md"
+    )
+    data: list[str] = opt([], "files (.jsonl, .json, .csv, .parquet, also .gz) or hub data sets")
+    rows: int = opt(0, "use only the first N rows; 0: all")
+    against: str = opt("", "win_rate: the model to compare with; kl: the reference")
+    judge: str = opt("", "win_rate: the reward model that scores the answers")
+    verifier: list[str] = opt(["dschat.rlhf.verifiers:number"], "answers: functions that score them")
+    samples: int = opt(1, "answers and kl: answers sampled for each prompt")
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_length: int = opt(512, "most tokens in a row (a prompt, where answers are generated)")
+    max_new_tokens: int = opt(128, "most tokens in an answer")
+    temperature: float = opt(1.0, "of the answers; 0: greedy")
+    batch_size: int = opt(16, "rows in one forward")
+    seed: int = opt(0, "seed of sampling and bootstrap")
+    output: str = opt("", "write everything as JSON to this file too")
+
+    def check(self) -> None:
+        super().check()
+        for key in ("samples", "max_length", "max_new_tokens", "batch_size"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("rows", "temperature"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+
+
+@dataclass(kw_only=True)
 class ChatConfig(_ModelCommand):
     command: ClassVar[str] = "chat"
     about: ClassVar[str] = "talk to a model in the terminal"
@@ -709,7 +738,8 @@ class DoctorConfig(Config):
 
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
-    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig, ChatConfig),
+    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
+    *(EvalConfig, ChatConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 
