@@ -120,6 +120,7 @@ setup(
         "pyyaml>=6",
         "rich>=14",
         "safetensors>=0.6",
+        "scikit-learn>=1.7",
         "tensorboard>=2.20",
     ],
     extras_require={"deepspeed": deepspeed, "triton": triton, "serve": serve, "dev": dev},

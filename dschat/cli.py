@@ -24,6 +24,7 @@ OPTIONAL = {
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
     "matplotlib": "the picture of a run",
+    "sklearn": "dschat eval's classification and win rates",
 }
 
 
@@ -231,7 +232,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _stage(config: Any) -> None:
-    """sft, reward, ppo: run it and say where things are."""
+    """sft, reward, dpo, ppo, grpo, rloo: run it and say where things are."""
     import importlib
 
     result = importlib.import_module(f"dschat.rlhf.{config.command}").train(config)
@@ -254,6 +255,21 @@ def train(config: configs.TrainConfig) -> None:
         print(f"Talk to it: dschat chat --model {config.ppo.output_dir}")
 
 
+def evaluate(config: configs.EvalConfig) -> None:
+    import rich
+    from rich.table import Table
+
+    from .rlhf import evals
+
+    _threads(config)
+    result = evals.run(config)
+    table = Table(title=f"{config.task} of {config.model}", title_justify="left", show_header=False)
+    for row in evals.rows(result):
+        table.add_row(*row)
+    rich.print(table)
+    _write(config.output, json.dumps(result, indent=1))
+
+
 def chat(config: configs.ChatConfig) -> None:
     from .chat import chat as talk
 
@@ -268,8 +284,12 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "verify": verify,
     "sft": _stage,
     "reward": _stage,
+    "dpo": _stage,
     "ppo": _stage,
+    "grpo": _stage,
+    "rloo": _stage,
     "train": train,
+    "eval": evaluate,
     "chat": chat,
 }
 

@@ -55,6 +55,8 @@ ALIASES = {
     "actor_learning_rate": "learning_rate",
     "actor_weight_decay": "weight_decay",
     "enable_tensorboard": "tensorboard",
+    "unsupervised_dataset_name": "unsup_data",
+    "actor_lora_learning_rate": "lora_learning_rate",
     "eval_interval": "eval_every",
 }
 IGNORED = {
@@ -80,9 +82,8 @@ NOT_HERE = {
          " offload_reward_model deepspeed",
          "this version trains in one process without ZeRO"),
         ("inference_tp_size", "this version runs on one device"),
-        ("unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef",
-         "a pretraining loss cannot be mixed in"),
-        ("enable_ema", "an average of the weights is not kept"),
+        ("unsupervised_dataset_config_name", "name files or org/name:split in unsup_data"),
+        ("enable_ema", "set ema_decay instead, 0.992 there"),
         ("dropout actor_dropout critic_dropout", "dropout is off in every stage"),
         ("data_split", "give the files of each stage in its own data key"),
         ("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
@@ -245,11 +246,16 @@ class StageConfig(Config):
     )
 
     learning_rate: float = opt(1e-5, "peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = opt(
+    lora_learning_rate: float | None = opt(
+        None,
+        "peak learning rate of the adapter, where a new head or all else trains at learning_rate; none: the same",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = opt(
         "linear", "course of the learning rate after the warm-up"
     )
+    lr_final: float = opt(0.0, "share of the peak that the learning rate falls to")
     warmup_steps: int = opt(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay")
+    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay; biases and norms have none")
     adam_beta1: float = opt(0.9, "AdamW's first beta")
     adam_beta2: float = opt(0.95, "AdamW's second beta")
     adam_eps: float = opt(1e-5, "AdamW's epsilon")
@@ -290,6 +296,21 @@ class StageConfig(Config):
             self.require(0 <= getattr(self, key) < 1, key, "at least 0 and below 1")
         self.require(self.adam_eps > 0, "adam_eps", "greater than 0")
         self.require(bool(self.model), "model", "a model folder or hub id")
+        self.require(
+            self.lora_learning_rate is None or self.lora_learning_rate > 0,
+            "lora_learning_rate",
+            "greater than 0",
+        )
+        if self.lora_learning_rate is not None and not self.learning_rate:
+            raise ConfigError(
+                f"lora_learning_rate is {self.lora_learning_rate} and learning_rate 0; "
+                f"set learning_rate to {self.lora_learning_rate}"
+            )
+        self.require(0 <= self.lr_final <= 1, "lr_final", "between 0 and 1")
+        if self.lr_schedule == "exponential" and not self.lr_final:
+            raise ConfigError(
+                "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
 
 
 @dataclass(kw_only=True)
@@ -324,6 +345,10 @@ class RewardConfig(StageConfig):
 
     output_dir: str = opt("runs/reward", "where everything of this run goes")
     max_length: int = opt(512, "most tokens in prompt and answer together")
+    loss: Literal["last", "per_token"] = opt(
+        "last",
+        "compare scores at the last token, or at every token from where the answers part (DeepSpeed-Chat)",
+    )
     margin: str = opt("", "column with a margin that chosen has to win by; empty: none")
     normalise: bool = opt(
         True, "store mean and deviation of the scores, so that scores come out with mean 0 and deviation 1"
@@ -332,28 +357,51 @@ class RewardConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.require(self.max_length >= 2, "max_length", "2 or more")
+        if self.loss == "per_token" and self.margin:
+            raise ConfigError(
+                f"margin is {self.margin!r} and loss per_token, which has none; set loss to last, or margin to ''"
+            )
 
 
 @dataclass(kw_only=True)
-class PPOConfig(StageConfig):
-    """Proximal policy optimisation with a critic. A step is: roll out, score, then `ppo_epochs` passes of
-    updates.
+class DPOConfig(StageConfig):
+    """Direct preference optimisation on pairs, without reward model and rollouts."""
+
+    command: ClassVar[str] = "dpo"
+    about: ClassVar[str] = "DPO on pairs of a chosen and a rejected answer"
+
+    output_dir: str = opt("runs/dpo", "where everything of this run goes")
+    max_length: int = opt(512, "most tokens in prompt and answer together")
+    beta: float = opt(0.1, "strength of the pull to the reference (IPO: its tau)")
+    loss: Literal["sigmoid", "ipo"] = opt("sigmoid", "logistic loss of DPO, or the squared loss of IPO")
+    label_smoothing: float = opt(0.0, "share of the pairs that are taken to be labelled the wrong way round")
+    reference: str = opt("", "reference model; empty: the policy as it was at the start")
+    cache_reference: bool = opt(
+        True, "compute the reference's log-probs once; false: in every step (no pass over the data before)"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.max_length >= 2, "max_length", "2 or more")
+        self.require(self.beta > 0, "beta", "greater than 0")
+        self.require(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing} and loss is ipo, which has none; "
+                "set label_smoothing to 0, or loss to sigmoid"
+            )
+
+
+@dataclass(kw_only=True)
+class OnlineConfig(StageConfig):
+    """What the algorithms that learn from their own rollouts have in common. A step is: roll out, score, then
+    `ppo_epochs` passes of updates.
     """
 
-    command: ClassVar[str] = "ppo"
-    about: ClassVar[str] = "PPO against a reward model or reward functions"
-
-    output_dir: str = opt("runs/ppo", "where everything of this run goes")
     reward: list[str] = opt(
         [], "reward model folders or Python functions (module:function); several are added up"
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
-    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
-    critic_update: Literal["head", "lora", "all"] = opt(
-        "lora", "what the critic trains: its head alone, an adapter too, or all"
-    )
-    critic_lora_r: int = opt(8, "LoRA rank of the critic")
-    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
 
     prompts_per_step: int = opt(16, "prompts in one step")
     samples_per_prompt: int = opt(1, "answers sampled for each prompt")
@@ -372,22 +420,24 @@ class PPOConfig(StageConfig):
     dual_clip: float | None = opt(
         None, "bound on the loss of negative advantages, greater than 1; none: no bound"
     )
-    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
-    gamma: float = opt(1.0, "discount")
-    lam: float = opt(0.95, "lambda of the advantage estimation")
-    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
-    aggregation: Literal["token", "sequence"] = opt(
-        "token", "mean over all tokens, or over sequences of their token means"
+    ratio_level: Literal["token", "sequence", "answer"] = opt(
+        "token", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
     )
-    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
-    whiten_rewards: bool = opt(
-        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    importance_cap: float | None = opt(
+        None, "weigh by min(p training / p rollout, this), for rollouts in lesser precision; none: don't"
+    )
+    importance_level: Literal["token", "sequence", "answer"] = opt("token", "what those weights are of")
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
+    aggregation: Literal["token", "sequence", "constant"] = opt(
+        "token", "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)"
     )
 
-    kl_coef: float = opt(
-        0.05, "weight of the KL to the reference inside the reward (start value when adaptive)"
-    )
+    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the rewards, or a loss")
     kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
+    kl_correction: bool = opt(
+        False, "weigh the KL in the loss by the ratio, which makes its gradient the KL's, also off-policy"
+    )
     kl_control: Literal["fixed", "adaptive"] = opt("fixed", "keep kl_coef, or steer it towards kl_target")
     kl_target: float = opt(6.0, "KL of a whole answer that the adaptive control aims at")
     kl_horizon: int = opt(10_000, "answers over which the adaptive control reacts")
@@ -398,10 +448,16 @@ class PPOConfig(StageConfig):
     )
     reward_clip: float = opt(10.0, "scores are cut to +- this; 0: never")
     missing_eos_penalty: float = opt(1.0, "taken off the score of an answer that the length limit cut")
+    mask_truncated: bool = opt(False, "leave answers that the length limit cut out of the update")
     ratio_tolerance: float | None = opt(
         None,
         "largest |ratio - 1| allowed on the first minibatch; none: from the measured gap, and 0 when exact",
     )
+
+    unsup_data: list[str] = opt([], "files of plain text (column text) for a language-modelling loss beside")
+    unsup_coef: float = opt(0.0, "weight of that loss in every minibatch; 0: none")
+    unsup_length: int = opt(128, "tokens of a block of that text")
+    ema_decay: float = opt(0.0, "keep an average of the weights with this decay and save it too; 0: don't")
 
     eval_samples: int = opt(1, "answers sampled for each held-out prompt, before and after")
     compare_hf: int = opt(
@@ -412,35 +468,27 @@ class PPOConfig(StageConfig):
         super().check()
         for key in (
             *("prompts_per_step", "samples_per_prompt", "max_prompt_length", "max_new_tokens"),
-            *("ppo_epochs", "eval_samples", "critic_lora_r"),
+            *("ppo_epochs", "eval_samples"),
         ):
             self.require(getattr(self, key) >= 1, key, "1 or more")
-        for key in (
-            "kl_coef",
-            "entropy_coef",
-            "reward_clip",
-            "critic_learning_rate",
-            "missing_eos_penalty",
-            "compare_hf",
-        ):
+        for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
-        for key in ("gamma", "lam"):
-            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
         self.require(0 < self.cliprange < 1, "cliprange", "between 0 and 1")
-        for key in ("cliprange_high", "cliprange_value", "kl_target", "kl_horizon"):
+        for key in ("cliprange_high", "kl_target", "kl_horizon", "importance_cap"):
             self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "greater than 0")
         self.require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "greater than 1, or none")
         self.require(
             self.ratio_tolerance is None or self.ratio_tolerance >= 0, "ratio_tolerance", "0 or more, or none"
         )
+        name = self.command.upper()
         if self.temperature <= 0:
             raise ConfigError(
-                f"temperature is {self.temperature}, but PPO samples; use a value above 0, such as 1.0"
+                f"temperature is {self.temperature}, but {name} samples; use a value above 0, such as 1.0"
             )
         for key, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, key) != off:
                 raise ConfigError(
-                    f"{key} is {getattr(self, key)}, but PPO uses log-probs of the full distribution, "
+                    f"{key} is {getattr(self, key)}, but {name} uses log-probs of the full distribution, "
                     f"which cut sampling does not follow; set {key} to {off} and use temperature instead"
                 )
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
@@ -448,6 +496,128 @@ class PPOConfig(StageConfig):
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
                 "give one weight a reward"
             )
+        self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
+        self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
+        self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        if bool(self.unsup_data) != bool(self.unsup_coef):
+            raise ConfigError(
+                f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
+                "give both, or leave both out"
+            )
+        if self.importance_cap is not None and self.exact:
+            raise ConfigError(
+                f"importance_cap is {self.importance_cap} and exact is true, where nothing is left to correct; "
+                "set importance_cap to none, or exact to false"
+            )
+        if self.kl_place == "loss" and self.kl_kind == "k1" and not self.kl_correction and self.kl_coef:
+            raise ConfigError(
+                "kl_kind is k1 and kl_place is loss, where k1 has expected gradient 0; "
+                "set kl_kind to k3, or kl_place to reward"
+            )
+        if self.kl_correction and self.kl_place == "reward":
+            raise ConfigError("kl_correction is true, but kl_place is reward; set kl_place to loss")
+        if self.kl_control == "adaptive" and not self.kl_coef:
+            raise ConfigError(
+                "kl_control is adaptive and kl_coef is 0, which stays 0 whatever it is multiplied by; "
+                "set kl_coef to a start value such as 0.05"
+            )
+
+
+@dataclass(kw_only=True)
+class PPOConfig(OnlineConfig):
+    """Proximal policy optimisation with a critic."""
+
+    command: ClassVar[str] = "ppo"
+    about: ClassVar[str] = "PPO against a reward model or reward functions"
+
+    output_dir: str = opt("runs/ppo", "where everything of this run goes")
+    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
+    critic_update: Literal["head", "lora", "all"] = opt(
+        "lora", "what the critic trains: its head alone, an adapter too, or all"
+    )
+    critic_lora_r: int = opt(8, "LoRA rank of the critic")
+    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
+    critic_lora_learning_rate: float | None = opt(
+        None, "peak learning rate of the critic's adapter, if it differs from that of its head"
+    )
+    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
+    gamma: float = opt(1.0, "discount")
+    lam: float = opt(0.95, "lambda of the advantage estimation")
+    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
+    whiten_rewards: bool = opt(
+        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.critic_lora_r >= 1, "critic_lora_r", "1 or more")
+        self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
+        rate = self.critic_lora_learning_rate
+        self.require(rate is None or rate > 0, "critic_lora_learning_rate", "greater than 0, or none")
+        for key in ("gamma", "lam"):
+            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
+        self.require(
+            self.cliprange_value is None or self.cliprange_value > 0, "cliprange_value", "greater than 0"
+        )
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(OnlineConfig):
+    """Group relative policy optimisation: the other answers to a prompt are the baseline."""
+
+    command: ClassVar[str] = "grpo"
+    about: ClassVar[str] = "GRPO (and Dr. GRPO, DAPO, GSPO) against rewards, without a critic"
+
+    output_dir: str = opt("runs/grpo", "where everything of this run goes")
+    samples_per_prompt: int = opt(8, "answers sampled for each prompt: the group")
+    baseline: Literal["mean", "others"] = opt(
+        "mean", "what an answer is compared with: the group's mean, or that of its other answers"
+    )
+    scale: Literal["group", "batch", "none"] = opt(
+        "group", "advantages are divided by the deviation of the group's or of all scores, or not at all"
+    )
+    flat_groups: Literal["keep", "drop"] = opt(
+        "keep", "groups whose scores are all equal: keep them (for the KL), or leave them out of the update"
+    )
+    kl_coef: float = opt(0.04, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("loss", "where that KL is: taken off the scores, or a loss")
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
+    missing_eos_penalty: float = opt(0.0, "taken off the score of an answer that the length limit cut")
+
+    def check(self) -> None:
+        super().check()
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt is {self.samples_per_prompt}, but {self.command.upper()} compares the "
+                "answers to a prompt with each other; use 2 or more, such as 8"
+            )
+
+
+@dataclass(kw_only=True)
+class RLOOConfig(GRPOConfig):
+    """REINFORCE leave-one-out: GRPO's skeleton with another baseline, no scaling, the ratio of the answer."""
+
+    command: ClassVar[str] = "rloo"
+    about: ClassVar[str] = "REINFORCE leave-one-out against rewards, without a critic"
+
+    output_dir: str = opt("runs/rloo", "where everything of this run goes")
+    samples_per_prompt: int = opt(4, "answers sampled for each prompt: the group")
+    baseline: Literal["mean", "others"] = opt(
+        "others", "what an answer is compared with: the group's mean, or that of its other answers"
+    )
+    scale: Literal["group", "batch", "none"] = opt(
+        "none", "advantages are divided by the deviation of the group's or of all scores, or not at all"
+    )
+    ratio_level: Literal["token", "sequence", "answer"] = opt(
+        "answer", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
+    )
+    aggregation: Literal["token", "sequence", "constant"] = opt(
+        "sequence",
+        "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)",
+    )
+    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the scores, or a loss")
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
 
 
 @dataclass(kw_only=True)
@@ -520,6 +690,35 @@ class VerifyConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class EvalConfig(_ModelCommand):
+    command: ClassVar[str] = "eval"
+    about: ClassVar[str] = "perplexity, reward accuracy, win rate, exact answers, classification, KL"
+    task: Literal["perplexity", "reward", "classify", "win_rate", "answers", "kl"] = opt(
+        "perplexity", "what is measured, see docs/eval.md"
+    )
+    data: list[str] = opt([], "files (.jsonl, .json, .csv, .parquet, also .gz) or hub data sets")
+    rows: int = opt(0, "use only the first N rows; 0: all")
+    against: str = opt("", "win_rate: the model to compare with; kl: the reference")
+    judge: str = opt("", "win_rate: the reward model that scores the answers")
+    verifier: list[str] = opt(["dschat.rlhf.verifiers:number"], "answers: functions that score them")
+    samples: int = opt(1, "answers and kl: answers sampled for each prompt")
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_length: int = opt(512, "most tokens in a row (a prompt, where answers are generated)")
+    max_new_tokens: int = opt(128, "most tokens in an answer")
+    temperature: float = opt(1.0, "of the answers; 0: greedy")
+    batch_size: int = opt(16, "rows in one forward")
+    seed: int = opt(0, "seed of sampling and bootstrap")
+    output: str = opt("", "write everything as JSON to this file too")
+
+    def check(self) -> None:
+        super().check()
+        for key in ("samples", "max_length", "max_new_tokens", "batch_size"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("rows", "temperature"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+
+
+@dataclass(kw_only=True)
 class ChatConfig(_ModelCommand):
     command: ClassVar[str] = "chat"
     about: ClassVar[str] = "talk to a model in the terminal"
@@ -539,7 +738,8 @@ class DoctorConfig(Config):
 
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
-    *(SFTConfig, RewardConfig, PPOConfig, TrainConfig, ChatConfig),
+    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
+    *(EvalConfig, ChatConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 

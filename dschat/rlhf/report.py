@@ -16,25 +16,43 @@ STYLE = (
     "table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.3em .6em;vertical-align:top;"
     "white-space:pre-wrap;text-align:left}</style>"
 )
-STAGES = ("sft", "reward", "ppo")
-# What is drawn for each stage: panel title -> (key, label) of its lines.
-PANELS: dict[str, list[tuple[str, list[tuple[str, str]]]]] = {
-    "sft": [("SFT: loss", [("loss", "training"), ("eval/loss", "held-out")])],
-    "reward": [
-        ("Reward model: loss", [("loss", "training"), ("eval/loss", "held-out")]),
-        ("Reward model: accuracy", [("accuracy", "training"), ("eval/accuracy", "held-out")]),
-    ],
-    "ppo": [
-        ("PPO: score of the rollouts", [("score/mean", "score"), ("score/total", "score - KL penalty")]),
-        ("PPO: KL to the reference, a whole answer", [("kl/sequence", "k1"), ("kl/sequence_k3", "k3")]),
-        ("PPO: losses", [("policy/loss", "policy"), ("value/loss", "value")]),
-        ("PPO: answer length", [("rollout/length", "tokens")]),
-        ("PPO: seconds of a step", [
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "rloo")
+Panels = list[tuple[str, list[tuple[str, str]]]]  # panel title -> (key, label) of its lines
+
+
+def _pairs(name: str) -> Panels:
+    return [
+        (f"{name}: loss", [("loss", "training"), ("eval/loss", "held-out")]),
+        (f"{name}: accuracy", [("accuracy", "training"), ("eval/accuracy", "held-out")]),
+    ]
+
+
+def _online(name: str) -> Panels:
+    return [
+        (f"{name}: score of the rollouts", [
+            *(("score/mean", "score"), ("score/total", "score - KL penalty"), ("eval/score", "held-out")),
+        ]),
+        (f"{name}: KL to the reference, a whole answer", [("kl/sequence", "k1"), ("kl/sequence_k3", "k3")]),
+        (f"{name}: losses", [("policy/loss", "policy"), ("value/loss", "value"), ("kl/loss", "KL")]),
+        (f"{name}: answer length", [("rollout/length", "tokens")]),
+        (f"{name}: entropy of a token", [("policy/entropy", "nats")]),
+        (f"{name}: seconds of a step", [
             *(("time/prefill_s", "prefill"), ("time/decode_s", "decode"), ("time/score_s", "score")),
             *(("time/logprobs_s", "log-probs"), ("time/update_s", "update"), ("time/flip_s", "flip")),
         ]),
+    ]  # fmt: skip
+
+
+# What is drawn for each stage.
+PANELS: dict[str, Panels] = {
+    "sft": [("SFT: loss", [("loss", "training"), ("eval/loss", "held-out")])],
+    "reward": _pairs("Reward model"),
+    "dpo": [
+        *_pairs("DPO"),
+        ("DPO: margin of the implicit reward", [("margin", "training"), ("eval/margin", "held-out")]),
     ],
-}  # fmt: skip
+    **{name: _online(name.upper()) for name in ("ppo", "grpo", "rloo")},
+}
 
 
 def stage_folders(folder: str | Path) -> dict[str, Path]:
