@@ -416,7 +416,7 @@ class Patch:
         if isinstance(module, nn.Embedding):
             op = "embed"
         elif what.startswith("attention."):
-            op = "rope_append, attention" if self.fused.decoder.spec.rope is not None else "attention"
+            op = "rope_append, attention" if self.fused.decoder.spec.ropes() else "attention"
         elif what.startswith("mlp.") or "activation" in kind.lower() or kind == "ReLU":
             op = "linear with activation"
         elif what == "rotary":

@@ -191,6 +191,11 @@ class TestPieces:
         )  # fmt: skip
         model = transformers.GemmaForCausalLM(config).eval()
         randomise(model, 0)
+
+        class Odd(nn.Linear):
+            pass
+
+        model.model.layers[1].self_attn.k_proj.__class__ = Odd
         ids = torch.arange(3, 20)[None]
         with torch.no_grad():
             theirs = model(ids).logits
@@ -200,9 +205,9 @@ class TestPieces:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
             assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), greedy)
         report = patch.report()
-        assert "no adapter covers exactly" in report.decoder
+        assert "model.layers.1.self_attn.k_proj" in report.decoder and "Odd" in report.decoder
         assert {e.op for e in report.entries if e.status == "patched"} == {"rms_norm", "gated_act"}
-        with pytest.raises(Unsupported, match="no adapter covers exactly"):
+        with pytest.raises(Unsupported, match=r"k_proj is a .*Odd, and only nn\.Linear"):
             patch.undo()
             dk.patch(model, strict=True)
         assert not hasattr(type(model.model.norm), "_dschat_original")
