@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, build, randomise
+from tiny_models import MECHANISMS, build, randomise
 from torch import nn
 
 import dschat_kernels as dk
@@ -62,7 +62,7 @@ def assert_same(
 
 
 class TestUndo:
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", MECHANISMS)
     @torch.no_grad()
     def test_leaves_no_trace(self, name: str) -> None:
         model, inputs = build(name), batch()
@@ -158,7 +158,7 @@ class TestIdempotence:
 class TestPieces:
     """Each patched module gives what its original gave, to rounding."""
 
-    @pytest.mark.parametrize("name", [*FAMILIES, "phi3", "llama-mha-gelu", "gpt2-options"])
+    @pytest.mark.parametrize("name", [*MECHANISMS, "phi3", "llama-mha-gelu", "gpt2-options"])
     @torch.no_grad()
     def test_forward(self, name: str) -> None:
         model, inputs = build(name), batch()
@@ -260,7 +260,7 @@ class TestPieces:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("name", [*FAMILIES, "phi3"])
+    @pytest.mark.parametrize("name", [*MECHANISMS, "phi3"])
     def test_gradients(self, name: str) -> None:
         model, inputs = build(name).train(), batch()
         theirs = loss_and_grads(model, **inputs)

@@ -178,7 +178,10 @@ _GPT_NEO = {
 CONFIGS.update(
     {
         "llama-dynamic": (LlamaConfig, {**_LLAMA, "rope_parameters": _DYNAMIC}),
-        "phi3-longrope": (Phi3Config, {**_LLAMA, "rope_parameters": _LONGROPE, "partial_rotary_factor": 1.0}),
+        "phi3-longrope": (
+            Phi3Config,
+            {**_LLAMA, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64},
+        ),
         "qwen3": (Qwen3Config, {**_LLAMA, "head_dim": 20, "attention_bias": True}),
         "qwen3-window": (
             Qwen3Config,
@@ -343,7 +346,6 @@ MECHANISMS = (
     "falcon-new",
     "glm",
 )
-FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "opt", "opt-350m")
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
