@@ -75,8 +75,7 @@ def check_dtypes(spec: DecoderSpec) -> None:
             if hasattr(part, "rows"):
                 weights[f"{layer.name}'s {field.name} projection"] = parts.base_linear(part.module).weight
     for norm in spec.norms():
-        if norm.weight is not None:
-            weights[f"a norm ({parts.class_name(norm.module)})"] = getattr(norm.module, norm.weight)
+        weights.update({f"a norm ({parts.class_name(norm.module)})": weight for weight in norm.sources()})
     first = spec.embed.weight.dtype
     for place, weight in weights.items():
         if weight.dtype != first:
@@ -278,6 +277,9 @@ class FusedForward:
         new = self._new_tokens(arguments, cache, rows, columns)
         if isinstance(new, str):
             return new
+        limit = self.decoder.spec.position_limit()
+        if limit is not None and limit[1] and past + columns > limit[0]:
+            return limit[1]
         keep = arguments.get("logits_to_keep", 0)
         only_last = columns == 1 or (isinstance(keep, int) and keep == 1)
         if only_last and not bool(new[:, -1].all()):
@@ -326,7 +328,7 @@ class FusedForward:
                 return "the mask has holes, and the model has a sliding window"
         positions = arguments.get("position_ids")
         if positions is None:
-            if mechanism(self.decoder.spec.trunk) == "trunk.opt":
+            if mechanism(self.decoder.spec.trunk) in ("trunk.opt", "trunk.bloom"):
                 return new  # its positions come from the mask
             positions = torch.arange(past, past + columns)[None]
         elif not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:

@@ -86,7 +86,7 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
         updates = _lora_updates(module, name)
         module = module.get_base_layer()
     kind = type(module).__name__
-    if kind not in ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear"):
+    if kind not in ("Linear", "FalconLinear", "Conv1D", "NonDynamicallyQuantizableLinear"):
         raise Unsupported(f"{name} is a {kind}: only nn.Linear, Conv1D and LoRA around them can be packed.")
     weight = module.weight.t() if kind == "Conv1D" else module.weight
     bias = module.bias

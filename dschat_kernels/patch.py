@@ -164,14 +164,18 @@ def _rms_norm(original: Any, eps: str, offset: float, rounding: str, backend: st
     return {"forward": forward}
 
 
-def _layer_norm(original: Any, backend: str) -> dict[str, Any]:
+def _layer_norm(
+    original: Any, weight: str | None, bias: str | None, eps: str | float, backend: str
+) -> dict[str, Any]:
+    """weight, bias: attributes, None where the norm has none. eps: an attribute, or the number itself."""
     from .ops.layer_norm import layer_norm
 
     @functools.wraps(original.forward)
     def forward(self: Any, input: Tensor) -> Any:
-        if not _plain(input, *(t for t in (self.weight, self.bias) if t is not None)):
+        w, b = (None if name is None else getattr(self, name) for name in (weight, bias))
+        if not _plain(input, *(t for t in (w, b) if t is not None)):
             return original.forward(self, input)
-        return layer_norm(input, self.weight, self.bias, self.eps, backend=backend)
+        return layer_norm(input, w, b, getattr(self, eps) if isinstance(eps, str) else eps, backend=backend)
 
     return {"forward": forward}
 
@@ -279,9 +283,9 @@ class _Swap:
 
 def _norm_swap(module: nn.Module, name: str, backend: str) -> _Swap:
     spec = parts.norm(module, name)
+    eps = next((place for place in ("variance_epsilon", "eps") if hasattr(module, place)), spec.eps)
     if spec.kind == "layer":
-        return _Swap("layer_norm", _layer_norm, (backend,))
-    eps = "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
+        return _Swap("layer_norm", _layer_norm, (spec.weight, spec.bias, eps, backend))
     return _Swap("rms_norm", _rms_norm, (eps, spec.weight_offset, spec.rounding, backend))
 
 
@@ -416,7 +420,7 @@ class Patch:
         if isinstance(module, nn.Embedding):
             op = "embed"
         elif what.startswith("attention."):
-            op = "rope_append, attention" if self.fused.decoder.spec.rope is not None else "attention"
+            op = "rope_append, attention" if self.fused.decoder.spec.ropes() else "attention"
         elif what.startswith("mlp.") or "activation" in kind.lower() or kind == "ReLU":
             op = "linear with activation"
         elif what == "rotary":

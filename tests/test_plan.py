@@ -17,9 +17,9 @@ from dschat_kernels.models.spec import Unsupported
 from dschat_kernels.plan import Decoder, NativeExecutor, PythonExecutor
 from tests.spec_walk import walk
 from tests.test_packing import lora
-from tests.tiny_models import build, stories
+from tests.tiny_models import CONFIGS, MECHANISMS, build, stories
 
-NAMES = ("stories", "llama-bias", "qwen2-window", "mistral", "gpt2", "opt", "opt-350m")
+NAMES = ("stories", *MECHANISMS)
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (5, 1, 17, 70)
 
@@ -105,7 +105,7 @@ def test_chunks_decode_batch_and_mixtures_have_the_bits_of_one_step(name: str, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*NAMES, "phi3", "gpt2-options", "opt-plain", "llama-yarn"])
+@pytest.mark.parametrize("name", ["stories", *CONFIGS])
 @torch.no_grad()
 def test_logits_are_as_exact_as_hf(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)

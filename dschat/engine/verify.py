@@ -280,8 +280,7 @@ class _Probe:
         count = len(prompt)
         cache.prepare_append([0], count)
         decoder = reference.decoder
-        if decoder.spec.rope is not None:
-            decoder.rope_tables(count)
+        decoder.rope_tables(count)
         self.reference, self.cache, self.found = reference, cache, ""
         self.buffers: dict[str, Tensor] = {}
         places = np.arange(count)
