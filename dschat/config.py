@@ -443,8 +443,10 @@ class OnlineConfig(StageConfig):
     kl_horizon: int = opt(10_000, "answers over which the adaptive control reacts")
     reference: str = opt("", "reference model; empty: the policy as it was at the start")
 
-    reward_norm: Literal["none", "batch", "running"] = opt(
-        "none", "scale scores by mean and deviation of the rollout or of all so far"
+    reward_norm: Literal["none", "batch", "running", "group"] = opt(
+        "none",
+        "scale scores by mean and deviation of the rollout or of all so far; group: take off the mean of the "
+        "prompt's samples",
     )
     reward_clip: float = opt(10.0, "scores are cut to +- this; 0: never")
     missing_eos_penalty: float = opt(1.0, "taken off the score of an answer that the length limit cut")
@@ -473,6 +475,11 @@ class OnlineConfig(StageConfig):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
+        if self.reward_norm == "group" and self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"reward_norm is group and samples_per_prompt {self.samples_per_prompt}, so every score would become 0; "
+                "sample 2 answers or more, or set reward_norm to batch"
+            )
         self.require(0 < self.cliprange < 1, "cliprange", "between 0 and 1")
         for key in ("cliprange_high", "kl_target", "kl_horizon", "importance_cap"):
             self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "greater than 0")
@@ -534,6 +541,9 @@ class PPOConfig(OnlineConfig):
     critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
     critic_update: Literal["head", "lora", "all"] = opt(
         "lora", "what the critic trains: its head alone, an adapter too, or all"
+    )
+    critic_head: Literal["reward", "zero"] = opt(
+        "reward", "where the head of critic_update=head starts: at the reward model's, or at zero"
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")

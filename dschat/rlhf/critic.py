@@ -72,6 +72,9 @@ def build_rewards_and_critic(
         model = loaded[start]
     if config.critic_update == "head":
         head = copy.deepcopy(models.score_head(model)).requires_grad_(True)
+        if config.critic_head == "zero":
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
         critic = Critic(models.Scorer(model.requires_grad_(False)), head, frozen_trunk=True)
     elif config.critic_update == "lora":
         seed = derive_seed(config.seed, "critic")

@@ -57,6 +57,8 @@ def shape_scores(
     elif config.reward_norm == "running":
         moments.update(scores[valid])
         scores = (scores - moments.mean) / moments.std
+    elif config.reward_norm == "group":
+        scores, _ = losses.group_advantages(scores, valid, config.samples_per_prompt, scale="none")
     if config.reward_clip:
         scores = scores.clamp(-config.reward_clip, config.reward_clip)
     return scores - config.missing_eos_penalty * (~finished).to(scores.dtype)

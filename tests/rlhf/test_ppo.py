@@ -172,9 +172,24 @@ def test_shaped_scores():
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     assert batch == pytest.approx([(float(s) - mean) / std for s in scores], rel=1e-5)
     assert moments.count == 0
+    group = shape(reward_norm="group", samples_per_prompt=2, missing_eos_penalty=0, reward_clip=40)
+    assert group == [-0.5, 0.5, -40.0, 40.0]
+    assert moments.count == 0
+    with pytest.raises(ConfigError, match="samples_per_prompt 1, so every score would become 0; sample 2"):
+        PPOConfig(reward_norm="group").validate()
     shape(reward_norm="running")
     shape(reward_norm="running")
     assert moments.count == 8 and moments.mean == pytest.approx(mean)
+
+
+def test_a_critic_head_that_starts_at_zero_values_everything_at_zero(pieces):
+    p = pieces(functions=(lambda prompts, completions, **k: [3.0] * len(completions),), critic_head="zero",
+               critic_update="head")  # fmt: skip
+    experience, _ = p.collect()
+    assert float(experience.values.abs().max()) == 0.0
+    update = p.ppo.update(experience, 0, 10)
+    assert update["value/loss"] > 0
+    assert float(p.ppo.critic.values(experience.rollout, experience.features).detach().abs().max()) > 0
 
 
 def test_penalty_and_score_reach_the_last_token(pieces, monkeypatch):
