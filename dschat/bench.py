@@ -124,7 +124,7 @@ def generate(
     model.eval()
     engine = HybridEngine(model, max_slots=max(b for b, _, _ in workloads), backend=backend)
     peak = read_bandwidth()
-    report = GenerateReport(_machine(peak), _model_facts(engine))
+    report = GenerateReport(machine_facts(peak), _model_facts(engine))
     for batch, prompt, new in workloads:
         if progress is not None:
             progress(f"batch {batch}, {prompt} + {new} tokens")
@@ -179,7 +179,7 @@ def _bytes_per_step(engine: HybridEngine, batch: int, context: float) -> float:
     return engine.decoder.packed_bytes + batch * context * cache
 
 
-def _machine(peak: float) -> dict[str, Any]:
+def machine_facts(peak: float) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "isa": backends()["cpu"].isa,

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <climits>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -14,6 +15,11 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dschat {
 namespace {
@@ -26,8 +32,26 @@ inline void pause_cpu() {
 #endif
 }
 
-// About 50 us of polling before the thread yields: longer than any barrier inside a step on a quiet machine.
+// About 50 us of polling: longer than any barrier inside a step on a quiet machine.
 constexpr int kSpins = 2000;
+
+// Sleeps until woken if `value` still is `expected`; may return early.
+inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t expected) {
+#if defined(__linux__)
+  syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+#else
+  (void)value, (void)expected;
+  std::this_thread::yield();
+#endif
+}
+
+inline void wake_all(const std::atomic<uint32_t>& value) {
+#if defined(__linux__)
+  syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#else
+  (void)value;
+#endif
+}
 
 // The OpenMP runtime in the process, by the entry points that GCC's and LLVM's both have.
 struct OpenMP {
@@ -192,16 +216,20 @@ class Pool {
 }  // namespace
 
 void Barrier::wait(int size) {
-  uint32_t phase = phase_.load(std::memory_order_acquire);
+  const uint32_t phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
+    phase_.store(phase + 1);  // sequentially consistent with sleepers_: either a sleeper is seen or it sees the phase
+    if (sleepers_.load() != 0) wake_all(phase_);
     return;
   }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpins) pause_cpu();
-    else std::this_thread::yield();
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    pause_cpu();
   }
+  sleepers_.fetch_add(1);
+  while (phase_.load() == phase) sleep_while(phase_, phase);
+  sleepers_.fetch_sub(1);
 }
 
 void parallel(const std::function<void(const Team&)>& fn) { Pool::get().run(fn); }

@@ -19,7 +19,8 @@ struct Range {
   int64_t begin, end;
 };
 
-// Spins briefly, then gives up its time slice, so that a busy machine makes it slower but never stuck.
+// Spins for about as long as threads of a quiet machine wait for each other, then sleeps: the thread that is late may
+// need the core. (Yielding instead would hand a whole time slice to any other program, at every barrier.)
 class Barrier {
  public:
   void wait(int size);
@@ -27,6 +28,7 @@ class Barrier {
  private:
   std::atomic<int> arrived_{0};
   std::atomic<uint32_t> phase_{0};
+  std::atomic<int> sleepers_{0};
 };
 
 struct Team {
