@@ -3,10 +3,10 @@
     python benchmarks/ppo_iteration.py --train lora --output benchmarks/results/ppo-lora.json
     python benchmarks/ppo_iteration.py --train full --output benchmarks/results/ppo-full.json
 
-Both sides do the same work on the same prompts: random tokens of exact length, every answer of exact length (no EOS), one
-reward model whose frozen trunk also carries the critic's head, a reference (the adapter switched off, or a frozen copy),
-one epoch of minibatches with clipped policy and value losses and AdamW. The plain side never pads, keeps logits of the
-answer's positions only, and shares the scoring pass between reward and critic, as ours does. Sides take turns.
+Both sides do the same work on the same prompts: random tokens of exact length, every answer of exact length (no EOS),
+one reward model whose frozen trunk also carries the critic's head, a reference (the adapter switched off, or a frozen
+copy), one epoch of minibatches with clipped policy and value losses and AdamW. The plain side never pads, keeps logits
+of the answer's positions only, and shares the scoring pass between reward and critic, as ours does. Sides take turns.
 """
 
 from __future__ import annotations

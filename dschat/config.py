@@ -477,8 +477,8 @@ class OnlineConfig(StageConfig):
             self.require(getattr(self, key) >= 0, key, "0 or more")
         if self.reward_norm == "group" and self.samples_per_prompt < 2:
             raise ConfigError(
-                f"reward_norm is group and samples_per_prompt {self.samples_per_prompt}, so every score would become 0; "
-                "sample 2 answers or more, or set reward_norm to batch"
+                f"reward_norm is group and samples_per_prompt {self.samples_per_prompt}, so every score would become "
+                "0; sample 2 answers or more, or set reward_norm to batch"
             )
         self.require(0 < self.cliprange < 1, "cliprange", "between 0 and 1")
         for key in ("cliprange_high", "kl_target", "kl_horizon", "importance_cap"):
