@@ -75,6 +75,8 @@ def _run(words: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(configs.usage(cls))
         return 0
+    if cls.positional and rest and not rest[0].startswith("--"):
+        rest = [f"--{cls.positional}", *rest]
     flags = configs.parse_flags(rest, cls)
     path = flags.pop("config", None)
     if path is True:
@@ -270,6 +272,15 @@ def evaluate(config: configs.EvalConfig) -> None:
     _write(config.output, json.dumps(result, indent=1))
 
 
+def report(config: configs.ReportConfig) -> None:
+    import os
+
+    from .rlhf import report as pages
+
+    target = config.output or os.path.join(config.runs[0], "report.html")
+    print(f"written: {pages.compare(config.runs, target)}")
+
+
 def chat(config: configs.ChatConfig) -> None:
     from .chat import chat as talk
 
@@ -290,6 +301,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "rloo": _stage,
     "train": train,
     "eval": evaluate,
+    "report": report,
     "chat": chat,
 }
 

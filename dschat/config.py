@@ -188,6 +188,8 @@ class Config:
 
     command: ClassVar[str] = ""
     about: ClassVar[str] = ""
+    positional: ClassVar[str] = ""
+    """The list that words before the first flag belong to."""
 
     def __post_init__(self) -> None:
         for name, kind in field_types(type(self)).items():
@@ -731,6 +733,19 @@ class ChatConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class ReportConfig(Config):
+    command: ClassVar[str] = "report"
+    about: ClassVar[str] = "one HTML page of a run, or of several side by side"
+    positional: ClassVar[str] = "runs"
+    runs: list[str] = opt([], "output_dir of each run, or of a pipeline")
+    output: str = opt("", "the page; empty: report.html in the first run's folder")
+
+    def check(self) -> None:
+        if not self.runs:
+            raise ConfigError("there is no run to report; name its output_dir: dschat report runs/quickstart")
+
+
+@dataclass(kw_only=True)
 class DoctorConfig(Config):
     command: ClassVar[str] = "doctor"
     about: ClassVar[str] = "what runs on this machine, what does not, and why"
@@ -739,7 +754,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, ChatConfig),
+    *(EvalConfig, ReportConfig, ChatConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 
@@ -951,7 +966,8 @@ def usage(cls: type[Config]) -> str:
     lines = [
         f"dschat {cls.command}: {cls.about}",
         "",
-        f"usage: dschat {cls.command} [--config FILE] [--key value ...]",
+        f"usage: dschat {cls.command}{f' {cls.positional.upper()}' if cls.positional else ''}"
+        " [--config FILE] [--key value ...]",
         "",
     ]
     rows = []
