@@ -24,6 +24,7 @@ OPTIONAL = {
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
     "matplotlib": "the picture of a run",
+    "fastapi": "dschat serve",
     "sklearn": "dschat eval's classification and win rates",
 }
 
@@ -288,6 +289,18 @@ def chat(config: configs.ChatConfig) -> None:
     talk(config, model, tokenizer)
 
 
+def serve(config: configs.ServeConfig) -> None:
+    import importlib.util
+
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:  # before a model is loaded
+        raise ConfigError(f"dschat serve needs {' and '.join(missing)}; run: pip install 'dschat[serve]'")
+    from .serve import serve as listen
+
+    model, tokenizer = _load(config)
+    listen(config, model, tokenizer)
+
+
 BODIES: dict[str, Callable[[Any], int | None]] = {
     "doctor": doctor,
     "generate": generate,
@@ -303,6 +316,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "eval": evaluate,
     "report": report,
     "chat": chat,
+    "serve": serve,
 }
 
 __all__ = ["BODIES", "Config", "main", "overview"]

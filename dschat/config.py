@@ -692,6 +692,32 @@ class VerifyConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class ServeConfig(_ModelCommand):
+    command: ClassVar[str] = "serve"
+    about: ClassVar[str] = "a model behind OpenAI's HTTP interface, on this machine"
+    host: str = opt("localhost", "address to listen on; there is no authentication")
+    port: int = opt(8000, "port to listen on")
+    name: str = opt("", "name of the model in requests; empty: as given to --model")
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_new_tokens: int = opt(256, "tokens of an answer where a request does not say")
+    temperature: float = opt(1.0, "where a request does not say; 0: greedy")
+    top_p: float = opt(1.0, "where a request does not say; 1: off")
+    max_batch: int = opt(64, "rows generated at a time")
+    max_waiting: int = opt(256, "prompts that may wait; more are refused")
+    window_ms: float = opt(5.0, "milliseconds that a request waits for others to share its batch")
+    seed: int = opt(0, "seed of requests that name none; each batch has another")
+
+    def check(self) -> None:
+        super().check()
+        self.require(1 <= self.port <= 65535, "port", "from 1 to 65535")
+        for key in ("max_new_tokens", "max_batch", "max_waiting"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("temperature", "window_ms", "seed"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+
+
+@dataclass(kw_only=True)
 class EvalConfig(_ModelCommand):
     command: ClassVar[str] = "eval"
     about: ClassVar[str] = "perplexity, reward accuracy, win rate, exact answers, classification, KL"
@@ -754,7 +780,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, ReportConfig, ChatConfig),
+    *(EvalConfig, ReportConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 
