@@ -76,18 +76,24 @@ def learning_rate(config: StageConfig, peak: float, step: int, total: int) -> fl
 
 
 def make_optimizer(
-    module: nn.Module, config: StageConfig, lr: float, lora_lr: float | None = None
+    module: nn.Module,
+    config: StageConfig,
+    lr: float,
+    lora_lr: float | None = None,
+    weight_decay: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of a module.
 
     Biases and norms (everything with one dimension) do not decay. lora_lr: peak of the adapter's matrices, if
-    it differs from `lr`; a group's `lr_scale` keeps the ratio while a schedule moves both.
+    it differs from `lr`; a group's `lr_scale` keeps the ratio while a schedule moves both. weight_decay: None is
+    the config's.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             scale = lora_lr / lr if lora_lr is not None and lr and "lora_" in name else 1.0
-            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            decay = config.weight_decay if weight_decay is None else weight_decay
+            decay = decay if parameter.dim() > 1 else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
     if not groups:
         raise ConfigError("no parameter is trainable; set lora_r, or 0 to train all weights")
