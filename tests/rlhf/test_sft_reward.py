@@ -107,8 +107,8 @@ def test_sft_learns_and_loads(base, tmp_path):
 
 
 def test_reward_learns_is_normalised_and_loads(base, tmp_path):
-    """checklist 2.1 #20: scores of training answers have mean 0 and deviation 1 after the stored ones are
-    taken out.
+    """checklist 2.1 #20; 2.2 reward 3, 2.2 plus 4: scores of training answers have mean 0 and
+    deviation 1 after the stored ones are taken out.
     """
     result = run("reward", base, lora_r=4, learning_rate=1e-2, epochs=4, eval_data=base["data"])
     assert result["eval_accuracy"] == 1.0 and result["eval_loss"] < 0.3 and result["eval_pairs"] == 12
