@@ -204,10 +204,13 @@ def test_bad_settings(base, tmp_path):
     with pytest.raises(ConfigError, match="data is empty; name at least one file"):
         run("sft", base, data=[])
     with pytest.raises(
-        ConfigError, match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate"
+        ConfigError,
+        match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate; the batch is in",
     ):
         run("sft", base, learning_rate=1e30, output_dir=str(tmp_path / "nan"))
     assert latest(tmp_path / "nan" / "checkpoints").name == "step-000001", "the broken weights are not saved"
+    kept = json.loads((tmp_path / "nan" / "failed-step-000002" / "batch.json").read_text())
+    assert len(kept["rows"]) == 4 and all("pairs.jsonl line" in row["where"] for row in kept["rows"])
 
 
 @pytest.mark.parametrize(
