@@ -83,7 +83,19 @@ class CompileKernels(build_ext):
 serve = ["fastapi", "uvicorn"]
 triton = ["triton; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
-dev = ["hypothesis", "mypy", "psutil", "pytest", "pytest-benchmark", "ruff", "scipy", "setuptools>=77"]
+dev = [
+    "fastapi",  # with httpx and uvicorn: dschat serve and the client of its tests
+    "httpx",
+    "hypothesis",
+    "mypy",
+    "psutil",
+    "pytest",
+    "pytest-benchmark",
+    "ruff",
+    "scipy",
+    "setuptools>=77",
+    "uvicorn",
+]
 
 setup(
     name="dschat",

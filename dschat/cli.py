@@ -24,6 +24,7 @@ OPTIONAL = {
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
     "matplotlib": "the picture of a run",
+    "fastapi": "dschat serve",
     "sklearn": "dschat eval's classification and win rates",
 }
 
@@ -75,6 +76,8 @@ def _run(words: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(configs.usage(cls))
         return 0
+    if cls.positional and rest and not rest[0].startswith("--"):
+        rest = [f"--{cls.positional}", *rest]
     flags = configs.parse_flags(rest, cls)
     path = flags.pop("config", None)
     if path is True:
@@ -270,11 +273,32 @@ def evaluate(config: configs.EvalConfig) -> None:
     _write(config.output, json.dumps(result, indent=1))
 
 
+def report(config: configs.ReportConfig) -> None:
+    import os
+
+    from .rlhf import report as pages
+
+    target = config.output or os.path.join(config.runs[0], "report.html")
+    print(f"written: {pages.compare(config.runs, target)}")
+
+
 def chat(config: configs.ChatConfig) -> None:
     from .chat import chat as talk
 
     model, tokenizer = _load(config)
     talk(config, model, tokenizer)
+
+
+def serve(config: configs.ServeConfig) -> None:
+    import importlib.util
+
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:  # before a model is loaded
+        raise ConfigError(f"dschat serve needs {' and '.join(missing)}; run: pip install 'dschat[serve]'")
+    from .serve import serve as listen
+
+    model, tokenizer = _load(config)
+    listen(config, model, tokenizer)
 
 
 BODIES: dict[str, Callable[[Any], int | None]] = {
@@ -290,7 +314,9 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "rloo": _stage,
     "train": train,
     "eval": evaluate,
+    "report": report,
     "chat": chat,
+    "serve": serve,
 }
 
 __all__ = ["BODIES", "Config", "main", "overview"]

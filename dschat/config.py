@@ -6,8 +6,8 @@
 `load(PPOConfig, "ppo.yaml", {"kl_coef": "0.02"})` reads a file and lays flags over it. Unknown keys are
 refused with the nearest known name; a value of the wrong type is refused in one sentence that names key,
 value and what is expected, in Python too. Names that DeepSpeed-Chat's scripts use are accepted where the
-thing exists here (`ALIASES`), ignored with a note where it has become pointless (`IGNORED`), and refused with
-the reason where it would change the result (`NOT_HERE`).
+thing exists here, ignored with a note where it has become pointless, and refused with what replaces them where
+they would change the result: the table is dschat/deepspeed_chat.py.
 """
 
 from __future__ import annotations
@@ -26,71 +26,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from . import deepspeed_chat
+from .deepspeed_chat import ALIASES, FLAGS
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence for the user."""
 
-
-ALIASES = {
-    "model_name_or_path": "model",
-    "actor_model_name_or_path": "model",
-    "critic_model_name_or_path": "reward",  # the critic starts from the reward model, as it does there
-    "data_path": "data",
-    "sft_only_data_path": "data",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_training_batch_size": "batch_size",
-    "per_device_generation_batch_size": "prompts_per_step",
-    "num_train_epochs": "epochs",
-    "max_train_steps": "max_steps",
-    "lr_scheduler_type": "lr_schedule",
-    "num_warmup_steps": "warmup_steps",
-    "max_seq_len": "max_length",
-    "max_prompt_seq_len": "max_prompt_length",
-    "max_answer_seq_len": "max_new_tokens",
-    "lora_dim": "lora_r",
-    "actor_lora_dim": "lora_r",
-    "critic_lora_dim": "critic_lora_r",
-    "lora_module_name": "lora_targets",
-    "actor_lora_module_name": "lora_targets",
-    "actor_learning_rate": "learning_rate",
-    "actor_weight_decay": "weight_decay",
-    "enable_tensorboard": "tensorboard",
-    "unsupervised_dataset_name": "unsup_data",
-    "actor_lora_learning_rate": "lora_learning_rate",
-    "eval_interval": "eval_every",
-}
-IGNORED = {
-    "num_padding_at_beginning": "masks are explicit here, so leading padding needs no number",
-    "enable_hybrid_engine": "the hybrid engine is always on",
-    "unpin_actor_parameters": "no parameter is pinned",
-    "release_inference_cache": "the cache is freed by itself",
-    "tp_gather_partition_size": "nothing is gathered",
-    "align_overflow": "there is no loss scale that could overflow",
-    "add_eot_token": "the end-of-turn token is appended always",
-    "data_output_path": "nothing is cached on disk",
-    "print_loss": "the loss is always shown",
-    "print_answers": "completions are always logged",
-    "local_rank": "there is one process",
-    "disable_dropout": "dropout is always off",
-    "disable_actor_dropout": "dropout is always off",
-    "disable_critic_dropout": "dropout is always off",
-}
-NOT_HERE = {
-    name: reason
-    for names, reason in (
-        ("zero_stage actor_zero_stage critic_zero_stage offload offload_reference_model"
-         " offload_reward_model deepspeed",
-         "this version trains in one process without ZeRO"),
-        ("inference_tp_size", "this version runs on one device"),
-        ("unsupervised_dataset_config_name", "name files or org/name:split in unsup_data"),
-        ("enable_ema", "set ema_decay instead, 0.992 there"),
-        ("dropout actor_dropout critic_dropout", "dropout is off in every stage"),
-        ("data_split", "give the files of each stage in its own data key"),
-        ("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
-         "lower batch_size and raise gradient_accumulation_steps instead"),
-    )
-    for name in names.split()
-}  # fmt: skip
 
 C = TypeVar("C", bound="Config")
 
@@ -134,6 +76,10 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and not (isinstance(value, bool) and not any(a is value for a in args)):
             return value
+        if key == "dtype" and str(value).lower() in ("fp16", "float16", "half"):
+            raise ConfigError(
+                f"dtype is {value!r}, which needs loss scaling that is not here; use bfloat16 or float32"
+            )
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
         raise ConfigError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
     if origin is list:
@@ -188,6 +134,8 @@ class Config:
 
     command: ClassVar[str] = ""
     about: ClassVar[str] = ""
+    positional: ClassVar[str] = ""
+    """The list that words before the first flag belong to."""
 
     def __post_init__(self) -> None:
         for name, kind in field_types(type(self)).items():
@@ -550,6 +498,7 @@ class PPOConfig(OnlineConfig):
     critic_lora_learning_rate: float | None = opt(
         None, "peak learning rate of the critic's adapter, if it differs from that of its head"
     )
+    critic_weight_decay: float | None = opt(None, "weight decay of the critic; none: weight_decay")
     cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
     gamma: float = opt(1.0, "discount")
     lam: float = opt(0.95, "lambda of the advantage estimation")
@@ -562,6 +511,8 @@ class PPOConfig(OnlineConfig):
         super().check()
         self.require(self.critic_lora_r >= 1, "critic_lora_r", "1 or more")
         self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
+        decay = self.critic_weight_decay
+        self.require(decay is None or decay >= 0, "critic_weight_decay", "0 or more, or none")
         rate = self.critic_lora_learning_rate
         self.require(rate is None or rate > 0, "critic_lora_learning_rate", "greater than 0, or none")
         for key in ("gamma", "lam"):
@@ -700,6 +651,32 @@ class VerifyConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class ServeConfig(_ModelCommand):
+    command: ClassVar[str] = "serve"
+    about: ClassVar[str] = "a model behind OpenAI's HTTP interface, on this machine"
+    host: str = opt("localhost", "address to listen on; there is no authentication")
+    port: int = opt(8000, "port to listen on")
+    name: str = opt("", "name of the model in requests; empty: as given to --model")
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_new_tokens: int = opt(256, "tokens of an answer where a request does not say")
+    temperature: float = opt(1.0, "where a request does not say; 0: greedy")
+    top_p: float = opt(1.0, "where a request does not say; 1: off")
+    max_batch: int = opt(64, "rows generated at a time")
+    max_waiting: int = opt(256, "prompts that may wait; more are refused")
+    window_ms: float = opt(5.0, "milliseconds that a request waits for others to share its batch")
+    seed: int = opt(0, "seed of requests that name none; each batch has another")
+
+    def check(self) -> None:
+        super().check()
+        self.require(1 <= self.port <= 65535, "port", "from 1 to 65535")
+        for key in ("max_new_tokens", "max_batch", "max_waiting"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("temperature", "window_ms", "seed"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+
+
+@dataclass(kw_only=True)
 class EvalConfig(_ModelCommand):
     command: ClassVar[str] = "eval"
     about: ClassVar[str] = "perplexity, reward accuracy, win rate, exact answers, classification, KL"
@@ -741,6 +718,19 @@ class ChatConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class ReportConfig(Config):
+    command: ClassVar[str] = "report"
+    about: ClassVar[str] = "one HTML page of a run, or of several side by side"
+    positional: ClassVar[str] = "runs"
+    runs: list[str] = opt([], "output_dir of each run, or of a pipeline")
+    output: str = opt("", "the page; empty: report.html in the first run's folder")
+
+    def check(self) -> None:
+        if not self.runs:
+            raise ConfigError("there is no run to report; name its output_dir: dschat report runs/quickstart")
+
+
+@dataclass(kw_only=True)
 class DoctorConfig(Config):
     command: ClassVar[str] = "doctor"
     about: ClassVar[str] = "what runs on this machine, what does not, and why"
@@ -749,7 +739,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, ChatConfig),
+    *(EvalConfig, ReportConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 
@@ -757,21 +747,22 @@ COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 # ---------------------------------------------------------------------------------------- reading and writing
 
 
-def canonical(cls: type[Config], key: str, where: str) -> str | None:
-    """The field that `key` means in `cls`; None for a name that is ignored. Raises ConfigError for an
-    unknown one.
+def resolve(cls: type[Config], key: str, value: Any, where: str) -> tuple[str, Any] | None:
+    """The field of `cls` that `key` means and its value there; None for what is ignored. Raises ConfigError for
+    an unknown or refused key.
     """
     known = field_types(cls)
     name = key.replace("-", "_")
+    flag = FLAGS.get(name)
     if name in known:
-        return name
-    if name in ALIASES and ALIASES[name] in known:
-        return ALIASES[name]
-    if name in IGNORED:
-        warnings.warn(f"{key} has no effect: {IGNORED[name]}", stacklevel=4)
+        return name, deepspeed_chat.translate(flag, value) if flag is not None else value
+    if flag is not None and flag.to in known:
+        return flag.to, deepspeed_chat.translate(flag, value)
+    if flag is not None and (flag.note or deepspeed_chat.text_of(value) in flag.harmless):
+        warnings.warn(f"{key} has no effect: {flag.note or 'that is so here anyway'}", stacklevel=4)
         return None
-    if name in NOT_HERE:
-        raise ConfigError(f"{key} in {where} is not supported: {NOT_HERE[name]}")
+    if flag is not None and flag.instead:
+        raise ConfigError(f"{key} in {where} is not supported: {flag.instead}")
     near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
@@ -780,12 +771,13 @@ def canonical(cls: type[Config], key: str, where: str) -> str | None:
 def _rename(cls: type[Config], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in values.items():
-        name = canonical(cls, str(key), where)
-        if name is None:
+        found = resolve(cls, str(key), value, where)
+        if found is None:
             continue
+        name, own = found
         if name in out:
             raise ConfigError(f"{key!r} in {where} sets {name}, which is set already; keep one of the two")
-        out[name] = value
+        out[name] = own
     return out
 
 
@@ -871,6 +863,7 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
     if not flags:
         return build(cls, values, where)
     values = _rename(cls, values, where)
+    given: dict[str, str] = {}
     for flag, value in flags.items():
         if "." in flag:
             stage, _, key = flag.partition(".")
@@ -883,14 +876,19 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
                 raise ConfigError(
                     f"--{flag} names a stage {stage!r}, but the stages of dschat {cls.command} are: {stages}"
                 )
-            name = canonical(inner, key, f"the flags of {stage}")
-            if name is not None:
+            found = resolve(inner, key, value, f"the flags of {stage}")
+            if found is not None:
                 section = values.get(stage) or {}
-                values[stage] = {**_rename(inner, section, f"{stage} of {where}"), name: value}
+                values[stage] = {**_rename(inner, section, f"{stage} of {where}"), found[0]: found[1]}
         else:
-            name = canonical(cls, flag, "the flags")
-            if name is not None:
-                values[name] = value
+            found = resolve(cls, flag, value, "the flags")
+            if found is not None:
+                if found[0] in given:
+                    raise ConfigError(
+                        f"--{flag} and --{given[found[0]]} both set {found[0]}; keep one of the two"
+                    )
+                given[found[0]] = flag
+                values[found[0]] = found[1]
     return build(cls, values, f"{path} and the flags" if path else "the flags")
 
 
@@ -961,7 +959,8 @@ def usage(cls: type[Config]) -> str:
     lines = [
         f"dschat {cls.command}: {cls.about}",
         "",
-        f"usage: dschat {cls.command} [--config FILE] [--key value ...]",
+        f"usage: dschat {cls.command}{f' {cls.positional.upper()}' if cls.positional else ''}"
+        " [--config FILE] [--key value ...]",
         "",
     ]
     rows = []

@@ -75,7 +75,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
                 set_lr(optimizer, values["lr"])
                 values["grad_norm"] = engine.step(config.max_grad_norm or None)
-            run.check_finite(values["grad_norm"], "gradient", step + 1)
+            run.check_finite(values["grad_norm"], "gradient", step + 1, [train_set[i] for i in rows])
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(engine, reference, eval_set, encoder.pad_id, config)

@@ -404,6 +404,8 @@ def train(
         train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
         eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
 
+        if config.reference:
+            require_same_tokenizer(config.reference, tokenizer)
         dtype = models.pick_dtype(config.dtype)
         policy = model or models.load_policy(config.model, dtype)
         reference = None
@@ -411,8 +413,6 @@ def train(
             frozen = (
                 models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
             )
-            if config.reference:
-                require_same_tokenizer(config.reference, tokenizer)
             reference = HybridEngine(frozen.requires_grad_(False))
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)

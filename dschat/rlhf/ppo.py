@@ -46,8 +46,9 @@ class PPO(online.Trainer):
         self.critic = critic
         self.critic_parameters = [p for p in critic.module.parameters() if p.requires_grad]
         self.critic_optimizer = make_optimizer(
-            critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate
-        )
+            critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
+            config.critic_weight_decay,
+        )  # fmt: skip
 
     @classmethod
     def build(

@@ -64,7 +64,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
                         values[name] += float(found[name]) * len(piece) / len(examples)
                 values["grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
-                run.check_finite(values["grad_norm"], "gradient", step + 1)
+                run.check_finite(values["grad_norm"], "gradient", step + 1, examples)
                 set_lr(optimizer, values["lr"])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

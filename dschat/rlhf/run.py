@@ -17,7 +17,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .. import config as configs
 from ..config import ConfigError, StageConfig
-from . import checkpoint
+from . import checkpoint, data
 from .metrics import Metrics, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept, never what is computed.
@@ -76,18 +76,24 @@ def learning_rate(config: StageConfig, peak: float, step: int, total: int) -> fl
 
 
 def make_optimizer(
-    module: nn.Module, config: StageConfig, lr: float, lora_lr: float | None = None
+    module: nn.Module,
+    config: StageConfig,
+    lr: float,
+    lora_lr: float | None = None,
+    weight_decay: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of a module.
 
     Biases and norms (everything with one dimension) do not decay. lora_lr: peak of the adapter's matrices, if
-    it differs from `lr`; a group's `lr_scale` keeps the ratio while a schedule moves both.
+    it differs from `lr`; a group's `lr_scale` keeps the ratio while a schedule moves both. weight_decay: None is
+    the config's.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             scale = lora_lr / lr if lora_lr is not None and lr and "lora_" in name else 1.0
-            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            decay = config.weight_decay if weight_decay is None else weight_decay
+            decay = decay if parameter.dim() > 1 else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
     if not groups:
         raise ConfigError("no parameter is trainable; set lora_r, or 0 to train all weights")
@@ -250,19 +256,25 @@ class Run:
         every = self.config.eval_every
         return step == total or bool(every and step % every == 0)
 
-    def check_finite(self, value: float, what: str, step: int) -> None:
-        """Stop before anything is saved when training has blown up."""
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"
-            )
+    def check_finite(self, value: float, what: str, step: int, rows: Sequence[data.Example] = ()) -> None:
+        """Stop before a checkpoint is written when training has blown up; `rows`, those of the step, are kept."""
+        if math.isfinite(value):
+            return
+        where = ""
+        if rows:
+            kept = [{"where": e.where, "prompt_ids": e.prompt_ids, "answers": e.answers} for e in rows]
+            where = f"; the batch is in {self.save_failed(step, {}, {'rows': kept})}"
+        raise ConfigError(
+            f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate{where}"
+        )
 
     def save_failed(self, step: int, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> Path:
         """Keep what a step failed on, for replay: `failed-step-000003/` with tensors and texts."""
         where = self.folder / f"failed-step-{step:06d}"
         with checkpoint.atomic_folder(where) as temporary:
             plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            save_file(plain, temporary / "batch.safetensors")
+            if plain:
+                save_file(plain, temporary / "batch.safetensors")
             content = {"step": step, "stage": self.stage, **texts}
             (temporary / "batch.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return where

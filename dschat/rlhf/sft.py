@@ -51,7 +51,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(optimizer, lr)
                 norm = engine.step(config.max_grad_norm or None)
-            run.check_finite(norm, "gradient", step + 1)
+            run.check_finite(norm, "gradient", step + 1, examples)
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):

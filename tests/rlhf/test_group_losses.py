@@ -22,7 +22,7 @@ def rows_of(d, x):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "others"])
 def test_group_advantages(baseline, scale):
-    """checklist 2.3: vectorised = loop, with answers that have no score, a flat group and a group of one."""
+    """Checklist 2.3: vectorised = loop, with answers that have no score, a flat group and a group of one."""
     g = torch.Generator().manual_seed(7)
     scores = torch.randn(5, 4, generator=g, dtype=F64)
     valid = torch.ones(5, 4, dtype=torch.bool)

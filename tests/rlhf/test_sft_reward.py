@@ -107,8 +107,8 @@ def test_sft_learns_and_loads(base, tmp_path):
 
 
 def test_reward_learns_is_normalised_and_loads(base, tmp_path):
-    """checklist 2.1 #20: scores of training answers have mean 0 and deviation 1 after the stored ones are
-    taken out.
+    """checklist 2.1 #20; 2.2 reward 3, 2.2 plus 4: scores of training answers have mean 0 and
+    deviation 1 after the stored ones are taken out.
     """
     result = run("reward", base, lora_r=4, learning_rate=1e-2, epochs=4, eval_data=base["data"])
     assert result["eval_accuracy"] == 1.0 and result["eval_loss"] < 0.3 and result["eval_pairs"] == 12
@@ -204,10 +204,13 @@ def test_bad_settings(base, tmp_path):
     with pytest.raises(ConfigError, match="data is empty; name at least one file"):
         run("sft", base, data=[])
     with pytest.raises(
-        ConfigError, match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate"
+        ConfigError,
+        match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate; the batch is in",
     ):
         run("sft", base, learning_rate=1e30, output_dir=str(tmp_path / "nan"))
     assert latest(tmp_path / "nan" / "checkpoints").name == "step-000001", "the broken weights are not saved"
+    kept = json.loads((tmp_path / "nan" / "failed-step-000002" / "batch.json").read_text())
+    assert len(kept["rows"]) == 4 and all("pairs.jsonl line" in row["where"] for row in kept["rows"])
 
 
 @pytest.mark.parametrize(
