@@ -225,7 +225,7 @@ class PackedNorm:
 
 
 @dataclass
-class _Group:
+class Group:
     """Projections that share one pack."""
 
     specs: list[LinearSpec]
@@ -327,7 +327,7 @@ class Decoder:
         self.plan = make_plan(spec)
         self.epoch = 0
         self.norms = {n: PackedNorm(s, width, self.dtype) for n, s, width in _named_norms(spec)}
-        self._groups = {n: _Group(specs, gated) for n, specs, gated in _named_groups(spec)}
+        self.groups = {n: Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
         self.embed_table = self.position_table = torch.empty(0)
@@ -343,14 +343,14 @@ class Decoder:
 
     def packed(self, name: str) -> PackedLinear:
         """The pack called `name` in the plan ("layers.0.qkv", "lm_head", ...)."""
-        pack = self._groups[name].packed
+        pack = self.groups[name].packed
         assert pack is not None, "refresh() first"
         return pack
 
     @property
     def packed_bytes(self) -> int:
         """Bytes that the packs take beside the model's own weights."""
-        return sum(g.packed.nbytes for g in self._groups.values() if g.packed is not None)
+        return sum(g.packed.nbytes for g in self.groups.values() if g.packed is not None)
 
     def refresh(self) -> RefreshStats:
         """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
@@ -365,15 +365,15 @@ class Decoder:
         start = time.perf_counter()
         stats = RefreshStats()
         digests = _Digests(stats)
-        parts = {name: group.resolve(name) for name, group in self._groups.items()}
-        for name, group in self._groups.items():
+        parts = {name: group.resolve(name) for name, group in self.groups.items()}
+        for name, group in self.groups.items():
             shapes = [tuple(p.weight.shape) for p in parts[name]]
             if group.packed is not None and shapes != group.packed.shapes:
                 raise Unsupported(
                     f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
                 )
         with torch.no_grad():
-            for name, group in self._groups.items():
+            for name, group in self.groups.items():
                 self._refresh_group(group, parts[name], digests, stats)
             for name, norm in self.norms.items():
                 key = digests.of(norm.spec.sources())
@@ -390,7 +390,7 @@ class Decoder:
         return stats
 
     def _refresh_group(
-        self, group: _Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
+        self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
     ) -> None:
         key = (
             digests.of(t for p in parts for t in p.tensors()),

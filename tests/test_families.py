@@ -165,7 +165,8 @@ UNKNOWN: dict[str, tuple[type, dict[str, Any], str, set[str]]] = {
     "mixture of experts": (transformers.MixtralConfig, {"num_local_experts": 2}, "MixtralModel", {"rms_norm"}),
     "shared experts": (
         transformers.Qwen2MoeConfig,
-        {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
         "Qwen2MoeModel",
         {"rms_norm", "gated_act"},
     ),
