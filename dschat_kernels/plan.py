@@ -333,7 +333,9 @@ class Decoder:
         self.embed_table = self.position_table = torch.empty(0)
         self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi)
         self.ropes: list[tuple[Tensor, Tensor]] = []
-        index = {id(rope): i for i, rope in enumerate(spec.ropes())}
+        self.limit = spec.position_limit()
+        self._rope_specs = spec.ropes()
+        index = {id(rope): i for i, rope in enumerate(self._rope_specs)}
         self._rope_of = [None if layer.rope is None else index[id(layer.rope)] for layer in spec.layers]
         self.executor: NativeExecutor | PythonExecutor = (
             NativeExecutor(self) if self.backend == "cpu" else PythonExecutor(self)
@@ -425,7 +427,7 @@ class Decoder:
 
     def rope_tables(self, positions: int) -> list[tuple[Tensor, Tensor]]:
         """cos and sin, float32 [>= positions, rotary_dim / 2], of each of `spec.ropes()`; grown by powers of two."""
-        ropes = self.spec.ropes()
+        ropes = self._rope_specs
         if ropes and (not self.ropes or self.ropes[0][0].shape[0] < positions):
             size = 1 << max(9, (positions - 1).bit_length())
             self.ropes = [rope.tables(size) for rope in ropes]
@@ -523,13 +525,12 @@ class Decoder:
         if slots.min() < 0 or slots.max() >= cache.num_slots:
             bad = int(slots.min() if slots.min() < 0 else slots.max())
             raise ValueError(f"slot {bad} does not exist: the cache has slots 0 to {cache.num_slots - 1}.")
-        check_length(spec, int((cache._lengths[slots] + lens).max()))
+        check_length(self.limit, int((cache._lengths[slots] + lens).max()))
         return ids
 
 
-def check_length(spec: DecoderSpec, longest: int) -> None:
-    """Raises ValueError for a row that the model's positions do not reach."""
-    limit = spec.position_limit()
+def check_length(limit: tuple[int, str] | None, longest: int) -> None:
+    """Raises ValueError for a row beyond `DecoderSpec.position_limit()`."""
     if limit is None or longest <= limit[0]:
         return
     because = f" ({limit[1]})" if limit[1] else ""

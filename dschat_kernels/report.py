@@ -171,8 +171,8 @@ class _Costs:
             self.reads[name] = self.reads.get(name, 0.0) + sum(4 * t.numel() for t in norm.sources())
         for table in (decoder.spec.embed, decoder.spec.positions):
             if table is not None:
-                weight: Any = table.weight
-                self.reads[names.get(id(table), "")] = weight.shape[1] * size
+                rows: Any = table.weight
+                self.reads[names.get(id(table), "")] = rows.shape[1] * size
 
     def fill(self, entry: Entry) -> Entry:
         packs, reads = (round(costs.get(entry.module, 0.0)) for costs in (self.packs, self.reads))
