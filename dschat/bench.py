@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dschat_kernels.backends import backends
+from dschat_kernels.backends import backends, read_bandwidth
 
 from .engine import HybridEngine, SamplingConfig
 
@@ -91,12 +91,6 @@ class GenerateReport:
                 f"| {hf} | {ratio} | {prefill} | {decode} | {r.decode_gb_per_s:.1f} | {100 * r.bandwidth_share:.0f} % |"
             )
         return "\n".join(lines)
-
-
-def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes a second that summing 256 MiB of float32 reads, all threads; the best of some runs."""
-    data = torch.ones(64 * 2**20)
-    return max(data.numel() * 4 / _seconds(data.sum) for _ in range(repeats))
 
 
 def generate(

@@ -11,6 +11,7 @@ cuda       no    -       -        CUDA kernels are not in this version; use cpu 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,3 +97,26 @@ def _cpu(compile: bool = True) -> Backend:
 def _missing(name: str) -> Backend:
     title = {"triton": "Triton", "cuda": "CUDA"}[name]
     return Backend(name, False, f"{title} kernels are not in this version; use cpu or reference.")
+
+
+_bandwidth: float | None = None
+
+
+def read_bandwidth(repeats: int = 5) -> float:
+    """Bytes a second that summing 256 MiB of float32 reads, all threads; the best of some runs."""
+    import torch
+
+    global _bandwidth
+    data = torch.ones(64 * 2**20)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    _bandwidth = data.numel() * 4 / min(times)
+    return _bandwidth
+
+
+def known_bandwidth() -> float | None:
+    """What `read_bandwidth` gave last in this process, or None."""
+    return _bandwidth

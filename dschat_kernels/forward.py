@@ -105,7 +105,7 @@ def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int
             "begin with 0, never fall, end with the number of tokens."
         )
     longest = int(lengths.max()) if lengths.numel() else 0
-    check_length(spec, longest)
+    check_length(spec.position_limit(), longest)
     return longest
 
 

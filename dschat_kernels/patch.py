@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,77 +29,11 @@ from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
 from .ops._common import DTYPES, resolve_backend
+from .report import Entry, Report, make_report
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
 _MARK = "_dschat_patch"  # in the instance dictionary of a patched model; never copied or pickled
-
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One module: `status` is "patched" (its class was swapped), "decoder" (transformers' module in training,
-    part of the fused decoder in generate) or "left" (transformers' everywhere)."""
-
-    module: str
-    kind: str
-    status: Literal["patched", "decoder", "left"]
-    op: str = ""
-    backend: str = ""
-    reason: str = ""
-
-
-@dataclass
-class Report:
-    """What a patch did to every module. `notes` are forwards that went to transformers since, each said
-    once."""
-
-    model: str
-    active: bool
-    backend: str
-    decoder: str
-    entries: list[Entry]
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, as for JSON."""
-        return asdict(self)
-
-    def count(self, status: str) -> int:
-        return sum(entry.status == status for entry in self.entries)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.model}: {'patched' if self.active else 'patch undone'}, backend {self.backend}",
-            f"generate and forwards without gradients: {self.decoder}",
-        ]
-        rows = [("module", "count", "class", "status", "op or reason")]
-        for (pattern, kind, status, text), names in self._grouped().items():
-            rows.append((pattern, str(len(names)), kind, status, text))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        for row in rows:
-            lines.append(
-                "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-            )
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def _grouped(self) -> dict[tuple[str, str, str, str], list[str]]:
-        """Modules that differ in numbers only share a line."""
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
-        for e in self.entries:
-            text = f"{e.op} ({e.backend})" if e.backend else e.op
-            text = ": ".join(part for part in (text, e.reason) if part)
-            key = (
-                re.sub(r"(?<=\.)\d+(?=\.|$)", "*", e.module),
-                e.kind,
-                e.status,
-                re.sub(r"\.\d+\.", ".*.", text),
-            )
-            groups.setdefault(key, []).append(e.module)
-        return groups
 
 
 # ------------------------------------------------------------------------------------------ class swap
@@ -440,14 +373,20 @@ class Patch:
         """Whether the kernels are in."""
         return self._marked is not None
 
-    def report(self) -> Report:
-        """Every module: patched with what, or left alone and why."""
-        return Report(
-            model=original_class(self.model).__name__,
+    def report(self, *, measure: bool = False) -> Report:
+        """Every module: patched with what, or left alone and why; bytes of packs and of a decode step.
+
+        measure: read the machine's memory bandwidth (about a second, once a process) for the expected time of a
+        decode step. Without it the time is there only if it was measured before.
+        """
+        return make_report(
+            self.model,
+            self._entries,
+            self.fused.decoder if self.fused is not None else None,
+            measure,
             active=self.active,
             backend=self._resolved,
             decoder=self._decoder_reason,
-            entries=list(self._entries),
             notes=list(self._notes),
         )
 

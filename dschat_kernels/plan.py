@@ -225,7 +225,7 @@ class PackedNorm:
 
 
 @dataclass
-class _Group:
+class Group:
     """Projections that share one pack."""
 
     specs: list[LinearSpec]
@@ -327,13 +327,15 @@ class Decoder:
         self.plan = make_plan(spec)
         self.epoch = 0
         self.norms = {n: PackedNorm(s, width, self.dtype) for n, s, width in _named_norms(spec)}
-        self._groups = {n: _Group(specs, gated) for n, specs, gated in _named_groups(spec)}
+        self.groups = {n: Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
         self.embed_table = self.position_table = torch.empty(0)
         self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi)
         self.ropes: list[tuple[Tensor, Tensor]] = []
-        index = {id(rope): i for i, rope in enumerate(spec.ropes())}
+        self.limit = spec.position_limit()
+        self._rope_specs = spec.ropes()
+        index = {id(rope): i for i, rope in enumerate(self._rope_specs)}
         self._rope_of = [None if layer.rope is None else index[id(layer.rope)] for layer in spec.layers]
         self.executor: NativeExecutor | PythonExecutor = (
             NativeExecutor(self) if self.backend == "cpu" else PythonExecutor(self)
@@ -343,14 +345,14 @@ class Decoder:
 
     def packed(self, name: str) -> PackedLinear:
         """The pack called `name` in the plan ("layers.0.qkv", "lm_head", ...)."""
-        pack = self._groups[name].packed
+        pack = self.groups[name].packed
         assert pack is not None, "refresh() first"
         return pack
 
     @property
     def packed_bytes(self) -> int:
         """Bytes that the packs take beside the model's own weights."""
-        return sum(g.packed.nbytes for g in self._groups.values() if g.packed is not None)
+        return sum(g.packed.nbytes for g in self.groups.values() if g.packed is not None)
 
     def refresh(self) -> RefreshStats:
         """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
@@ -365,15 +367,15 @@ class Decoder:
         start = time.perf_counter()
         stats = RefreshStats()
         digests = _Digests(stats)
-        parts = {name: group.resolve(name) for name, group in self._groups.items()}
-        for name, group in self._groups.items():
+        parts = {name: group.resolve(name) for name, group in self.groups.items()}
+        for name, group in self.groups.items():
             shapes = [tuple(p.weight.shape) for p in parts[name]]
             if group.packed is not None and shapes != group.packed.shapes:
                 raise Unsupported(
                     f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
                 )
         with torch.no_grad():
-            for name, group in self._groups.items():
+            for name, group in self.groups.items():
                 self._refresh_group(group, parts[name], digests, stats)
             for name, norm in self.norms.items():
                 key = digests.of(norm.spec.sources())
@@ -390,7 +392,7 @@ class Decoder:
         return stats
 
     def _refresh_group(
-        self, group: _Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
+        self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
     ) -> None:
         key = (
             digests.of(t for p in parts for t in p.tensors()),
@@ -425,7 +427,7 @@ class Decoder:
 
     def rope_tables(self, positions: int) -> list[tuple[Tensor, Tensor]]:
         """cos and sin, float32 [>= positions, rotary_dim / 2], of each of `spec.ropes()`; grown by powers of two."""
-        ropes = self.spec.ropes()
+        ropes = self._rope_specs
         if ropes and (not self.ropes or self.ropes[0][0].shape[0] < positions):
             size = 1 << max(9, (positions - 1).bit_length())
             self.ropes = [rope.tables(size) for rope in ropes]
@@ -523,13 +525,12 @@ class Decoder:
         if slots.min() < 0 or slots.max() >= cache.num_slots:
             bad = int(slots.min() if slots.min() < 0 else slots.max())
             raise ValueError(f"slot {bad} does not exist: the cache has slots 0 to {cache.num_slots - 1}.")
-        check_length(spec, int((cache._lengths[slots] + lens).max()))
+        check_length(self.limit, int((cache._lengths[slots] + lens).max()))
         return ids
 
 
-def check_length(spec: DecoderSpec, longest: int) -> None:
-    """Raises ValueError for a row that the model's positions do not reach."""
-    limit = spec.position_limit()
+def check_length(limit: tuple[int, str] | None, longest: int) -> None:
+    """Raises ValueError for a row beyond `DecoderSpec.position_limit()`."""
     if limit is None or longest <= limit[0]:
         return
     because = f" ({limit[1]})" if limit[1] else ""

@@ -138,10 +138,13 @@ class TestCaches:
     def test_transformers_continues_from_a_fused_prefill(self, name: str) -> None:
         """Attentions are asked for in the middle: its own code must find the keys and values it would have made."""
         model, first, rest = build(name), ids(9), ids(4)
-        past = model(first, use_cache=True).past_key_values
+        plain = model(first, use_cache=True)
+        past = plain.past_key_values
         theirs = model(rest, past_key_values=past, output_attentions=True).logits
         with dk.patch(build(name), strict=True) as patch:
-            past = patch.model(first, use_cache=True).past_key_values
+            fused = patch.model(first, use_cache=True)
+            assert type(fused) is type(plain)
+            past = fused.past_key_values
             assert not patch.report().notes
             ours = patch.model(rest, past_key_values=past, output_attentions=True).logits
             assert "output_attentions was given" in patch.report().notes[0]
@@ -165,7 +168,8 @@ UNKNOWN: dict[str, tuple[type, dict[str, Any], str, set[str]]] = {
     "mixture of experts": (transformers.MixtralConfig, {"num_local_experts": 2}, "MixtralModel", {"rms_norm"}),
     "shared experts": (
         transformers.Qwen2MoeConfig,
-        {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
         "Qwen2MoeModel",
         {"rms_norm", "gated_act"},
     ),

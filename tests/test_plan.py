@@ -249,11 +249,11 @@ def changes(decoder: Decoder, model: Any) -> int:
 def test_refresh_sees_every_kind_of_change_and_nothing_else() -> None:
     model = build("llama-bias")
     decoder = decoder_of(model)
-    total = len(decoder._groups) + len(decoder.norms) + 1
+    total = len(decoder.groups) + len(decoder.norms) + 1
     assert decoder.refresh().total == total
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     q = attention.q_proj.weight
-    pointers = {name: g.packed.panels.data_ptr() for name, g in decoder._groups.items()}  # type: ignore[union-attr]
+    pointers = {name: g.packed.panels.data_ptr() for name, g in decoder.groups.items()}  # type: ignore[union-attr]
 
     q.data += 0.5
     assert changes(decoder, model) == 1
@@ -281,7 +281,7 @@ def test_refresh_sees_every_kind_of_change_and_nothing_else() -> None:
     optimizer.step()
     assert q._version == version  # a fused step goes past the version counter
     assert changes(decoder, model) == total - 1
-    assert pointers == {n: g.packed.panels.data_ptr() for n, g in decoder._groups.items()}  # type: ignore[union-attr]
+    assert pointers == {n: g.packed.panels.data_ptr() for n, g in decoder.groups.items()}  # type: ignore[union-attr]
 
 
 def test_refresh_of_tied_head_and_embedding() -> None:

@@ -46,6 +46,12 @@ def describe(model: Any) -> DecoderSpec:
         raise Unsupported(
             f"config.is_encoder_decoder=True: {parts.class_name(inner)} is not a decoder-only model"
         )
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            raise Unsupported(
+                f"config.{part} is set: {parts.class_name(inner)} takes more than text, and only decoders of text are "
+                "fused (load the text model by itself)"
+            )
     if getattr(inner, "_use_kernels", False):
         raise Unsupported(
             "the model was loaded with use_kernels=True, which rewrites forwards at every train() or eval(); "

@@ -201,6 +201,12 @@ class DecoderSpec:
             limits.append((self.max_positions, ""))
         return min(limits, default=None)
 
+    @property
+    def context(self) -> int:
+        """How many tokens a row should have at most: the trained context, or less where positions end before."""
+        limit = self.position_limit()
+        return self.max_positions if limit is None else min(self.max_positions, limit[0])
+
     def norms(self) -> list[NormSpec]:
         """Every norm, in the order of execution."""
         found = [self.embed_norm] if self.embed_norm is not None else []
