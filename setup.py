@@ -81,9 +81,19 @@ class CompileKernels(build_ext):
 
 
 serve = ["fastapi", "uvicorn"]
-triton = ["triton; platform_system == 'Linux'"]
+triton = ["triton>=3.9; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
-dev = ["hypothesis", "mypy", "psutil", "pytest", "pytest-benchmark", "ruff", "scipy", "setuptools>=77"]
+dev = [
+    "hypothesis",
+    "mypy",
+    "psutil",
+    "pytest",
+    "pytest-benchmark",
+    "ruff",
+    "scipy",
+    "setuptools>=77",
+    *triton,
+]
 
 setup(
     name="dschat",

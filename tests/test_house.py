@@ -81,6 +81,8 @@ def test_imports_run_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_extras_are_imported_where_they_are_used(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path, top_level=True)}
+    if path.parent == REPO / "dschat_kernels" / "triton" and path.name != "__init__.py":
+        roots.discard("triton")  # kernels are written in it, and imported when a call needs them
     assert not roots & {"deepspeed", "triton", "fastapi", "uvicorn"}
 
 

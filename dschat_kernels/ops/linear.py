@@ -23,8 +23,10 @@ from dschat_kernels.ops._common import (
     check_choice,
     check_device,
     check_tensor,
+    implementation,
     kernels,
     ptr,
+    register,
     resolve_backend,
 )
 from dschat_kernels.ops.bias_act import bias_act_reference
@@ -81,11 +83,12 @@ def linear(
         not float_output or (activation == "none" and residual is None and not packed.gated),
         "linear: float_output returns the bare sums; give it without activation, residual or gate.",
     )
-    if resolve_backend("linear", backend, x) == "reference" or packed.panels is None:
+    backend = resolve_backend("linear", backend, x)
+    if backend == "reference" or packed.panels is None:
         return linear_reference(
             x, packed, activation=activation, residual=residual, float_output=float_output
         )
-    return torch.ops.dschat.linear(
+    return implementation("linear", backend, x)(
         x, packed.panels, packed.bias, packed.n, packed.k, packed.gated, activation, residual, float_output
     )
 
@@ -175,5 +178,4 @@ def _forward_fake(
     return torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype, device=x.device)
 
 
-LIBRARY.impl("linear", _forward_cpu, "CPU")
-torch.library.register_fake("dschat::linear", _forward_fake, lib=LIBRARY)
+register("linear", _forward_cpu, _forward_fake)
