@@ -92,7 +92,7 @@ dev = [
     "ruff",
     "scipy",
     "setuptools>=77",
-    *triton,
+    "triton>=3.9; platform_system == 'Linux'",
 ]
 
 setup(
