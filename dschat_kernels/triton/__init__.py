@@ -29,6 +29,10 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "bias_act": ("bias_act", "bias_act_backward"),
     "gated_act": ("gated_act", "gated_act_backward"),
     "rope_append": ("rope", "rope_append"),
+    "attention": ("attention", "packed_attention", "packed_attention_backward"),
+    "attention_decode": ("attention_decode",),
+    "linear": ("linear",),
+    "lora_linear": ("lora_linear", "fuse_lora"),
 }
 """Ops by the module (here and in `ops`) that has them; each is a function of that name."""
 

@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close_to_fp64, check_gradients, non_contiguous
-from paged import same_bits
+from paged import Batch, cumulative, int_tensor, make_batch, same_bits
 from torch import Tensor
 
-from dschat_kernels.ops import bias_act, gated_act, layer_norm, rms_norm, rope_append
-from dschat_kernels.ops._common import ACTIVATIONS
+from dschat_kernels.ops import (
+    attention,
+    attention_decode,
+    bias_act,
+    gated_act,
+    layer_norm,
+    linear,
+    lora_linear,
+    rms_norm,
+    rope_append,
+)
+from dschat_kernels.ops._common import ACTIVATIONS, native
+from dschat_kernels.packing import PackedLinear, ResolvedLinear
 from dschat_kernels.triton._rows import ROWS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -207,3 +218,202 @@ def test_rope_append(heads: int, kv_heads: int, dim: int, style: str, dtype: tor
         )
     assert same_bits(outs[0], outs[1])
     assert same_bits(caches[0].k, caches[1].k) and same_bits(caches[0].v, caches[1].v)
+
+
+# ----------------------------------------------------------------------------------------------------- linear
+
+
+def part(n: int, k: int, dtype: torch.dtype, bias: bool = True) -> ResolvedLinear:
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    return ResolvedLinear(weight, torch.randn(n).to(dtype) if bias else None, ())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 1, 1), (3, 31, 7), (65, 65, 64), (2, 130, 65), (0, 5, 3), (33, 33, 129)]
+)
+def test_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    x, p = torch.randn(rows, k).to(dtype), part(n, k, dtype)
+    packed = PackedLinear.from_parts([p], dense=True)
+    y = linear.linear(x, packed, backend="triton")
+    exact = x.double() @ p.weight.double().t() + p.bias.double()
+    assert_close_to_fp64(y, exact, torch.nn.functional.linear(x, p.weight, p.bias))
+    logits = linear.linear(x, packed, float_output=True, backend="triton")
+    assert logits.dtype == torch.float32
+    assert_close_to_fp64(
+        logits, exact, torch.nn.functional.linear(x.float(), p.weight.float(), p.bias.float())
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
+def test_fused_epilogues_have_the_bits_of_separate_ops(activation: str, dtype: torch.dtype) -> None:
+    parts = [part(83, 40, dtype, bias) for bias in (True, False)]
+    x, residual = torch.randn(9, 40).to(dtype), torch.randn(9, 83).to(dtype)
+    gate, up = (PackedLinear.from_parts([p], dense=True) for p in parts)
+    z = linear.linear(x, gate, backend="triton")
+    fused = linear.linear(x, gate, activation=activation, residual=residual, backend="triton")
+    assert torch.equal(fused, residual + bias_act.bias_act(z, None, activation, backend="triton"))
+    pair = PackedLinear.from_parts(parts, gated=True, dense=True)
+    gated = linear.linear(x, pair, activation=activation, backend="triton")
+    other = linear.linear(x, up, backend="triton")
+    assert torch.equal(gated, gated_act.gated_act(z, other, activation, backend="triton"))
+    for ours, alone in zip(linear.linear_sums(x, pair, "triton"), (z, other), strict=True):
+        assert torch.equal(ours, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows_alone(dtype: torch.dtype) -> None:
+    x, packed = torch.randn(70, 96).to(dtype), PackedLinear.from_parts([part(40, 96, dtype)], dense=True)
+    whole = linear.linear(x, packed, backend="triton")
+    for begin, end in ((0, 1), (3, 5), (10, 69), (69, 70)):
+        assert same_bits(linear.linear(x[begin:end], packed, backend="triton"), whole[begin:end])
+    strided = torch.randn(70, 200).to(dtype)
+    strided[:, 10:106] = x
+    assert same_bits(linear.linear(strided[:, 10:106], packed, backend="triton"), whole)
+
+
+def test_linear_wants_a_dense_pack() -> None:
+    if native() is None:
+        pytest.skip("without the native kernels every pack is dense")
+    packed = PackedLinear.from_weight(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="pack with dense=True"):
+        linear.linear(torch.randn(2, 3), packed, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "rank"), [(1, 1, 1, 1), (5, 33, 70, 8), (40, 20, 31, 17), (0, 3, 3, 2)]
+)
+def test_lora_linear(rows: int, n: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    p = part(n, k, dtype)
+    x, a, b = torch.randn(rows, k).to(dtype), torch.randn(rank, k), torch.randn(n, rank)
+    y = lora_linear.lora_linear(x, p.weight, p.bias, a, b, 0.5, backend="triton")
+    reference = lora_linear.lora_linear_reference
+    wide = [t.double() for t in (x, p.weight, p.bias, a, b)]
+    size = float(wide[3].abs().sum(-1).max() * wide[4].abs().sum(-1).max()) / max(1, k) ** 0.5
+    assert_close_to_fp64(y, reference(*wide, 0.5), reference(x, p.weight, p.bias, a, b, 0.5), size=size)
+    for begin, end in ((0, 1), (rows // 2, rows)):
+        rows_alone = lora_linear.lora_linear(x[begin:end], p.weight, p.bias, a, b, 0.5, backend="triton")
+        assert same_bits(rows_alone, y[begin:end])
+    for weight in (p.weight, p.weight.t().contiguous().t()):
+        fused = lora_linear.fuse_lora(weight, a, b, 0.5, backend="triton")
+        exact = lora_linear.fuse_lora_reference(wide[1], wide[3], wide[4], 0.5)
+        assert_close_to_fp64(fused, exact, lora_linear.fuse_lora_reference(p.weight, a, b, 0.5))
+
+
+def test_lora_linear_gradients() -> None:
+    p = part(20, 31, torch.float32)
+    inputs = {"x": torch.randn(5, 31), "lora_a": torch.randn(8, 31), "lora_b": torch.randn(20, 8)}
+    got = {}
+    for backend in ("triton", "reference"):
+        leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+        y = lora_linear.lora_linear(
+            leaves["x"], p.weight, p.bias, leaves["lora_a"], leaves["lora_b"], 0.5, backend=backend
+        )
+        y.square().sum().backward()
+        got[backend] = {name: t.grad for name, t in leaves.items()}
+    for name in inputs:
+        torch.testing.assert_close(got["triton"][name], got["reference"][name], rtol=1e-4, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.03])
+
+
+def check_attention(batch: Batch, **options: Any) -> Tensor:
+    y = attention.attention(*batch.arguments, backend="triton", **options)
+    arguments = list(batch.arguments)
+    own = attention.attention_reference(*arguments, **options)
+    arguments[:3] = [t.double() for t in arguments[:3]]
+    assert_close_to_fp64(y, attention.attention_reference(*arguments, **options), own)
+    return y
+
+
+ATTENTION_OPTIONS = [
+    {"scale": 0.25},
+    {"scale": 0.25, "window": 33},
+    {"scale": 1.0, "softcap": 10.0},
+    {"scale": 0.25, "alibi_slopes": SLOPES},
+    {"scale": 0.3, "window": 300, "softcap": 3.0, "alibi_slopes": SLOPES},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTION_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(options: dict[str, Any], dtype: torch.dtype) -> None:
+    batch = make_batch([5, 0, 1, 70], [200, 3, 257, 70], 4, 2, 20, dtype)
+    check_attention(batch, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (5, 1, 1), (40, 1, 130)])
+def test_attention_shapes(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    check_attention(make_batch([2, 3], [66, 3], heads, kv_heads, dim, dtype), scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 255, 256, 257, 513])
+def test_attention_lengths(keys: int) -> None:
+    """One, and around pages and chunks; prefill is decode bit for bit, whole or split."""
+    batch = make_batch([1, min(keys, 3)], [keys, keys], 4, 2, 16)
+    options = {"scale": 0.25}
+    y = check_attention(batch, **options)
+    for splits in (None, 1, 3):
+        split = attention_decode.attention_decode(
+            *batch.arguments, num_splits=splits, backend="triton", **options
+        )
+        assert same_bits(split, y)
+
+
+@pytest.mark.parametrize("options", ATTENTION_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_is_decode_bit_for_bit(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The queries of a row at once, one at a time, alone, or in a batch whose other rows come first."""
+    batch = make_batch([9, 0, 2], [300, 5, 270], 4, 2, 20, dtype)
+    q, k_cache, v_cache, table, cu, _ = batch.arguments
+    together = attention.attention(*batch.arguments, backend="triton", **options)
+    whole = attention_decode.attention_decode(*batch.arguments, backend="triton", **options)
+    assert same_bits(whole, together)
+    for row, tokens in ((0, (0, 8)), (2, (0, 1))):
+        begin, end = cu[row : row + 2].tolist()
+        for i in tokens:
+            left = batch.kv_lens[row] - (end - begin) + i + 1
+            alone = (q[begin + i : begin + i + 1], k_cache, v_cache, table[row : row + 1], cumulative([1]))
+            for op in (attention.attention, attention_decode.attention_decode):
+                y = op(*alone, int_tensor([left]), backend="triton", **options)
+                assert same_bits(y, together[begin + i : begin + i + 1])
+
+
+def test_attention_slots_and_memory_of_another_call() -> None:
+    batch = make_batch([1, 2], [700, 300], 4, 2, 24)
+    options = {"scale": 0.3, "softcap": 8.0, "alibi_slopes": SLOPES, "slots": torch.tensor([1, 0])}
+    swapped = (*batch.arguments[:5], torch.tensor([300, 290]))
+    y = attention.attention(*swapped, backend="triton", **options)
+    assert same_bits(attention_decode.attention_decode(*swapped, backend="triton", **options), y)
+    torch.testing.assert_close(y, attention.attention_reference(*swapped, **options))
+
+
+def test_attention_of_nothing() -> None:
+    for lens in ([], [0], [0, 0]):
+        batch = make_batch(lens, [3] * len(lens), 2, 1, 8)
+        for op in (attention.attention, attention_decode.attention_decode):
+            assert op(*batch.arguments, scale=1.0, backend="triton").shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("options", ATTENTION_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_attention(options: dict[str, Any], dtype: torch.dtype) -> None:
+    batch = make_batch([50, 0, 1, 20], [50, 0, 1, 20], 4, 2, 12, dtype)
+    cu = cumulative([50, 0, 1, 20])
+    inputs = {"q": batch.q, "k": torch.cat(batch.k), "v": torch.cat(batch.v)}
+    y = attention.packed_attention(*inputs.values(), cu, backend="triton", **options)
+    assert same_bits(y, attention.attention(*batch.arguments, backend="triton", **options))
+    check_gradients(
+        on_triton(attention.packed_attention),
+        attention.packed_attention_reference,
+        inputs,
+        cu_seqlens=cu,
+        **options,
+    )
