@@ -33,6 +33,8 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "attention_decode": ("attention_decode",),
     "linear": ("linear",),
     "lora_linear": ("lora_linear", "fuse_lora"),
+    "sample": ("sample",),
+    "token_logprobs": ("token_logprobs", "token_logprobs_backward"),
 }
 """Ops by the module (here and in `ops`) that has them; each is a function of that name."""
 

@@ -162,11 +162,12 @@ def shared_arguments(
     """The arguments that prefill and decode share."""
     table, kv_heads = int32(block_table), k_cache.shape[1]
     return {
-        "q": q, "k_cache": k_cache, "v_cache": v_cache, "table": table,
-        "slots": None if slots is None else int32(slots), "bounds": int32(cu_seqlens), "lengths": int32(kv_lens), "slopes": float32(alibi_slopes),
-        "rows": kv_lens.shape[0], "q_stride": q.stride(0), "table_stride": table.stride(0), "kv_heads": kv_heads,
-        "group": q.shape[1] // kv_heads, "dim": q.shape[2], "v_dim": padded_head_dim(q.shape[2]), "scale": scale,
-        "softcap": softcap, "window": window, "CHUNK": CHUNK, "PAGE": PAGE, "LANES": LANES,
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "table": table, "bounds": int32(cu_seqlens),
+        "slots": None if slots is None else int32(slots), "lengths": int32(kv_lens), "rows": kv_lens.shape[0],
+        "slopes": float32(alibi_slopes), "q_stride": q.stride(0), "table_stride": table.stride(0),
+        "kv_heads": kv_heads, "group": q.shape[1] // kv_heads, "dim": q.shape[2],
+        "v_dim": padded_head_dim(q.shape[2]), "scale": scale, "softcap": softcap, "window": window, "CHUNK": CHUNK,
+        "PAGE": PAGE, "LANES": LANES,
     }  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from dschat_kernels.ops import (
     lora_linear,
     rms_norm,
     rope_append,
+    sample,
+    token_logprobs,
 )
 from dschat_kernels.ops._common import ACTIVATIONS, native
 from dschat_kernels.packing import PackedLinear, ResolvedLinear
@@ -417,3 +419,114 @@ def test_packed_attention(options: dict[str, Any], dtype: torch.dtype) -> None:
         cu_seqlens=cu,
         **options,
     )
+
+
+# ----------------------------------------------------------------------------------------------------- sample
+
+
+FILTERS = (
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_p": 0.9},
+    {"top_p": 0.0},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 200, "top_p": 0.5},
+    {"temperature": 1.7, "top_k": 300, "top_p": 0.95, "min_p": 0.01},
+)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The CPU's random numbers and order: the reference's tokens, for every shape of distribution."""
+    cases = {1: (0.0,), 7: (0.0, 1.0), 1030: (0.0, 0.01, 5.0)}
+    for vocab, spreads in cases.items():
+        for spread in spreads:
+            rows = 3
+            logits = (spread * torch.randn(rows, vocab)).to(dtype)
+            logits[1, : vocab // 2] = float("-inf")
+            arguments = {
+                "streams": torch.arange(rows) + 2**40, "positions": torch.arange(rows) * 7 + 3, "seed": 2**61 + 5,
+                **options,
+            }  # fmt: skip
+            tokens, log_probs = sample.sample(logits, backend="triton", **arguments)
+            expected, expected_log_probs = sample.sample_reference(logits, **arguments)
+            assert tokens.tolist() == expected.tolist(), (vocab, spread)
+            torch.testing.assert_close(log_probs, expected_log_probs, rtol=1e-6, atol=3e-6)
+            if native() is not None and dtype != torch.float16:
+                assert torch.equal(tokens, sample.sample(logits, backend="cpu", **arguments)[0])
+            alone = {k: v[1:2] if isinstance(v, Tensor) else v for k, v in arguments.items()}
+            token, log_prob = sample.sample(logits[1:2], backend="triton", **alone)
+            assert token == tokens[1] and same_bits(log_prob, log_probs[1:2])
+
+
+def test_sample_draws_many_numbers() -> None:
+    """As the distribution says: 400 draws from three tokens."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(400, 3)
+    numbers = {"streams": torch.arange(400), "positions": torch.zeros(400).long(), "seed": 3}
+    tokens, _ = sample.sample(logits, backend="triton", **numbers)
+    assert torch.equal(tokens, sample.sample_reference(logits, **numbers)[0])
+    assert (tokens.bincount().float() / 400 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.08
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (float("nan"), "row 1 of logits has a NaN"),
+        (float("inf"), "row 1 of logits"),
+        (float("-inf"), "every logit of row 1"),
+    ],
+)
+def test_sample_bad_rows(bad: float, message: str) -> None:
+    logits = torch.zeros(2, 1100)
+    if bad == float("-inf"):
+        logits[1] = bad
+    else:
+        logits[1, 1050] = bad
+    with pytest.raises(ValueError, match=message):
+        sample.sample(logits, temperature=0.0, backend="triton")
+
+
+# --------------------------------------------------------------------------------------------- token_logprobs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "size", "vocab", "options"),
+    [
+        (3, 17, 1050, {}),
+        (2, 8, 7, {"temperature": 0.7, "logit_softcap": 5.0, "return_entropy": True}),
+        (1, 1, 1, {"return_entropy": True}),
+        (0, 4, 5, {"return_entropy": True}),
+    ],
+)
+def test_token_logprobs(
+    tokens: int, size: int, vocab: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    targets = torch.randint(0, vocab, (tokens,))
+    inputs = {
+        "hidden": torch.randn(tokens, size).to(dtype), "weight": torch.randn(vocab, size).to(dtype),
+        "bias": torch.randn(vocab).to(dtype),
+    }  # fmt: skip
+    check_gradients(
+        on_triton(token_logprobs.token_logprobs), token_logprobs.token_logprobs_reference, inputs, targets=targets,
+        cancelling=float(tokens) ** 0.5 * 4, **options,
+    )  # fmt: skip
+
+
+def test_token_logprobs_are_those_of_sample() -> None:
+    """A rollout's log-probabilities are the training's, bit for bit, in any block of rows."""
+    hidden, weight = torch.randn(4, 24).bfloat16(), torch.randn(1100, 24).bfloat16()
+    logits = linear.linear(
+        hidden, PackedLinear.from_weight(weight, dense=True), float_output=True, backend="triton"
+    )
+    numbers = {"streams": torch.arange(4), "positions": torch.arange(4), "seed": 1, "temperature": 0.8}
+    tokens, expected = sample.sample(logits, backend="triton", **numbers)
+    y = token_logprobs.token_logprobs(hidden, weight, tokens, temperature=0.8, backend="triton")
+    assert same_bits(y, expected)
+    y = token_logprobs.token_logprobs(hidden[2:], weight, tokens[2:], temperature=0.8, backend="triton")
+    assert same_bits(y, expected[2:])
