@@ -27,7 +27,7 @@ ALIGNMENT = 16
 class Config:
     """Block sizes and compile options of a launch. fp_fusion: products and sums may be contracted to one rounding."""
 
-    blocks: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
     fp_fusion: bool = True

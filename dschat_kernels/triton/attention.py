@@ -49,31 +49,30 @@ def fold(m, l, acc, new_m, new_l, new_acc):
 def chunk_sums(
     q, position, slope, begin, end, keys, k_cache, v_cache, pages, head, kv_heads, dim, v_dim, scale, softcap, window,
     M: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """(largest score, sum of weights, weighted values) of the tile q [M, D] over the keys from begin, a multiple of
-    PAGE, to end of one kv head; `keys` are in the cache, `pages` points at the row of the block table."""
+    PAGE, to end of one kv head, STEP at a time; `keys` are in the cache, `pages` points at the row of the block table.
+    """
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
-    at = tl.arange(0, PAGE)
+    at = tl.arange(0, STEP)
     d = tl.arange(0, D)
     k_place = (at // LANES)[None, :] * dim * LANES + d[:, None] * LANES + (at % LANES)[None, :]
     v_place = at[:, None] * v_dim + d[None, :]
-    for start in range(begin, end, PAGE):
+    for start in range(begin, end, STEP):
         page = tl.load(pages + start // PAGE).to(tl.int64) * kv_heads + head
+        place = page * PAGE + start % PAGE  # LANES divides STEP
         there = at < keys - start
-        k = tl.load(
-            k_cache + page * PAGE * dim + k_place, mask=there[None, :] & (d < dim)[:, None], other=0.0
-        )
+        k = tl.load(k_cache + place * dim + k_place, mask=there[None, :] & (d < dim)[:, None], other=0.0)
         s = _scores(q, k, (start + at)[None, :] - position[:, None], slope, scale, softcap, window)
         top = tl.maximum(m, tl.max(s, 1))
         pivot = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp(s - pivot[:, None])
         kept = tl.exp(m - pivot)
         l = l * kept + tl.sum(p, 1)
-        v = tl.load(
-            v_cache + page * PAGE * v_dim + v_place, mask=there[:, None] & (d < dim)[None, :], other=0.0
-        )
+        v = tl.load(v_cache + place * v_dim + v_place, mask=there[:, None] & (d < dim)[None, :], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
         m = top
     return m, l, acc
@@ -97,6 +96,7 @@ def _prefill(
     q, k_cache, v_cache, table, slots, bounds, lengths, slopes, out, rows, q_stride, table_stride, kv_heads, group, dim,
     v_dim, scale, softcap, window,
     M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
     head = tl.program_id(2)
@@ -130,7 +130,7 @@ def _prefill(
             stop = tl.minimum(start + CHUNK, end)
             new_m, new_l, new_acc = chunk_sums(
                 tile, position, slope, start, stop, keys, k_cache, v_cache, pages, head, kv_heads, dim, v_dim,
-                scale, softcap, window, M, D, PAGE, LANES,
+                scale, softcap, window, M, D, PAGE, LANES, STEP,
             )  # fmt: skip
             m, l, acc = fold(m, l, acc, new_m, new_l, new_acc)
         d = tl.arange(0, D)
@@ -142,8 +142,9 @@ def _prefill(
 def tile_config(dtype: torch.dtype, dim: int) -> Config:
     """The tile; one for prefill and decode, which is what makes their bits equal."""
     block = max(16, next_power_of_2(dim))
-    rows = 16 if dtype == torch.float32 or block > 128 else 32
-    return Config({"M": rows, "D": block}, num_warps=4, num_stages=2)
+    if dtype == torch.float32:
+        return Config({"M": 16, "STEP": 16 if block > 128 else 32, "D": block}, num_warps=8, num_stages=2)
+    return Config({"M": 16 if block > 128 else 32, "STEP": PAGE, "D": block}, num_warps=4, num_stages=2)
 
 
 def shared_arguments(
@@ -381,14 +382,14 @@ def packed_attention_backward(
         "v_stride": v.stride(0), "heads": heads, "group": heads // kv_heads, "dim": dim, "scale": scale,
         "softcap": softcap, "window": window,
     }  # fmt: skip
-    tile = Config({"M": 32, "N": 32, "D": max(16, next_power_of_2(dim))}, num_warps=8, num_stages=1)
-    rows, longest = len(cu_seqlens) - 1, int(cu_seqlens.diff().max())
-    blocks = -(-longest // 32)
-    launch(_backward_q, (blocks, rows, heads), {**shared, "dq": dq, "lse_out": lse, "delta_out": delta}, tile)
-    launch(
-        _backward_kv,
-        (blocks, rows, kv_heads),
-        {**shared, "dk": dk, "dv": dv, "lse_in": lse, "delta_in": delta},
-        tile,
+    block = max(16, next_power_of_2(dim))
+    tile = Config(
+        {"M": 16 if q.dtype == torch.float32 else 32, "N": 32, "D": block}, num_warps=8, num_stages=1
     )
+    rows, longest = len(cu_seqlens) - 1, int(cu_seqlens.diff().max())
+    q_blocks, k_blocks = (-(-longest // tile.blocks[name]) for name in ("M", "N"))
+    of_q = {"dq": dq, "lse_out": lse, "delta_out": delta}
+    of_kv = {"dk": dk, "dv": dv, "lse_in": lse, "delta_in": delta}
+    launch(_backward_q, (q_blocks, rows, heads), {**shared, **of_q}, tile)
+    launch(_backward_kv, (k_blocks, rows, kv_heads), {**shared, **of_kv}, tile)
     return dq, dk, dv

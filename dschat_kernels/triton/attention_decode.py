@@ -45,6 +45,7 @@ def _split(
     q, k_cache, v_cache, table, slots, bounds, lengths, slopes, part_m, part_l, part_acc, rows, chunks, q_stride,
     table_stride, kv_heads, group, dim, v_dim, scale, softcap, window,
     M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     token = tl.program_id(1)
@@ -71,7 +72,7 @@ def _split(
         stop = tl.minimum(chunk * CHUNK + CHUNK, here + 1)
         m, l, acc = chunk_sums(
             tile, position, slope, chunk * CHUNK, stop, keys, k_cache, v_cache, pages, head, kv_heads, dim, v_dim,
-            scale, softcap, window, M, D, PAGE, LANES,
+            scale, softcap, window, M, D, PAGE, LANES, STEP,
         )  # fmt: skip
         part = (token.to(tl.int64) * kv_heads * group + q_head) * chunks + chunk
         d = tl.arange(0, D)

@@ -74,17 +74,17 @@ def _append(
         slot = tl.load(slots + token).to(tl.int64)
         page = tl.load(table + slot * table_stride + position // PAGE).to(tl.int64)
         at = position % PAGE
-        head = page * kv_heads + head
-        k_place = (head * (PAGE // LANES) + at // LANES) * dim * LANES + d * LANES + at % LANES
+        block = page * kv_heads + head
+        k_place = (block * (PAGE // LANES) + at // LANES) * dim * LANES + d * LANES + at % LANES
         tl.store(k_cache + k_place, key, mask=inside)
-        tl.store(v_cache + (head * PAGE + at) * v_dim + d, value, mask=inside)
+        tl.store(v_cache + (block * PAGE + at) * v_dim + d, value, mask=inside)
     elif q is not None:
-        head = tl.arange(0, Q_HEADS)[:, None]
+        q_head = tl.arange(0, Q_HEADS)[:, None]
         rotated = _rotated(
-            q + token * q_stride, q_heads, head, d, dim, cos, sin, position, rotary_dim, 1.0, INTERLEAVED
+            q + token * q_stride, q_heads, q_head, d, dim, cos, sin, position, rotary_dim, 1.0, INTERLEAVED
         )
-        place = out + token * q_heads * dim + head * dim + d
-        tl.store(place, rotated, mask=(head < q_heads) & (d < dim))
+        place = out + token * q_heads * dim + q_head * dim + d
+        tl.store(place, rotated, mask=(q_head < q_heads) & (d < dim))
 
 
 def _config(heads: int, dim: int) -> Config:

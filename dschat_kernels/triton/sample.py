@@ -99,7 +99,7 @@ def _uniform(seed, stream, position):
     c3 = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, _, _ = tl.philox_impl(c0, c1, c2, c3, k0, k1)
+    w0, w1, _w2, _w3 = tl.philox_impl(c0, c1, c2, c3, k0, k1)
     bits = (w0.to(tl.int64) >> 5 << 26) | (w1.to(tl.int64) >> 6)
     return bits.to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
@@ -111,7 +111,7 @@ def _sample(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    m, l, _ = row_logsumexp(logits, vocab, inverse, None, False, CHUNK)
+    m, l, _weighted = row_logsumexp(logits, vocab, inverse, None, False, CHUNK)
     token = tl.full([], 0, tl.int64)
     if (l != l) | (m == float("inf")):
         token -= 1
@@ -127,11 +127,13 @@ def _sample(
         low = tl.full([], -1, tl.int64)
         last = vocab
         if TOP_K:
-            low, _, _ = _threshold(logits, vocab, inverse, m, low, top_k.to(tl.float64), False, CHUNK)
+            low, _beyond, _one = _threshold(
+                logits, vocab, inverse, m, low, top_k.to(tl.float64), False, CHUNK
+            )
         if TOP_P:
             mass = tl.full([], 0.0, tl.float64)
             for start in range(0, vocab, CHUNK):
-                _, size = _measures(logits, start, vocab, inverse, m, low, True, CHUNK)
+                _code_of, size = _measures(logits, start, vocab, inverse, m, low, True, CHUNK)
                 mass += tl.sum(size, 0)
             target = tl.maximum(
                 (tl.full([], 0.0, tl.float64) + top_p + top_p_rest) * mass, 2.2250738585072014e-308
