@@ -105,6 +105,7 @@ def test_one_op_one_stem(op: str) -> None:
         CSRC / "cpu" / f"{op}.cpp",
         CSRC / "cpu" / f"{op}.h",
         REPO / "dschat_kernels" / "ops" / f"{op}.py",
+        REPO / "dschat_kernels" / "triton" / f"{op}.py",
         REPO / "tests" / "ops" / f"test_{op}.py",
     ):
         assert path.is_file(), f"{op} has no {name_of(path)}"
@@ -120,6 +121,8 @@ def test_every_op_has_its_benchmark() -> None:
 def test_nothing_else_lies_in_the_ops_folders() -> None:
     assert {path.stem for path in (CSRC / "cpu").glob("*.cpp")} == {*OPS, *SHARED}
     modules = {path.stem for path in (REPO / "dschat_kernels" / "ops").glob("*.py")}
+    assert {name for name in modules if not name.startswith("_")} == set(OPS)
+    modules = {path.stem for path in (REPO / "dschat_kernels" / "triton").glob("*.py")}
     assert {name for name in modules if not name.startswith("_")} == set(OPS)
 
 

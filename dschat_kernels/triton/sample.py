@@ -46,8 +46,8 @@ def _threshold(logits, vocab, inverse, m, low, target, WEIGH: tl.constexpr, CHUN
     that of one entry of code t."""
     found = tl.full([], 0, tl.int64)
     step = tl.arange(0, 16).to(tl.int64)
-    for shift in tl.static_range(28, -1, -4):
-        cuts = found + (step << shift)
+    for digit in range(8):
+        cuts = found + (step << (28 - 4 * digit))
         above = tl.zeros([16], tl.float64)
         for start in range(0, vocab, CHUNK):
             code, size = _measures(logits, start, vocab, inverse, m, low, WEIGH, CHUNK)
@@ -201,7 +201,7 @@ def sample(
             "min_p": _float_from_above(min_p), "seed": seed,
             "GREEDY": greedy, "TOP_K": 0 < top_k < vocab, "TOP_P": top_p < 1.0, "CHUNK": VOCAB_CHUNK,
         },
-        Config(num_warps=4, num_stages=1),
+        Config(num_warps=8, num_stages=1),
     )  # fmt: skip
     _raise_for_bad_rows(tokens, temperature)
     return tokens, log_probs

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dschat_kernels.models.detect import decoder_spec
+from dschat_kernels.models.spec import decoder_spec
 from dschat_kernels.plan import Decoder
 from tests.triton_kernels.interpreter import interpreter
 
