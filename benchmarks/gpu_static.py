@@ -30,6 +30,8 @@ from torch import Tensor
 
 TABLE = Path(__file__).parent / "results" / "gpu_static.json"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+OTHER_DTYPES = ("sm_80", "gfx942")
+"""Where float32 and float16 are compiled too; bfloat16 is compiled for all."""
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 """Bytes of shared memory that one program can have."""
 
@@ -269,13 +271,18 @@ def _of_amdgcn(text: str) -> dict[str, Any]:
     }
 
 
+def archs_of(specimen: Specimen, archs: tuple[str, ...] = ARCHS) -> list[str]:
+    """Those of `archs` that the specimen is compiled for."""
+    return [arch for arch in archs if specimen.dtype == "bfloat16" or arch in OTHER_DTYPES]
+
+
 def measure(archs: tuple[str, ...], only: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(specimen/kernel/architecture, resources), of the specimens whose name starts with `only`."""
     for specimen in specimens():
         if not specimen.name.startswith(only):
             continue
         for name, launch in launches(specimen).items():
-            for arch in archs:
+            for arch in archs_of(specimen, archs):
                 yield f"{specimen.name}/{name.strip('_')}/{arch}", compile_for(launch, arch)
 
 

@@ -76,4 +76,4 @@ def tile(dtype: torch.dtype, depth: int) -> Config:
     """The tile of a weight product: small and narrow products get no larger blocks than they fill."""
     if dtype == torch.float32:
         return WIDE_TILE
-    return Config({"M": 64, "N": 64, "K": 64 if depth > 32 else 32}, num_warps=4, num_stages=4)
+    return Config({"M": 64, "N": 64, "K": 64 if depth > 32 else 32}, num_warps=8, num_stages=4)

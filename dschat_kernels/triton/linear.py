@@ -50,7 +50,7 @@ def options(config: Config) -> list[Config]:
     """Other pipelines for the same tile, to be timed."""
     return [
         Config(config.blocks, warps, stages)
-        for warps, stages in ((4, 3), (8, 3), (8, 4))
+        for warps, stages in ((4, 3), (4, 4), (8, 3))
         if config.num_stages > 2  # the float32 tile has one
     ]
 

@@ -26,7 +26,7 @@ from dschat_kernels.ops import (
     sample,
     token_logprobs,
 )
-from dschat_kernels.ops._common import ACTIVATIONS, native
+from dschat_kernels.ops._common import ACTIVATIONS, implementation, native
 from dschat_kernels.packing import PackedLinear, ResolvedLinear
 from dschat_kernels.triton._rows import ROWS
 
@@ -155,6 +155,23 @@ def test_rows_alone_and_strided(call: Any) -> None:
         assert same_bits(call(x[begin:end]), y[begin:end])
     for view in non_contiguous(x):
         assert same_bits(call(view), y)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "bias_act", "gated_act", "layer_norm", "linear", "lora_linear"])
+def test_opcheck(op: str) -> None:
+    """Schemas, fakes and gradients of this backend's own ops, under tracing too."""
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    matrix = torch.randn(5, 8)
+    arguments = {
+        "rms_norm": (x, weight, None, 1e-6, 0.0, "llama"),
+        "layer_norm": (x, weight, None, x.detach().clone(), 1e-6),
+        "bias_act": (x, weight, "gelu"),
+        "gated_act": (x, None, None, None, "silu"),
+        "linear": (x.detach(), matrix, None, 5, 8, False, "relu", None, False),
+        "lora_linear": (x, matrix, None, torch.randn(2, 8, requires_grad=True), torch.randn(5, 2), 0.5),
+    }
+    implementation(op, "triton")
+    torch.library.opcheck(getattr(torch.ops.dschat_triton, op).default, arguments[op])
 
 
 # ------------------------------------------------------------------------------------------------------- rope
@@ -443,7 +460,7 @@ FILTERS = (
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sample(options: dict[str, Any], dtype: torch.dtype) -> None:
     """The CPU's random numbers and order: the reference's tokens, for every shape of distribution."""
-    cases = {1: (0.0,), 7: (0.0, 1.0), 1030: (0.0, 0.01, 5.0)}
+    cases = {1: (0.0,), 7: (0.0, 1.0), 1030: (0.0, 0.01, 5.0)} if dtype == torch.float32 else {1030: (5.0,)}
     for vocab, spreads in cases.items():
         for spread in spreads:
             rows = 3
