@@ -383,8 +383,9 @@ def packed_attention_backward(
         "softcap": softcap, "window": window,
     }  # fmt: skip
     block = max(16, next_power_of_2(dim))
-    sizes = {"M": 16, "N": 32} if q.dtype == torch.float32 else {"M": 32, "N": 16}
-    tile = Config({**sizes, "D": block}, num_warps=8, num_stages=1)
+    tile = Config(
+        {"M": 16 if q.dtype == torch.float32 else 32, "N": 16, "D": block}, num_warps=8, num_stages=1
+    )
     rows, longest = len(cu_seqlens) - 1, int(cu_seqlens.diff().max())
     q_blocks, k_blocks = (-(-longest // tile.blocks[name]) for name in ("M", "N"))
     of_q = {"dq": dq, "lse_out": lse, "delta_out": delta}

@@ -527,7 +527,7 @@ def test_token_logprobs(
     targets = torch.randint(0, vocab, (tokens,))
     inputs = {
         "hidden": torch.randn(tokens, size).to(dtype), "weight": torch.randn(vocab, size).to(dtype),
-        "bias": torch.randn(vocab).to(dtype),
+        "bias": (torch.randn(vocab) + 4.0 * (torch.arange(vocab) >= 1024)).to(dtype),  # the second chunk is larger
     }  # fmt: skip
     check_gradients(
         on_triton(token_logprobs.token_logprobs), token_logprobs.token_logprobs_reference, inputs, targets=targets,
