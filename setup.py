@@ -81,7 +81,7 @@ class CompileKernels(build_ext):
 
 
 serve = ["fastapi", "uvicorn"]
-triton = ["triton; platform_system == 'Linux'"]
+triton = ["triton>=3.9; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
 dev = [
     "fastapi",  # with httpx and uvicorn: dschat serve and the client of its tests
@@ -95,6 +95,7 @@ dev = [
     "scipy",
     "setuptools>=77",
     "uvicorn",
+    "triton>=3.9; platform_system == 'Linux'",
 ]
 
 setup(

@@ -5,7 +5,7 @@
 backend    runs  isa     threads  why
 reference  yes   -       2        PyTorch 2.13.0
 cpu        yes   avx512  2        compiled just in time by /usr/bin/c++ (...)
-triton     no    -       -        Triton kernels are not in this version; use cpu or reference.
+triton     no    -       -        no GPU: torch.cuda.is_available() is False; use cpu or reference.
 cuda       no    -       -        CUDA kernels are not in this version; use cpu or reference.
 """
 
@@ -71,7 +71,7 @@ class Backends:
 
 def backends(*, compile: bool = True) -> Backends:
     """The table. The CPU kernels are compiled if they are not there yet, unless `compile` is False."""
-    return Backends((_reference(), _cpu(compile), *(_missing(name) for name in ("triton", "cuda"))))
+    return Backends((_reference(), _cpu(compile), _triton(), _cuda()))
 
 
 def _reference() -> Backend:
@@ -94,9 +94,20 @@ def _cpu(compile: bool = True) -> Backend:
     return Backend("cpu", False, "Not loaded yet in this process; the first use compiles or loads it.")
 
 
-def _missing(name: str) -> Backend:
-    title = {"triton": "Triton", "cuda": "CUDA"}[name]
-    return Backend(name, False, f"{title} kernels are not in this version; use cpu or reference.")
+def _triton() -> Backend:
+    import torch
+
+    from dschat_kernels import triton
+
+    if not torch.cuda.is_available():
+        return Backend("triton", False, "no GPU: torch.cuda.is_available() is False; use cpu or reference.")
+    if not triton.installed():
+        return Backend("triton", False, "Triton is not installed: pip install 'dschat[triton]'.")
+    return Backend("triton", True, f"compiled when first used, for {torch.cuda.get_device_name()}")
+
+
+def _cuda() -> Backend:
+    return Backend("cuda", False, "CUDA kernels are not in this version; use cpu or reference.")
 
 
 _bandwidth: float | None = None

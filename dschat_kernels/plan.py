@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cache import PagedKVCache, pages_for
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
-from .ops._common import ACTIVATIONS, native, ptr
+from .ops._common import ACTIVATIONS, native, ptr, resolve_backend
 from .ops.attention import attention
 from .ops.layer_norm import layer_norm
 from .ops.linear import linear
@@ -315,8 +315,10 @@ class Decoder:
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
-        if backend not in (None, "cpu", "reference"):
+        if backend not in (None, "cpu", "triton", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
+        if backend == "triton":  # in the tests' interpreter only: a model on a GPU is refused above
+            resolve_backend("decoder", backend, embed.weight)
         if backend == "cpu" and native() is None:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
@@ -406,7 +408,8 @@ class Decoder:
             group.key = None  # a fill that fails leaves no pack that counts as good
             group.packed.fill(parts)
         else:
-            group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated)
+            dense = True if self.backend == "triton" else None
+            group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated, dense=dense)
         group.key = key
         stats.changed += 1
         stats.bytes_packed += group.packed.nbytes

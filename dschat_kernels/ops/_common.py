@@ -1,13 +1,18 @@
 """What every op shares: argument checks, the choice of a backend, and the way to the native kernels.
 
 A public op checks its arguments, asks `resolve_backend`, and then either runs its `*_reference` (plain
-PyTorch, any dtype and device, differentiable by autograd) or calls `torch.ops.dschat.<op>`, whose CPU
-implementation is native.
+PyTorch, any dtype and device, differentiable by autograd) or what `implementation` gives for the backend.
+
+Every backend has the same ops with the same schemas in a torch.library namespace of its own: `dschat` is the
+CPU's, `dschat_<backend>` another's. So a choice of backend lasts through torch.compile and into the backward.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -151,6 +156,84 @@ def no_tensor(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+# ------------------------------------------------------------------------------------------ torch.library
+
+
+@dataclass(frozen=True)
+class _Op:
+    """What is the same on every backend: shapes and dtypes of the results, and the gradient."""
+
+    fake: Callable[..., Any]
+    save: Callable[..., None] | None
+    grad: Callable[..., Any] | None
+
+
+_OPS: dict[str, _Op] = {}
+_IMPLEMENTATIONS: dict[str, Mapping[str, Callable[..., Any]]] = {"cpu": {}}
+_LIBRARIES = {"cpu": LIBRARY}
+
+
+def register(
+    op: str,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    grad: Callable[..., Any] | None = None,
+) -> None:
+    """Completes an op that LIBRARY defines: its CPU implementation, its fake, and what its gradient saves and
+    computes. `grad` finds the ops of the forward's backend as `ctx.ops`."""
+    _OPS[op] = _Op(fake, save, grad)
+    _IMPLEMENTATIONS["cpu"] = {**_IMPLEMENTATIONS["cpu"], op: cpu}
+    LIBRARY.impl(op, cpu, "CPU")
+    _describe(op, "dschat", LIBRARY)
+
+
+def _describe(op: str, namespace: str, library: torch.library.Library) -> None:
+    """Tells torch.library the fake and the gradient of an op."""
+    parts = _OPS[op]
+    torch.library.register_fake(f"{namespace}::{op}", parts.fake, lib=library)
+    if parts.grad is None or parts.save is None:
+        return
+    save = parts.save
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.ops = getattr(torch.ops, namespace)
+        save(ctx, inputs, output)
+
+    torch.library.register_autograd(
+        f"{namespace}::{op}", parts.grad, setup_context=setup_context, lib=library
+    )
+
+
+def _offered(backend: str) -> Mapping[str, Callable[..., Any]]:
+    """The implementations of a backend by op; its namespace is made at the first call.
+
+    The package dschat_kernels.<backend> lists them in `implementations()`, with the arguments of the schema.
+    """
+    if backend not in _IMPLEMENTATIONS:
+        found = importlib.import_module(f"dschat_kernels.{backend}").implementations()
+        namespace = f"dschat_{backend}"
+        library = _LIBRARIES[backend] = torch.library.Library(namespace, "DEF")
+        for op, function in found.items():
+            importlib.import_module(f"dschat_kernels.ops.{function.__module__.rpartition('.')[2]}")
+            schema = getattr(torch.ops.dschat, op).default._schema
+            library.define(str(schema).removeprefix("dschat::"))
+            library.impl(op, function, "CompositeExplicitAutograd")
+            _describe(op, namespace, library)
+        _IMPLEMENTATIONS[backend] = found
+    return _IMPLEMENTATIONS[backend]
+
+
+def implementation(op: str, backend: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """What runs `op` on `backend` (not "reference") for these tensors: the kernels' own function where torch need
+    not see the call, else the op of torch.library."""
+    functions = _offered(backend)
+    if runs_directly(*tensors):
+        return functions[op]
+    namespace = torch.ops.dschat if backend == "cpu" else getattr(torch.ops, f"dschat_{backend}")
+    return getattr(namespace, op)
+
+
 # ---------------------------------------------------------------------------------------------- the choice
 
 
@@ -178,12 +261,19 @@ def _why_not_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors: "reference" or "cpu".
+def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    from dschat_kernels import triton
 
-    None chooses: "cpu" for float32 and bfloat16 on the CPU where the native kernels can be had, otherwise
-    "reference", with one warning a process and reason. A named backend that cannot run raises ValueError (or
-    RuntimeError where the native kernels are missing) with the reason.
+    return triton.why_not(op, tensors)
+
+
+def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors: "reference", "cpu" or "triton".
+
+    None chooses: on the CPU "cpu" for float32 and bfloat16 where the native kernels can be had, on a GPU "triton" for
+    float32, float16 and bfloat16 where Triton is installed, otherwise "reference", with one warning a process and
+    reason. A named backend that cannot run raises ValueError (or RuntimeError where the native kernels are missing)
+    with the reason.
     """
     if backend == "reference":
         return "reference"
@@ -191,13 +281,16 @@ def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> st
         backend is None or backend in BACKENDS,
         f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}, or None for automatic.",
     )
-    if backend in ("triton", "cuda"):
-        raise ValueError(f"{op}: the {backend} backend is not in this version; use backend='cpu' or None.")
-    reason = _why_not_cpu(op, tensors)
+    if backend == "cuda":
+        raise ValueError(f"{op}: the cuda backend is not in this version; use backend='cpu' or None.")
+    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+    chosen = backend or ("triton" if on_gpu else "cpu")
+    reason = _why_not_triton(op, tensors) if chosen == "triton" else _why_not_cpu(op, tensors)
     if reason is None:
-        return "cpu"
-    if backend == "cpu":
-        error: type[Exception] = ValueError if _have_native() else RuntimeError
+        return chosen
+    if backend is not None:
+        missing = chosen == "cpu" and not _have_native()
+        error: type[Exception] = RuntimeError if missing else ValueError
         raise error(f"{reason.rstrip('.')}; use backend=None or 'reference'.")
     say_once(f"{reason.rstrip('.')}; the PyTorch reference runs instead.")
     return "reference"

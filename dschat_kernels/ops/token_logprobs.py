@@ -28,11 +28,12 @@ from dschat_kernels.ops._common import (
     check,
     check_device,
     check_tensor,
+    implementation,
     kernels,
     no_tensor,
     ptr,
+    register,
     resolve_backend,
-    runs_directly,
 )
 
 ROW_BLOCK, VOCAB_BLOCK = 512, 4096
@@ -149,7 +150,8 @@ def token_logprobs(
             f"padding out "
             "before the call.",
         )
-    if resolve_backend(op, backend, hidden, weight) == "reference":
+    backend = resolve_backend(op, backend, hidden, weight)
+    if backend == "reference":
         return token_logprobs_reference(
             hidden,
             weight,
@@ -159,7 +161,7 @@ def token_logprobs(
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
         )
-    call = _forward_cpu if runs_directly(hidden, weight, bias) else torch.ops.dschat.token_logprobs
+    call = implementation("token_logprobs", backend, hidden, weight, bias)
     logprob, _, entropy = call(
         hidden, weight, targets, bias, float(temperature), logit_softcap, return_entropy
     )
@@ -336,7 +338,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    grads = torch.ops.dschat.token_logprobs_backward(
+    grads = ctx.ops.token_logprobs_backward(
         dlogprob,
         dentropy if ctx.with_entropy else None,
         hidden,
@@ -353,8 +355,5 @@ def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tens
     return dh, dw, None, db, None, None, None
 
 
-LIBRARY.impl("token_logprobs", _forward_cpu, "CPU")
-LIBRARY.impl("token_logprobs_backward", _backward_cpu, "CPU")
-torch.library.register_fake("dschat::token_logprobs", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::token_logprobs_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::token_logprobs", _grad, setup_context=_save, lib=LIBRARY)
+register("token_logprobs", _forward_cpu, _forward_fake, _save, _grad)
+register("token_logprobs_backward", _backward_cpu, _backward_fake)

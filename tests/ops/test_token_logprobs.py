@@ -256,7 +256,8 @@ def test_opcheck() -> None:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"logit_softcap": 0.0}, "logit_softcap is 0.0"),
-        ({"backend": "triton"}, "not in this version"),
+        ({"backend": "triton"}, "needs tensors on a GPU, not on cpu"),
+        ({"backend": "cuda"}, "not in this version"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
