@@ -627,7 +627,7 @@ def test_forcing_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
         "give one of portable, avx2, or unset it."
     )
     monkeypatch.setenv("DSCHAT_CPU_ISA", "sse9")
-    with pytest.raises(BuildError, match="give one of portable, avx2, avx512, amx, or unset it"):
+    with pytest.raises(BuildError, match="give one of portable, avx2, avx512, avx512_bf16, amx, or unset it"):
         build.select_isa()
 
 
