@@ -6,7 +6,7 @@ backend    runs  isa     threads  why
 reference  yes   -       2        PyTorch 2.13.0
 cpu        yes   avx512  2        compiled just in time by /usr/bin/c++ (...)
 triton     no    -       -        Triton kernels are not in this version; use cpu or reference.
-cuda       no    -       -        CUDA kernels are not in this version; use cpu or reference.
+cuda       no    -       -        It cannot run, because this machine has no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Backends:
 
 def backends(*, compile: bool = True) -> Backends:
     """The table. The CPU kernels are compiled if they are not there yet, unless `compile` is False."""
-    return Backends((_reference(), _cpu(compile), *(_missing(name) for name in ("triton", "cuda"))))
+    return Backends((_reference(), _cpu(compile), _triton(), _cuda(compile)))
 
 
 def _reference() -> Backend:
@@ -93,6 +93,18 @@ def _cpu(compile: bool = True) -> Backend:
     return Backend("cpu", False, "Not loaded yet in this process; the first use compiles or loads it.")
 
 
-def _missing(name: str) -> Backend:
-    title = {"triton": "Triton", "cuda": "CUDA"}[name]
-    return Backend(name, False, f"{title} kernels are not in this version; use cpu or reference.")
+def _triton() -> Backend:
+    return Backend("triton", False, "Triton kernels are not in this version; use cpu or reference.")
+
+
+def _cuda(compile: bool = True) -> Backend:
+    import torch
+
+    from dschat_kernels.ops._common import why_not_cuda
+
+    if not compile and torch.cuda.is_available():
+        return Backend("cuda", False, "Not loaded yet in this process; the first use compiles or loads it.")
+    if reason := why_not_cuda():
+        return Backend("cuda", False, f"It cannot run, because {reason}.")
+    major, minor = torch.cuda.get_device_capability()
+    return Backend("cuda", True, f"{torch.cuda.get_device_name()}, compiled just in time", isa=f"sm_{major}{minor}")

@@ -29,7 +29,7 @@ from .models import parts
 from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
-from .ops._common import DTYPES, resolve_backend
+from .ops._common import CPU_DTYPES, resolve_backend
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
@@ -140,7 +140,7 @@ def _plain(*tensors: Tensor) -> bool:
             t.dtype == first.dtype and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
             for t in tensors
         )
-        and first.dtype in DTYPES
+        and first.dtype in CPU_DTYPES
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -491,7 +491,7 @@ class Patch:
 def _unfit(model: nn.Module) -> str:
     """Why the norm, gate and activation kernels cannot run on this model's weights; empty when they can."""
     for weight in model.parameters():
-        if weight.is_floating_point() and (weight.dtype not in DTYPES or weight.device.type != "cpu"):
+        if weight.is_floating_point() and (weight.dtype not in CPU_DTYPES or weight.device.type != "cpu"):
             return (
                 f"weights are {weight.dtype} on {weight.device}; kernels run float32 and bfloat16 on the CPU"
             )

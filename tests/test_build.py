@@ -772,14 +772,17 @@ print(time.perf_counter() - t)
 
 
 def test_backends_table(tmp_path: Path) -> None:
+    import torch
+
     import dschat_kernels as dk
 
     table = dk.backends()
     assert [row.name for row in table] == ["reference", "cpu", "triton", "cuda"]
     cpu = table["cpu"]
     assert cpu.runs and cpu.isa == build.status()["isa"] and cpu.threads
-    for name in ("triton", "cuda"):
-        assert not table[name].runs and "not in this version" in table[name].why
+    assert not table["triton"].runs and "not in this version" in table["triton"].why
+    cuda = table["cuda"]
+    assert cuda.runs == torch.cuda.is_available() and (cuda.runs or "no CUDA GPU" in cuda.why)
     assert len(str(table).splitlines()) == 5
     assert json.loads(json.dumps(table.to_dict()))["reference"]["runs"] is True
     with pytest.raises(KeyError, match="give one of reference, cpu, triton, cuda"):

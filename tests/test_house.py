@@ -122,9 +122,10 @@ def test_nothing_else_lies_in_the_ops_folders() -> None:
 
 
 def test_every_binding_is_included() -> None:
-    listed = includes(CSRC / "bindings" / "cpu.cpp")
-    for path in (CSRC / "bindings").glob("*.h"):
-        assert f"bindings/{path.name}" in listed, f"{name_of(path)} is not included by cpu.cpp"
+    for module, pattern in (("cpu.cpp", "*.h"), ("cuda.cpp", "*.cuh")):
+        listed = includes(CSRC / "bindings" / module)
+        for path in (CSRC / "bindings").glob(pattern):
+            assert f"bindings/{path.name}" in listed, f"{name_of(path)} is not included by {module}"
 
 
 # ---------------------------------------------------------------------------------------------- public names

@@ -2,12 +2,16 @@
 
 A public op checks its arguments, asks `resolve_backend`, and then either runs its `*_reference` (plain
 PyTorch, any dtype and device, differentiable by autograd) or calls `torch.ops.dschat.<op>`, whose CPU
-implementation is native.
+implementation is native. On CUDA tensors the same implementation runs with the CUDA kernels (`on_cuda`).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +19,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# The numbers of csrc/cpu/simd.h DType and csrc/cpu/activation.h Activation.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# The numbers of csrc/cpu/simd.h DType (float16: of csrc/cuda only) and csrc/cpu/activation.h Activation.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 
 LIBRARY = torch.library.Library("dschat", "FRAGMENT")
@@ -79,7 +84,10 @@ def native() -> ModuleType | None:
 
 
 def kernels() -> Any:
-    """The compiled CPU kernels; raises RuntimeError where there are none."""
+    """The compiled kernels of the backend that runs: inside `on_cuda` the CUDA ones on the current stream, else
+    the CPU ones; raises RuntimeError where there are none."""
+    if (active := _cuda_kernels.get()) is not None:
+        return active
     module = native()
     if module is None:
         raise RuntimeError(_why_no_native())
@@ -106,6 +114,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     """
     if (
         torch.compiler.is_compiling()
+        or any(tensor is not None and not tensor.is_cpu for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
     ):
@@ -151,6 +160,74 @@ def no_tensor(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+# ----------------------------------------------------------------------------------------------------- cuda
+
+_cuda_kernels: ContextVar[Any] = ContextVar("cuda_kernels", default=None)
+
+
+class CudaKernels:
+    """The functions of a compiled CUDA module (csrc/bindings/cuda.cpp), launching on one stream."""
+
+    def __init__(self, module: ModuleType, stream: int) -> None:
+        self.module = module
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return partial(self._launch, value) if callable(value) else value
+
+    def _launch(self, function: Callable[..., None], *arguments: Any) -> None:
+        function(*arguments, self.stream)
+
+
+def runs_on_cuda() -> bool:
+    """Whether `kernels()` are the CUDA ones."""
+    return _cuda_kernels.get() is not None
+
+
+@contextmanager
+def cuda_kernels(kernels: Any) -> Iterator[None]:
+    """`kernels()` are these within."""
+    token = _cuda_kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _cuda_kernels.reset(token)
+
+
+def on_cuda(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's native implementation for CUDA tensors: new tensors and kernels go to their device and its current
+    stream."""
+
+    def run(*arguments: Any) -> Any:
+        from dschat_kernels import build
+
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        module = build.load_cuda(torch.cuda.get_device_capability(device))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        with torch.cuda.device(device), device, cuda_kernels(CudaKernels(module, stream)):
+            return implementation(*arguments)
+
+    return run
+
+
+@torch.compiler.assume_constant_result
+def why_not_cuda() -> str | None:
+    """Why no CUDA kernel can run in this process, or None."""
+    from dschat_kernels import build
+
+    if runs_on_cuda():
+        return None
+    if not torch.cuda.is_available():
+        built = "" if torch.backends.cuda.is_built() else f", and PyTorch {torch.__version__} is built without CUDA"
+        return f"this machine has no CUDA GPU{built}"
+    try:
+        build.load_cuda(torch.cuda.get_device_capability())
+    except build.BuildError as error:
+        return error.sentence.rstrip(".")
+    return None
+
+
 # ---------------------------------------------------------------------------------------------- the choice
 
 
@@ -171,19 +248,35 @@ def _why_not_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             continue
         if tensor.device.type != "cpu":
             return f"{op}: the cpu backend needs tensors on the CPU, not on {tensor.device.type}"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in CPU_DTYPES:
             return f"{op}: the cpu backend has float32 and bfloat16, not {_name(tensor.dtype)}"
     if not _have_native():
         return _why_no_native() if not torch.compiler.is_compiling() else "no native kernels"
     return None
 
 
-def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors: "reference" or "cpu".
+def _why_not_cuda(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[str | None, bool]:
+    """(why the cuda backend cannot run `op`, or None; whether that is the machine's fault)."""
+    if reason := why_not_cuda():
+        return f"{op}: the cuda backend cannot run, because {reason}", True
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            have = "float32, bfloat16 and float16"
+            return f"{op}: the cuda backend has {have}, not {_name(tensor.dtype)}", False
+        if not tensor.is_cuda and not runs_on_cuda():
+            return f"{op}: the cuda backend needs tensors on a CUDA GPU, not on {tensor.device.type}", False
+    return None, False
 
-    None chooses: "cpu" for float32 and bfloat16 on the CPU where the native kernels can be had, otherwise
-    "reference", with one warning a process and reason. A named backend that cannot run raises ValueError (or
-    RuntimeError where the native kernels are missing) with the reason.
+
+def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors: "reference", "cpu" or "cuda".
+
+    None chooses: "cpu" for float32 and bfloat16 on the CPU where the native kernels can be had, "cuda" for
+    float32, bfloat16 and float16 on a CUDA GPU likewise, otherwise "reference", with one warning a process and
+    reason. A named backend that cannot run raises ValueError (or RuntimeError where the GPU or the native
+    kernels are missing) with the reason.
     """
     if backend == "reference":
         return "reference"
@@ -191,8 +284,17 @@ def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> st
         backend is None or backend in BACKENDS,
         f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}, or None for automatic.",
     )
-    if backend in ("triton", "cuda"):
+    if backend == "triton":
         raise ValueError(f"{op}: the {backend} backend is not in this version; use backend='cpu' or None.")
+    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
+    if backend == "cuda" or (backend is None and on_gpu):
+        reason, missing = _why_not_cuda(op, tensors)
+        if reason is None:
+            return "cuda"
+        if backend == "cuda":
+            raise (RuntimeError if missing else ValueError)(f"{reason}; use backend=None or 'reference'.")
+        say_once(f"{reason}; the PyTorch reference runs instead.")
+        return "reference"
     reason = _why_not_cpu(op, tensors)
     if reason is None:
         return "cpu"

@@ -32,6 +32,7 @@ from dschat_kernels.ops._common import (
     check_device,
     check_tensor,
     kernels,
+    on_cuda,
     ptr,
     resolve_backend,
     runs_directly,
@@ -505,8 +506,11 @@ def _packed_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 LIBRARY.impl("attention", attention_cpu, "CPU")
+LIBRARY.impl("attention", on_cuda(attention_cpu), "CUDA")
 LIBRARY.impl("packed_attention", _packed_cpu, "CPU")
+LIBRARY.impl("packed_attention", on_cuda(_packed_cpu), "CUDA")
 LIBRARY.impl("packed_attention_backward", _packed_backward_cpu, "CPU")
+LIBRARY.impl("packed_attention_backward", on_cuda(_packed_backward_cpu), "CUDA")
 torch.library.register_fake("dschat::attention", _attention_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::packed_attention", _packed_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::packed_attention_backward", _packed_backward_fake, lib=LIBRARY)

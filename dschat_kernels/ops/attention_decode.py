@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dschat_kernels.ops._common import LIBRARY, check
+from dschat_kernels.ops._common import LIBRARY, check, on_cuda
 from dschat_kernels.ops.attention import _CACHE, _OPTIONS, attention_cpu, attention_reference, run
 
 
@@ -66,4 +66,5 @@ def _fake(
 
 
 LIBRARY.impl("attention_decode", attention_cpu, "CPU")
+LIBRARY.impl("attention_decode", on_cuda(attention_cpu), "CUDA")
 torch.library.register_fake("dschat::attention_decode", _fake, lib=LIBRARY)

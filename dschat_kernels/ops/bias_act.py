@@ -26,6 +26,7 @@ from dschat_kernels.ops._common import (
     check_tensor,
     check_vector,
     kernels,
+    on_cuda,
     ptr,
     resolve_backend,
     row_scratch,
@@ -147,7 +148,9 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 LIBRARY.impl("bias_act", _forward_cpu, "CPU")
+LIBRARY.impl("bias_act", on_cuda(_forward_cpu), "CUDA")
 LIBRARY.impl("bias_act_backward", _backward_cpu, "CPU")
+LIBRARY.impl("bias_act_backward", on_cuda(_backward_cpu), "CUDA")
 torch.library.register_fake("dschat::bias_act", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::bias_act_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("dschat::bias_act", _grad, setup_context=_save, lib=LIBRARY)

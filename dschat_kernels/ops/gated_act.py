@@ -23,6 +23,7 @@ from dschat_kernels.ops._common import (
     check_tensor,
     check_vector,
     kernels,
+    on_cuda,
     ptr,
     resolve_backend,
     row_scratch,
@@ -213,7 +214,9 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 LIBRARY.impl("gated_act", _forward_cpu, "CPU")
+LIBRARY.impl("gated_act", on_cuda(_forward_cpu), "CUDA")
 LIBRARY.impl("gated_act_backward", _backward_cpu, "CPU")
+LIBRARY.impl("gated_act_backward", on_cuda(_backward_cpu), "CUDA")
 torch.library.register_fake("dschat::gated_act", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::gated_act_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("dschat::gated_act", _grad, setup_context=_save, lib=LIBRARY)

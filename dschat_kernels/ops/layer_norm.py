@@ -22,6 +22,7 @@ from dschat_kernels.ops._common import (
     check_vector,
     kernels,
     no_tensor,
+    on_cuda,
     ptr,
     resolve_backend,
     row_scratch,
@@ -187,7 +188,9 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, *_: Tensor) -> tuple[Ten
 
 
 LIBRARY.impl("layer_norm", _forward_cpu, "CPU")
+LIBRARY.impl("layer_norm", on_cuda(_forward_cpu), "CUDA")
 LIBRARY.impl("layer_norm_backward", _backward_cpu, "CPU")
+LIBRARY.impl("layer_norm_backward", on_cuda(_backward_cpu), "CUDA")
 torch.library.register_fake("dschat::layer_norm", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::layer_norm_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("dschat::layer_norm", _grad, setup_context=_save, lib=LIBRARY)

@@ -29,6 +29,7 @@ from dschat_kernels.ops._common import (
     check_vector,
     kernels,
     no_tensor,
+    on_cuda,
     ptr,
     resolve_backend,
     row_scratch,
@@ -228,7 +229,9 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, _: Tensor) -> tuple[Tens
 
 
 LIBRARY.impl("rms_norm", _forward_cpu, "CPU")
+LIBRARY.impl("rms_norm", on_cuda(_forward_cpu), "CUDA")
 LIBRARY.impl("rms_norm_backward", _backward_cpu, "CPU")
+LIBRARY.impl("rms_norm_backward", on_cuda(_backward_cpu), "CUDA")
 torch.library.register_fake("dschat::rms_norm", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::rms_norm_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("dschat::rms_norm", _grad, setup_context=_save, lib=LIBRARY)

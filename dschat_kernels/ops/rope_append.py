@@ -30,6 +30,7 @@ from dschat_kernels.ops._common import (
     check_device,
     check_tensor,
     kernels,
+    on_cuda,
     ptr,
     resolve_backend,
     runs_directly,
@@ -421,7 +422,9 @@ def _rope_append_fake(
 
 
 LIBRARY.impl("rope", _rope_cpu, "CPU")
+LIBRARY.impl("rope", on_cuda(_rope_cpu), "CUDA")
 LIBRARY.impl("rope_append", _rope_append_cpu, "CPU")
+LIBRARY.impl("rope_append", on_cuda(_rope_append_cpu), "CUDA")
 torch.library.register_fake("dschat::rope", _rope_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::rope_append", _rope_append_fake, lib=LIBRARY)
 torch.library.register_autograd("dschat::rope", _rope_grad, setup_context=_rope_save, lib=LIBRARY)

@@ -31,6 +31,7 @@ from dschat_kernels.ops._common import (
     check_device,
     check_tensor,
     kernels,
+    on_cuda,
     ptr,
     resolve_backend,
     runs_directly,
@@ -224,4 +225,5 @@ def _forward_fake(
 
 
 LIBRARY.impl("sample", _forward_cpu, "CPU")
+LIBRARY.impl("sample", on_cuda(_forward_cpu), "CUDA")
 torch.library.register_fake("dschat::sample", _forward_fake, lib=LIBRARY)

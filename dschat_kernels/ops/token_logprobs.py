@@ -30,6 +30,7 @@ from dschat_kernels.ops._common import (
     check_tensor,
     kernels,
     no_tensor,
+    on_cuda,
     ptr,
     resolve_backend,
     runs_directly,
@@ -354,7 +355,9 @@ def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tens
 
 
 LIBRARY.impl("token_logprobs", _forward_cpu, "CPU")
+LIBRARY.impl("token_logprobs", on_cuda(_forward_cpu), "CUDA")
 LIBRARY.impl("token_logprobs_backward", _backward_cpu, "CPU")
+LIBRARY.impl("token_logprobs_backward", on_cuda(_backward_cpu), "CUDA")
 torch.library.register_fake("dschat::token_logprobs", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("dschat::token_logprobs_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("dschat::token_logprobs", _grad, setup_context=_save, lib=LIBRARY)
