@@ -127,13 +127,14 @@ def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
 class PackedLinear:
     """One matrix for `ops.linear`: several projections below each other (q, k, v), or a gate/up pair.
 
-    With the native kernels `panels` holds the packed layout and `dense` is None; without them `dense` is the
-    fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
+    With the native CPU kernels `panels` holds the packed layout and `dense` is None; without them, and where
+    asked for, `dense` is the fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
 
     Args:
         shapes: (out, in) of the parts; all `in` equal.
-        dtype: float32 or bfloat16, of the packed weights and of the activations they meet.
+        dtype: float32 or bfloat16 (dense: or float16), of the packed weights and of the activations they meet.
         gated: exactly two parts of one shape, gate and up; the result has `out` of one of them.
+        dense: hold the matrix itself, which is what the CUDA kernels read.
     """
 
     def __init__(
@@ -143,8 +144,9 @@ class PackedLinear:
         *,
         gated: bool = False,
         has_bias: bool = False,
+        dense: bool = False,
     ):
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not (dense and dtype == torch.float16):
             raise TypeError(f"weights cannot be packed as {dtype}: use torch.float32 or torch.bfloat16.")
         ks = {k for _, k in shapes}
         if len(ks) != 1 or (gated and (len(shapes) != 2 or shapes[0] != shapes[1])):
@@ -162,7 +164,7 @@ class PackedLinear:
         self.bias = torch.zeros(self.num_panels * PANEL) if has_bias else None
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
-        module: Any = native()
+        module: Any = None if dense else native()
         if module is not None:
             self.depth = module.panel_depth(DTYPES[dtype], self.k)  # k, padded where AMX tiles need it
             self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=dtype)
@@ -171,7 +173,12 @@ class PackedLinear:
 
     @classmethod
     def from_parts(
-        cls, parts: Sequence[ResolvedLinear], dtype: torch.dtype | None = None, *, gated: bool = False
+        cls,
+        parts: Sequence[ResolvedLinear],
+        dtype: torch.dtype | None = None,
+        *,
+        gated: bool = False,
+        dense: bool = False,
     ) -> PackedLinear:
         """Allocates and fills a pack for `parts`; dtype defaults to that of the weights."""
         packed = cls(
@@ -179,6 +186,7 @@ class PackedLinear:
             dtype or parts[0].weight.dtype,
             gated=gated,
             has_bias=any(p.bias is not None for p in parts),
+            dense=dense,
         )
         packed.fill(parts)
         return packed
@@ -215,7 +223,7 @@ class PackedLinear:
                 f"{biases} biases: make a new one."
             )
         dtypes = {p.weight.dtype for p in parts}
-        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        if len(dtypes) > 1 or not dtypes <= {*DTYPES, self.dtype}:
             raise TypeError(
                 f"weights of dtype {', '.join(sorted(map(str, dtypes)))} cannot be packed together: "
                 "use torch.float32 or torch.bfloat16, one for all."
@@ -265,6 +273,10 @@ class PackedLinear:
             halves = rows.reshape(self.num_panels, 2, PANEL // 2, self.k)
             return torch.cat([halves[:, i].reshape(-1, self.k)[: self.n] for i in range(2)])
         return rows.reshape(-1, self.k)[: self.n].contiguous()
+
+    def dense_weight(self) -> Tensor:
+        """`to_dense` without a copy where the pack is dense."""
+        return self.to_dense() if self.dense is None else self.dense
 
     def plain_bias(self) -> Tensor | None:
         """The bias in output order (a gated pair: gate's, then up's), float32."""

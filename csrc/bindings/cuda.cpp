@@ -54,6 +54,12 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
   bind(m, "gated_act_backward", launch_gated_act_backward);
   bind(m, "rope", launch_rope);
   bind(m, "rope_append", launch_rope_append);
+  bind(m, "linear", launch_linear);
+  bind(m, "lora_linear", launch_lora_linear);
+  bind(m, "fuse_lora", launch_fuse_lora);
+  bind(m, "sample", launch_sample);
+  bind(m, "token_logprobs", launch_token_logprobs);
+  m.attr("vocab_chunk") = 256;  // kVocabChunk of cuda/logsumexp.cuh: entries a partial sum of token_logprobs' scratch
 #ifdef DSCHAT_EMULATE_CUDA
   emulation::bind_emulation(m);
 #endif

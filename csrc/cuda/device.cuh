@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #ifdef DSCHAT_EMULATE_CUDA
 #include "cuda_emulation/emulation.h"

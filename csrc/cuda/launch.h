@@ -42,5 +42,19 @@ int launch_rope_append(int type, const void* q, int64_t q_stride, const void* k,
                        const int32_t* positions, const int32_t* slots, const int32_t* block_table,
                        int64_t table_stride, void* k_cache, void* v_cache, int64_t tokens, int64_t q_heads,
                        int64_t kv_heads, int64_t head_dim, int64_t rotary_dim, int style, void* stream);
+int launch_linear(int type, const void* x, int64_t x_stride, int64_t rows, const void* weight, const float* bias,
+                  int64_t n, int64_t k, bool gated, int activation, const void* residual, int64_t residual_stride,
+                  bool float_output, void* y, int64_t y_stride, void* stream);
+int launch_lora_linear(int type, const void* x, int64_t x_stride, int64_t rows, const void* weight, const float* bias,
+                       int64_t n, int64_t k, const float* a, const float* b, int64_t rank, float scale, float* side,
+                       void* y, void* stream);
+int launch_fuse_lora(int type, const void* weight, int64_t n, int64_t k, int64_t row_stride, int64_t column_stride,
+                     const float* a, const float* b, int64_t rank, float scale, void* out, void* stream);
+int launch_sample(int type, const void* logits, int64_t rows, int64_t vocab, int64_t logits_stride, float temperature,
+                  int64_t top_k, double top_p, double min_p, uint64_t seed, const int64_t* streams,
+                  const int64_t* positions, int64_t* tokens, float* log_probs, void* stream);
+int launch_token_logprobs(int type, const void* hidden, int64_t hidden_stride, const void* weight, const float* bias,
+                          const int64_t* targets, int64_t rows, int64_t size, int64_t vocab, float temperature,
+                          float softcap, float* logprob, float* lse, float* entropy, float* scratch, void* stream);
 
 }  // extern "C"

@@ -82,12 +82,16 @@ def linear(
         not float_output or (activation == "none" and residual is None and not packed.gated),
         "linear: float_output returns the bare sums; give it without activation, residual or gate.",
     )
-    if resolve_backend("linear", backend, x) == "reference" or packed.panels is None:
+    chosen = resolve_backend("linear", backend, x)
+    if chosen == "reference" or (chosen == "cpu" and packed.panels is None):
         return linear_reference(
             x, packed, activation=activation, residual=residual, float_output=float_output
         )
+    weight, bias = packed.panels, packed.bias
+    if chosen == "cuda":
+        weight, bias = packed.dense_weight(), packed.plain_bias()
     return torch.ops.dschat.linear(
-        x, packed.panels, packed.bias, packed.n, packed.k, packed.gated, activation, residual, float_output
+        x, weight, bias, packed.n, packed.k, packed.gated, activation, residual, float_output
     )
 
 
@@ -136,6 +140,7 @@ def linear_sums(x: Tensor, packed: PackedLinear) -> tuple[Tensor, ...]:
 # ------------------------------------------------------------------------------------------- torch.library
 
 LIBRARY.define(
+    # The weight: cpu reads the panels of PackedLinear, cuda its dense matrix and plain bias.
     "linear(Tensor x, Tensor panels, Tensor? bias, int n, int k, bool gated, str activation, Tensor? residual, "
     "bool float_output) -> Tensor"
 )
