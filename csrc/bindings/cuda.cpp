@@ -54,6 +54,9 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
   bind(m, "gated_act_backward", launch_gated_act_backward);
   bind(m, "rope", launch_rope);
   bind(m, "rope_append", launch_rope_append);
+  bind(m, "attention", launch_attention);
+  bind(m, "attention_decode", launch_attention_decode);
+  bind(m, "attention_backward", launch_attention_backward);
   bind(m, "linear", launch_linear);
   bind(m, "lora_linear", launch_lora_linear);
   bind(m, "fuse_lora", launch_fuse_lora);

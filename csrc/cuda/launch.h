@@ -42,6 +42,22 @@ int launch_rope_append(int type, const void* q, int64_t q_stride, const void* k,
                        const int32_t* positions, const int32_t* slots, const int32_t* block_table,
                        int64_t table_stride, void* k_cache, void* v_cache, int64_t tokens, int64_t q_heads,
                        int64_t kv_heads, int64_t head_dim, int64_t rotary_dim, int style, void* stream);
+int launch_attention(int type, const void* q, int64_t q_stride, void* out, int64_t out_stride, const void* k_cache,
+                     const void* v_cache, const int32_t* block_table, int64_t table_stride, const int32_t* slots,
+                     const int32_t* cu_seqlens, const int32_t* kv_lens, int64_t rows, int64_t tokens, int64_t q_heads,
+                     int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap,
+                     const float* slopes, void* stream);
+int launch_attention_decode(int type, const void* q, int64_t q_stride, void* out, int64_t out_stride,
+                            const void* k_cache, const void* v_cache, const int32_t* block_table, int64_t table_stride,
+                            const int32_t* slots, const int32_t* cu_seqlens, const int32_t* kv_lens, int64_t rows,
+                            int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim, float scale,
+                            int64_t window, float softcap, const float* slopes, int64_t num_splits, float* scratch,
+                            void* stream);
+int launch_attention_backward(int type, const void* dout, int64_t dout_stride, const void* q, int64_t q_stride,
+                              const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* dq, void* dk,
+                              void* dv, const int32_t* cu_seqlens, int64_t rows, int64_t q_heads, int64_t kv_heads,
+                              int64_t head_dim, float scale, int64_t window, float softcap, const float* slopes,
+                              int64_t tokens, float* stats, void* stream);
 int launch_linear(int type, const void* x, int64_t x_stride, int64_t rows, const void* weight, const float* bias,
                   int64_t n, int64_t k, bool gated, int activation, const void* residual, int64_t residual_stride,
                   bool float_output, void* y, int64_t y_stride, void* stream);
