@@ -107,4 +107,6 @@ def _cuda(compile: bool = True) -> Backend:
     if reason := why_not_cuda():
         return Backend("cuda", False, f"It cannot run, because {reason}.")
     major, minor = torch.cuda.get_device_capability()
-    return Backend("cuda", True, f"{torch.cuda.get_device_name()}, compiled just in time", isa=f"sm_{major}{minor}")
+    return Backend(
+        "cuda", True, f"{torch.cuda.get_device_name()}, compiled just in time", isa=f"sm_{major}{minor}"
+    )

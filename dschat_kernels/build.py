@@ -852,7 +852,9 @@ def load_cuda(capability: tuple[int, int]) -> ModuleType:
         if arch not in _cuda_modules:
             try:
                 if capability < (8, 0):
-                    raise BuildError(f"The CUDA kernels need a GPU from sm_80 (A100) on, and this one is {arch}.")
+                    raise BuildError(
+                        f"The CUDA kernels need a GPU from sm_80 (A100) on, and this one is {arch}."
+                    )
                 _cuda_modules[arch] = cuda_build(arch).load()
             except BuildError as error:
                 _cuda_modules[arch] = error

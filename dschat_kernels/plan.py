@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cache import PagedKVCache, pages_for
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
-from .ops._common import ACTIVATIONS, native, ptr
+from .ops._common import ACTIVATIONS, native, ptr, why_not_cuda
 from .ops.attention import attention
 from .ops.layer_norm import layer_norm
 from .ops.linear import linear
@@ -224,7 +224,7 @@ class Decoder:
     Args:
         spec: from `decoder_spec(model)`.
         dtype: of packs, activations and cache; default: that of the embedding. float32 or bfloat16.
-        backend: None (native kernels where they are, else the reference), "cpu" or "reference".
+        backend: None (native kernels where they are, else the reference), "cpu", "reference" or "cuda".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
 
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
@@ -252,8 +252,10 @@ class Decoder:
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
-        if backend not in (None, "cpu", "reference"):
-            raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
+        if backend not in (None, "cpu", "reference", "cuda"):
+            raise ValueError(f"backend is {backend!r}: use None, 'cpu', 'cuda' or 'reference'.")
+        if backend == "cuda" and (reason := why_not_cuda()):
+            raise RuntimeError(f"backend is 'cuda', but {reason}: use None, 'cpu' or 'reference'.")
         if backend == "cpu" and native() is None:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."

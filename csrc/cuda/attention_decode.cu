@@ -20,6 +20,7 @@ extern "C" int launch_attention_decode(int type, const void* q, int64_t q_stride
                                        int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap,
                                        const float* slopes, int64_t num_splits, float* scratch, void* stream) {
   if (tokens == 0) return launched();
+  if (access_width({k_cache, v_cache}, {}) < 16) return launched(false);
   bool known = false;
   dispatch(type, [&](auto t) {
     using T = decltype(t);

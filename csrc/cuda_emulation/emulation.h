@@ -111,9 +111,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
 inline uint32_t __float_as_uint(float x) { return emulation::float_bits(x); }
 inline float __uint_as_float(uint32_t u) { return emulation::bits_float(u); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
-inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
 inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }

@@ -173,6 +173,7 @@ bool run_block(std::vector<int>& turns, std::mt19937_64& random) {
   g.static_bytes = 0;
   std::memset(shared, kPoison, sizeof(shared));
   checker::start_block(shared, sizeof(shared));
+  checker::own_shared(0, g.dynamic_bytes);
   start_threads();
   while (g.done < g.threads) {
     if (order == Order::random) std::shuffle(turns.begin(), turns.end(), random);
@@ -197,6 +198,7 @@ bool run_block(std::vector<int>& turns, std::mt19937_64& random) {
       return false;
     }
   }
+  checker::end_block();
   return true;
 }
 
@@ -204,6 +206,10 @@ bool run_block(std::vector<int>& turns, std::mt19937_64& random) {
 
 int lane() { return current->number % kWarp; }
 int thread_number() { return current->number; }
+bool running() { return current != nullptr; }
+bool on_thread_stack(const void* address) {
+  return size_t(static_cast<const char*>(address) - stacks()) < kStack * kMaxThreads;
+}
 
 void fail(const char* format, ...) {
   va_list arguments;

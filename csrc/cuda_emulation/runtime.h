@@ -26,6 +26,8 @@ constexpr size_t kMaxShared = 99 * 1024;  // what every GPU from sm_80 on gives 
 extern Index thread_index, block_index, block_size, grid_size;
 int lane();
 int thread_number();
+bool running();                               // a kernel's thread calls
+bool on_thread_stack(const void* address);    // of any thread of the block
 
 // ---- launches
 

@@ -219,7 +219,11 @@ def why_not_cuda() -> str | None:
     if runs_on_cuda():
         return None
     if not torch.cuda.is_available():
-        built = "" if torch.backends.cuda.is_built() else f", and PyTorch {torch.__version__} is built without CUDA"
+        built = (
+            ""
+            if torch.backends.cuda.is_built()
+            else f", and PyTorch {torch.__version__} is built without CUDA"
+        )
         return f"this machine has no CUDA GPU{built}"
     try:
         build.load_cuda(torch.cuda.get_device_capability())

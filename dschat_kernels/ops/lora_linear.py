@@ -165,7 +165,15 @@ def _fuse_lora_cpu(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float)
     out = torch.empty(weight.shape, dtype=weight.dtype)
     if runs_on_cuda():
         kernels().fuse_lora(
-            DTYPES[weight.dtype], ptr(weight), *weight.shape, *weight.stride(), ptr(a), ptr(b), a.shape[0], scale, ptr(out)
+            DTYPES[weight.dtype],
+            ptr(weight),
+            *weight.shape,
+            *weight.stride(),
+            ptr(a),
+            ptr(b),
+            a.shape[0],
+            scale,
+            ptr(out),
         )
         return out
     matrix = (ptr(weight), *weight.shape, *weight.stride(), [(ptr(a), ptr(b), a.shape[0], scale)])

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from dschat_kernels.build import KernelBuild, isa_flags, runnable_isas
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dschat_kernels.build import Compiler, KernelBuild, isa_flags, runnable_isas
 from dschat_kernels.ops._common import CudaKernels, cuda_kernels
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -22,6 +26,9 @@ FLAGS = ("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wn
 # As for the GPU: what is not written as fmaf is not fused. Kernels read elements of one type as words of another,
 # which nvcc allows.
 SEMANTICS = ("-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-DDSCHAT_EMULATE_CUDA")
+
+# The compiler calls csrc/cuda_emulation/checker.cpp for every access of a kernel; no sanitizer's library is linked.
+CHECKS = ("-fsanitize=thread,alignment,bounds",)
 
 
 class Order(Enum):
@@ -37,12 +44,16 @@ class EmulatedBuild(KernelBuild):
     """CUDA sources compiled by the host compiler as C++."""
 
     defines: tuple[str, ...] = ()
-    optimise: tuple[str, ...] = ("-O2",)
+    checking: bool = False
 
     @property
     def compile_flags(self) -> tuple[str, ...]:
-        given = (*FLAGS, *SEMANTICS, *self.optimise, *isa_flags(self.isa), f"-DDSCHAT_MODULE={self.name}")
-        return (*given, *self.defines, "-x", "c++")
+        given = (*FLAGS, *SEMANTICS, *isa_flags(self.isa), f"-DDSCHAT_MODULE={self.name}", *self.defines)
+        return (*given, "-O1", "-g1", "-DDSCHAT_EMULATION_CHECK") if self.checking else (*given, "-O2")
+
+    def _compile_command(self, compiler: Compiler, name: str, copy: Path) -> list[str]:
+        watched = CHECKS if self.checking and name.endswith(".cu") else ()
+        return [*super()._compile_command(compiler, name, copy), *watched, "-x", "c++"]
 
 
 def names(pattern: str) -> list[str]:
@@ -59,15 +70,16 @@ def isa() -> str:
 
 
 @functools.cache
-def emulated_module() -> ModuleType:
+def emulated_module(checking: bool = False) -> ModuleType:
     """csrc/cuda with its binding, on the CPU."""
     return EmulatedBuild(
-        name="_dschat_cuda_emulated",
+        name="_dschat_cuda_emulated" + "_checking" * checking,
         root=CSRC,
         sources=[*names("cuda/*.cu"), *RUNTIME, "bindings/cuda.cpp"],
         headers=HEADERS,
         isa=isa(),
         label="emulated CUDA kernels",
+        checking=checking,
     ).load()
 
 
@@ -78,3 +90,68 @@ def emulated_cuda(order: Order = Order.ASCENDING, seed: int = 0) -> Iterator[Mod
     module.set_order(order.value, seed)
     with cuda_kernels(CudaKernels(module, 0)):
         yield module
+
+
+class _Recorder(TorchFunctionMode):
+    """Knows every piece of memory that torch has handed out, and whether anything was written there yet."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.fresh: set[int] = set()
+        for tensor in tensors:
+            self._know(tensor, fresh=False)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._know(tensor, fresh=name in ("empty", "new_empty", "empty_like"))
+        written = kwargs.get("out")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            written = args[0]
+        if isinstance(written, torch.Tensor):
+            self.fresh.discard(written.untyped_storage().data_ptr())
+        return result
+
+    def _know(self, tensor: torch.Tensor, fresh: bool) -> None:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place and place not in self.storages:
+            self.storages[place] = storage  # kept, so that the place is not given to another
+            if fresh:
+                self.fresh.add(place)
+
+
+class _CheckedKernels(CudaKernels):
+    """Tells the checking build before every launch what memory there is."""
+
+    def __init__(self, module: ModuleType, recorder: _Recorder) -> None:
+        super().__init__(module, 0)
+        self.recorder = recorder
+        self.traffic: list[tuple[str, dict[str, int]]] = []
+
+    def _launch(self, function: Callable[..., None], *arguments: Any) -> None:
+        self.module.reset()
+        for place, storage in self.recorder.storages.items():
+            written = place not in self.recorder.fresh
+            self.module.add_buffer(place, storage.nbytes(), "tensor", written, False)
+        super()._launch(function, *arguments)
+        self.recorder.fresh.clear()
+        self.traffic.append((function.__name__, self.module.traffic()))
+
+
+@contextlib.contextmanager
+def checked_cuda(
+    *tensors: torch.Tensor, order: Order = Order.ASCENDING, seed: int = 0
+) -> Iterator[_CheckedKernels]:
+    """`emulated_cuda` in the checking build: a race, or an access to anything but the memory of `tensors` and of
+    tensors made within, is an error of the op."""
+    module = emulated_module(checking=True)
+    module.set_order(order.value, seed)
+    recorder = _Recorder(tensors)
+    checked = _CheckedKernels(module, recorder)
+    with recorder, cuda_kernels(checked):
+        yield checked

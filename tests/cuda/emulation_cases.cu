@@ -1,12 +1,8 @@
 // Small kernels for the tests of csrc/cuda_emulation: correct ones, and ones with a planted bug.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 #include <string>
 
 #include "cuda/device.cuh"
-#include "bindings/cuda_emulation.cuh"
 
 namespace {
 
@@ -177,33 +173,36 @@ std::string errors() { return emulation::take_error() ? emulation::error_text() 
 
 }  // namespace
 
-PYBIND11_MODULE(DSCHAT_MODULE, m) {
-  emulation::bind_emulation(m);
-  m.def("who_am_i", [](std::array<unsigned, 3> grid, std::array<unsigned, 3> block, uintptr_t out) {
-    DSCHAT_LAUNCH(who_am_i, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0, nullptr, at<int>(out));
-    return errors();
-  });
-  m.def("block_total", [](unsigned threads, uintptr_t x, uintptr_t out) {
-    DSCHAT_LAUNCH(block_total, dim3(1), dim3(threads), 0, nullptr, at<float>(x), at<float>(out));
-    return errors();
-  });
-  m.def("shuffles", [](uintptr_t out) {
-    DSCHAT_LAUNCH(shuffles, dim3(1), dim3(32), 0, nullptr, at<int>(out));
-    return errors();
-  });
-  m.def("copies", [](uintptr_t x, uintptr_t out, int valid) {
-    DSCHAT_LAUNCH(copies, dim3(1), dim3(64), 0, nullptr, at<float>(x), at<float>(out), valid);
-    return errors();
-  });
-  m.def("product", [](bool half, uintptr_t a, uintptr_t b, uintptr_t d, bool transposed) {
-    if (half)
-      DSCHAT_LAUNCH(product<f16>, dim3(1), dim3(32), 0, nullptr, at<f16>(a), at<f16>(b), at<float>(d), transposed);
-    else
-      DSCHAT_LAUNCH(product<bf16>, dim3(1), dim3(32), 0, nullptr, at<bf16>(a), at<bf16>(b), at<float>(d), transposed);
-    return errors();
-  });
-  m.def("planted", [](int bug, unsigned blocks, unsigned threads, size_t shared, uintptr_t x, uintptr_t out, int n) {
-    DSCHAT_LAUNCH(planted, dim3(blocks), dim3(threads), shared, nullptr, bug, at<float>(x), at<float>(out), n);
-    return errors();
-  });
+// What emulation_cases.cpp binds: launches, and the errors they left.
+std::string run_who_am_i(std::array<unsigned, 3> grid, std::array<unsigned, 3> block, uintptr_t out) {
+  DSCHAT_LAUNCH(who_am_i, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0, nullptr, at<int>(out));
+  return errors();
+}
+
+std::string run_block_total(unsigned threads, uintptr_t x, uintptr_t out) {
+  DSCHAT_LAUNCH(block_total, dim3(1), dim3(threads), 0, nullptr, at<float>(x), at<float>(out));
+  return errors();
+}
+
+std::string run_shuffles(uintptr_t out) {
+  DSCHAT_LAUNCH(shuffles, dim3(1), dim3(32), 0, nullptr, at<int>(out));
+  return errors();
+}
+
+std::string run_copies(uintptr_t x, uintptr_t out, int valid) {
+  DSCHAT_LAUNCH(copies, dim3(1), dim3(64), 0, nullptr, at<float>(x), at<float>(out), valid);
+  return errors();
+}
+
+std::string run_product(bool half, uintptr_t a, uintptr_t b, uintptr_t d, bool transposed) {
+  if (half)
+    DSCHAT_LAUNCH(product<f16>, dim3(1), dim3(32), 0, nullptr, at<f16>(a), at<f16>(b), at<float>(d), transposed);
+  else
+    DSCHAT_LAUNCH(product<bf16>, dim3(1), dim3(32), 0, nullptr, at<bf16>(a), at<bf16>(b), at<float>(d), transposed);
+  return errors();
+}
+
+std::string run_planted(int bug, unsigned blocks, unsigned threads, size_t shared, uintptr_t x, uintptr_t out, int n) {
+  DSCHAT_LAUNCH(planted, dim3(blocks), dim3(threads), shared, nullptr, bug, at<float>(x), at<float>(out), n);
+  return errors();
 }

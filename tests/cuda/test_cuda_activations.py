@@ -26,7 +26,9 @@ def test_bias_act(activation: str, dtype: torch.dtype) -> None:
     for rows, n in SIZES:
         inputs = {"x": (3 * torch.randn(rows, n)).to(dtype), "bias": torch.randn(n).to(dtype)}
         check_gradients(bias_act_cuda, bias_act_reference, inputs, activation=activation)
-    check_gradients(bias_act_cuda, bias_act_reference, {"x": inputs["x"], "bias": None}, activation=activation)
+    check_gradients(
+        bias_act_cuda, bias_act_reference, {"x": inputs["x"], "bias": None}, activation=activation
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

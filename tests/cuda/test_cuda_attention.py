@@ -1,4 +1,4 @@
-"""attention and attention_decode of csrc/cuda: against float64; prefill, decode and every split bit for bit the same."""
+"""attention and attention_decode of csrc/cuda against float64; prefill, decode and every split have the same bits."""
 
 from __future__ import annotations
 
@@ -119,8 +119,16 @@ def test_slots_and_slices_of_a_packed_qkv() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_and_no_tokens(dtype: torch.dtype) -> None:
     check(make_batch([4], [100], 2, 2, 32, dtype, scale=8.0), scale=1.0)
-    assert attention(*make_batch([], [], 2, 2, 32, dtype).arguments, scale=1.0, backend="cuda").shape == (0, 2, 32)
-    assert attention(*make_batch([0], [9], 2, 2, 32, dtype).arguments, scale=1.0, backend="cuda").shape == (0, 2, 32)
+    assert attention(*make_batch([], [], 2, 2, 32, dtype).arguments, scale=1.0, backend="cuda").shape == (
+        0,
+        2,
+        32,
+    )
+    assert attention(*make_batch([0], [9], 2, 2, 32, dtype).arguments, scale=1.0, backend="cuda").shape == (
+        0,
+        2,
+        32,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,7 +143,11 @@ def test_packed_has_the_bits_of_attention(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options",
-    [{"scale": 0.25}, {"scale": 0.25, "window": 33}, {"scale": 0.3, "window": 5, "softcap": 3.0, "alibi": True}],
+    [
+        {"scale": 0.25},
+        {"scale": 0.25, "window": 33},
+        {"scale": 0.3, "window": 5, "softcap": 3.0, "alibi": True},
+    ],
     ids=str,
 )
 def test_packed_gradients(options: dict[str, Any], dtype: torch.dtype) -> None:

@@ -53,10 +53,14 @@ def test_epilogues_round_where_the_reference_does(activation: str, dtype: torch.
     _, w2, b2 = make(1, 45, 24, dtype)
     residual = torch.randn(19, 45).to(dtype)
     options = {"activation": activation, "residual": residual}
-    gated = PackedLinear.from_parts([ResolvedLinear(w, b, ()), ResolvedLinear(w2, b2, ())], gated=True, dense=True)
+    gated = PackedLinear.from_parts(
+        [ResolvedLinear(w, b, ()), ResolvedLinear(w2, b2, ())], gated=True, dense=True
+    )
     for packed in (pack(w, b), gated):
         y, expected = linear(x, packed, backend="cuda", **options), linear_reference(x, packed, **options)
-        exact = linear_reference(x.double().float(), packed, activation=activation).double() + residual.double()
+        exact = (
+            linear_reference(x.double().float(), packed, activation=activation).double() + residual.double()
+        )
         assert_close_to_fp64(y, exact, expected, factor=2.0, size=4.0)
         assert (y != expected).float().mean() < (0.02 if dtype != torch.float32 else 0.9)
 

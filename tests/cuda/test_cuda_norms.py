@@ -43,7 +43,9 @@ def test_rms_norm(rows: int, hidden: int, dtype: torch.dtype, rounding: str, off
     )
 
 
-@pytest.mark.parametrize("x_dtype, weight_dtype", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "x_dtype, weight_dtype", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+)
 def test_rms_norm_of_mixed_dtypes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     for rounding in ("llama", "gemma"):
         inputs = {"x": torch.randn(9, 111).to(x_dtype), "weight": torch.randn(111).to(weight_dtype)}

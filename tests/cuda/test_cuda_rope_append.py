@@ -21,7 +21,9 @@ def tables(dim: int, positions: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize("dim, rotary_dim", [(2, 2), (20, 6), (64, 64), (33, 32)])
-def test_rope_has_the_bits_of_the_reference(dim: int, rotary_dim: int, style: str, dtype: torch.dtype) -> None:
+def test_rope_has_the_bits_of_the_reference(
+    dim: int, rotary_dim: int, style: str, dtype: torch.dtype
+) -> None:
     cos, sin = tables(rotary_dim)
     x, positions = torch.randn(5, 3, dim).to(dtype), torch.tensor([0, 199, 7, 7, 64])
     x.requires_grad_()

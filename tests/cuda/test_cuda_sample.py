@@ -1,4 +1,4 @@
-"""sample and token_logprobs of csrc/cuda: the reference's tokens, the CPU kernel's random numbers, float64 log-probs."""
+"""sample and token_logprobs of csrc/cuda: the tokens of reference and CPU, and log-probs against float64."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def numbers(rows: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_tokens_as_the_reference_and_the_cpu(options: dict[str, Any], dtype: torch.dtype) -> None:
-    for vocab in (1, 7, 256, 1000, 2309):
-        for spread in (0.0, 0.01, 1.0, 5.0):
-            logits = (spread * torch.randn(6, vocab)).to(dtype)
-            arguments = {**numbers(6), **options, "seed": 2**62 + 5}
+    for vocab in (1, 7, 256, 1000):
+        for spread in (0.0, 0.01, 3.0):
+            logits = (spread * torch.randn(4, vocab)).to(dtype)
+            arguments = {**numbers(4), **options, "seed": 2**62 + 5}
             with emulated_cuda():
                 tokens, log_probs = sample(logits, backend="cuda", **arguments)
             expected, expected_log_probs = sample_reference(logits, **arguments)
@@ -55,17 +55,17 @@ def test_same_tokens_as_the_reference_and_the_cpu(options: dict[str, Any], dtype
 
 
 def test_masked_entries_and_rows_that_are_no_distribution(cuda: Any) -> None:
-    logits = torch.randn(40, 600)
+    logits = torch.randn(8, 600)
     logits[:, ::2] = float("-inf")
     for options in ({}, {"top_k": 400}, {"top_p": 0.999}, {"temperature": 0.0}):
-        tokens, log_probs = sample(logits, backend="cuda", **numbers(40), **options)
+        tokens, log_probs = sample(logits, backend="cuda", **numbers(8), **options)
         assert (tokens % 2 == 1).all() and log_probs.isfinite().all()
     for bad, message in (("nan", "row 3 of logits has a NaN"), ("inf", "row 3 of logits has a NaN or is infinite"),
                          ("-inf", "every logit of row 3 is -inf")):  # fmt: skip
         broken = logits.clone()
         broken[3, 5 if bad != "-inf" else slice(None)] = float(bad)
         with pytest.raises(ValueError, match=message):
-            sample(broken, backend="cuda", **numbers(40))
+            sample(broken, backend="cuda", **numbers(8))
 
 
 def test_rows_do_not_depend_on_batch_or_layout(cuda: Any) -> None:
@@ -82,7 +82,7 @@ def test_rows_do_not_depend_on_batch_or_layout(cuda: Any) -> None:
 
 def test_draws_follow_the_distribution(cuda: Any) -> None:
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, float("-inf")])
-    draws = 4000
+    draws = 1500
     tokens, _ = sample(logits.expand(draws, -1), backend="cuda", seed=1, streams=torch.arange(draws),
                        positions=torch.zeros(draws).long())  # fmt: skip
     expected = logits.softmax(0) * draws
@@ -100,7 +100,9 @@ def problem(tokens: int, size: int, vocab: int, dtype: torch.dtype) -> tuple[Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, size, vocab", [(0, 4, 9), (1, 1, 1), (3, 40, 255), (17, 33, 257), (70, 24, 600)])
+@pytest.mark.parametrize(
+    "tokens, size, vocab", [(0, 4, 9), (1, 1, 1), (3, 40, 255), (17, 33, 257), (70, 24, 600)]
+)
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_token_logprobs(
     cuda: Any, tokens: int, size: int, vocab: int, dtype: torch.dtype, cap: float | None
@@ -113,7 +115,9 @@ def test_token_logprobs(
     exact = token_logprobs_reference(hidden.double(), weight.double(), targets, bias=bias.double(), **options)
     for a, e, t in zip(got, exact, own, strict=True):
         assert_close_to_fp64(a, e, t, size=8.0)
-    only = token_logprobs(hidden, weight, targets, bias=bias, backend="cuda", temperature=0.7, logit_softcap=cap)
+    only = token_logprobs(
+        hidden, weight, targets, bias=bias, backend="cuda", temperature=0.7, logit_softcap=cap
+    )
     assert same_bits(only, got[0])
 
 
@@ -126,9 +130,7 @@ def test_the_rollouts_bits(cuda: Any, dtype: torch.dtype) -> None:
     logits = linear(hidden, packed, float_output=True, backend="cuda")
     tokens, log_probs = sample(logits, temperature=0.6, seed=5, backend="cuda", **numbers(21))
     for rows in (slice(0, 21), slice(4, 5), slice(3, 20)):
-        again = token_logprobs(
-            hidden[rows], weight, tokens[rows], temperature=0.6, bias=bias, backend="cuda"
-        )
+        again = token_logprobs(hidden[rows], weight, tokens[rows], temperature=0.6, bias=bias, backend="cuda")
         assert same_bits(again, log_probs[rows])
 
 

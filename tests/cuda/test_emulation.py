@@ -11,21 +11,23 @@ import torch
 from emulated import CSRC, HEADERS, RUNTIME, EmulatedBuild, Order, isa
 from torch import Tensor
 
+CASES = ("tests/cuda/emulation_cases.cu", "tests/cuda/emulation_cases.cpp")
 ORDERS = pytest.mark.parametrize("order", Order)
 
 
 @functools.cache
-def cases(*defines: str) -> ModuleType:
+def cases(*defines: str, checking: bool = False) -> ModuleType:
     """tests/cuda/emulation_cases.cu."""
     return EmulatedBuild(
-        name="_dschat_emulation_cases" + "_ucontext" * bool(defines),
+        name="_dschat_emulation_cases" + "_ucontext" * bool(defines) + "_checking" * checking,
         root=CSRC.parent,
-        sources=["tests/cuda/emulation_cases.cu", *(f"csrc/{name}" for name in RUNTIME)],
+        sources=[*CASES, *(f"csrc/{name}" for name in RUNTIME)],
         headers=[f"csrc/{name}" for name in HEADERS],
         include_dirs=["csrc"],
         isa=isa(),
         label="emulation's test kernels",
         defines=defines,
+        checking=checking,
     ).load()
 
 
@@ -52,8 +54,9 @@ def test_float16_conversions_are_torchs() -> None:
         finite = expected[expected.isfinite()]
         middle = (finite.double() + torch.nextafter(finite, torch.tensor(1e38)).double()) / 2
         between = (finite[:-1].double() + finite[1:].double()) / 2
-        tests = torch.cat([finite, middle.float(), between.float(), torch.nextafter(between.float(), finite[0]),
-                           torch.nextafter(between.float(), -finite[0]), torch.tensor([65519.9, 65520.0, 1e30, 3.4e38])])  # fmt: skip
+        around = [torch.nextafter(between.float(), side) for side in (finite[0], -finite[0])]
+        edges = torch.tensor([65519.9, 65520.0, 1e30, 3.4e38])
+        tests = torch.cat([finite, middle.float(), between.float(), *around, edges])
         tests = tests[tests.isfinite()]
         ours = torch.tensor([rounded(x) for x in tests.tolist()], dtype=torch.int32).to(torch.int16)
         assert torch.equal(ours, tests.to(dtype).view(torch.int16))
@@ -100,7 +103,11 @@ def test_asynchronous_copies(module: ModuleType, valid: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_matrix_instructions(module: ModuleType, dtype: torch.dtype, transposed: bool) -> None:
     """The layouts of mma.m16n8k16 and ldmatrix: a wrong place of any element changes the product."""
-    a, b, d = torch.randint(-8, 8, (16, 16)).to(dtype), torch.randint(-8, 8, (16, 8)).to(dtype), torch.zeros(16, 8)
+    a, b, d = (
+        torch.randint(-8, 8, (16, 16)).to(dtype),
+        torch.randint(-8, 8, (16, 8)).to(dtype),
+        torch.zeros(16, 8),
+    )
     given = b if transposed else b.t().contiguous()
     call = (dtype == torch.float16, a.data_ptr(), given.data_ptr(), d.data_ptr(), transposed)
     assert module.product(*call) == ""
@@ -180,3 +187,61 @@ def test_ucontext_gives_the_same() -> None:
     assert m.block_total(96, x.data_ptr(), out.data_ptr()) == ""
     assert torch.equal(out, x.sum().expand(96))
     assert "deadlock" in plant(m, 0)[0] and plant(m, 21)[0] == ""
+
+
+# ------------------------------------------------------------------------------------------- the checking build
+
+
+def plant_checked(bug: int, order: Order = Order.ASCENDING, blocks: int = 1) -> str:
+    m = cases(checking=True)
+    m.set_order(order.value, 1)
+    m.reset()
+    x, out = torch.randn(256), torch.empty(64 * blocks)
+    m.add_buffer(x.data_ptr(), 1024, "x", True, True)
+    m.add_buffer(out.data_ptr(), 256 * blocks, "out", False, False)
+    return m.planted(bug, blocks, 64, 256, x.data_ptr(), out.data_ptr(), 256)
+
+
+@ORDERS
+@pytest.mark.parametrize(
+    "bug, message",
+    [
+        (8, "uninitialised: read of shared memory"),
+        (9, "(uninitialised|race): read of shared memory"),
+        (10, "race: (write to|read of) shared memory.* and a (read|write) by thread .* of block 0"),
+        (11, r"out of bounds: 4-byte read at x\+1024, a buffer of 1024 bytes"),
+        (12, r"out of bounds: 4-byte write at out\+256, a buffer of 256 bytes"),
+        (13, "out of bounds: 4-byte write of shared memory at offset"),
+        (14, "out of bounds: 4-byte write of shared memory at offset 256, where no variable lies"),
+        (15, "uninitialised: read of shared memory"),
+        (16, "misaligned: an address that is no multiple of 16"),
+        (18, "(uninitialised|race): (write to|read of) shared memory"),
+        (19, r"read-only: write to x\+"),
+        (20, r"uninitialised: read of out\+0"),
+    ],
+)  # fmt: skip
+def test_checking_build_finds(order: Order, bug: int, message: str) -> None:
+    """Among them races whose results are right in this order."""
+    assert re.search(message, plant_checked(bug, order)), plant_checked(bug, order)
+
+
+@ORDERS
+def test_checking_build_finds_races_of_blocks(order: Order) -> None:
+    assert re.search(
+        r"race: write to out\+0 and a write by thread 0 of block 0", plant_checked(17, order, blocks=2)
+    )
+
+
+@ORDERS
+def test_checking_build_is_silent_where_nothing_is_wrong(order: Order) -> None:
+    assert plant_checked(21, order, blocks=2) == ""
+
+
+def test_traffic_of_known_patterns() -> None:
+    m = cases(checking=True)
+    plant_checked(21)
+    traffic = m.traffic()
+    # Per thread x is read twice, by 32 lanes thrice; out is written once and, by 32 lanes, read and written again.
+    assert traffic["bytes_read"] == 4 * (64 * 2 + 32 + 32) and traffic["bytes_written"] == 4 * (64 + 32)
+    assert traffic["used_bytes"] == 32 * traffic["sectors"], "neighbours read neighbours"
+    assert traffic["shared_passes"] == traffic["shared_requests"], "no bank conflicts"
