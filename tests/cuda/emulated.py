@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from dschat_kernels.build import Compiler, KernelBuild, isa_flags, runnable_isas
 from dschat_kernels.ops._common import CudaKernels, cuda_kernels
@@ -92,37 +91,44 @@ def emulated_cuda(order: Order = Order.ASCENDING, seed: int = 0) -> Iterator[Mod
         yield module
 
 
-class _Recorder(TorchFunctionMode):
-    """Knows every piece of memory that torch has handed out, and whether anything was written there yet."""
+class _Recorder:
+    """Knows the memory of every tensor whose address a kernel may get, and whether anything was written there yet."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.fresh: set[int] = set()
         for tensor in tensors:
-            self._know(tensor, fresh=False)
+            self.know(tensor)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        name = getattr(function, "__name__", "")
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._know(tensor, fresh=name in ("empty", "new_empty", "empty_like"))
-        written = kwargs.get("out")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            written = args[0]
-        if isinstance(written, torch.Tensor):
-            self.fresh.discard(written.untyped_storage().data_ptr())
-        return result
-
-    def _know(self, tensor: torch.Tensor, fresh: bool) -> None:
+    def know(self, tensor: torch.Tensor, fresh: bool = False) -> None:
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
         if place and place not in self.storages:
             self.storages[place] = storage  # kept, so that the place is not given to another
             if fresh:
                 self.fresh.add(place)
+        if tensor._version:  # torch has written into it
+            self.fresh.discard(place)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """torch.empty and Tensor.data_ptr, by which all memory comes and goes, report here."""
+        empty, data_ptr = torch.empty, torch.Tensor.data_ptr
+
+        def recorded_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = empty(*args, **kwargs)
+            self.know(tensor, fresh=True)
+            return tensor
+
+        def recorded_data_ptr(tensor: torch.Tensor) -> int:
+            self.know(tensor)
+            return data_ptr(tensor)
+
+        torch.empty, torch.Tensor.data_ptr = recorded_empty, recorded_data_ptr  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.empty, torch.Tensor.data_ptr = empty, data_ptr  # type: ignore[method-assign]
 
 
 class _CheckedKernels(CudaKernels):
@@ -153,5 +159,5 @@ def checked_cuda(
     module.set_order(order.value, seed)
     recorder = _Recorder(tensors)
     checked = _CheckedKernels(module, recorder)
-    with recorder, cuda_kernels(checked):
+    with recorder.recording(), cuda_kernels(checked):
         yield checked

@@ -115,7 +115,7 @@ def test_linear_and_lora(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
 def test_attention(dtype: torch.dtype, dim: int) -> None:
     batch = make_batch([1, 20, 0], [70, 20, 3], 4, 2, dim, dtype)
     options: dict[str, Any] = {"scale": 0.2, "window": 50, "softcap": 5.0, "backend": "cuda"}
-    tensors = tuple(t.clone() for t in batch.arguments)
+    tensors = batch.arguments
     agree(lambda *a: attention(*a, **options), *tensors)
     agree(lambda *a: attention_decode(*a, **options), *tensors)
     qkv = [torch.randn(40, heads, dim).to(dtype) for heads in (4, 2, 2)]
@@ -138,7 +138,7 @@ def test_an_error_of_a_kernel_is_an_error_of_the_op() -> None:
     """Memory that is not in the list is out of bounds: here, all of it."""
     x = torch.randn(3, 40)
     with checked_cuda() as checked:
-        checked.recorder.storages.clear()
+        checked.recorder.know = lambda *_, **__: None  # type: ignore[method-assign]
         with pytest.raises(
             RuntimeError, match="bias_act: CUDA reports error 719, out of bounds: 16-byte read"
         ):
@@ -173,7 +173,7 @@ def test_decode_reads_the_cache_once(dtype: torch.dtype) -> None:
     """Four heads share a kv head: keys and values are read once for all, in whole sectors, and lie in shared memory
     so that matrix loads do not conflict."""
     batch = make_batch([1, 1], [256, 256], 8, 2, 64, dtype)
-    with checked_cuda(*(t.clone() for t in batch.arguments)) as checked:
+    with checked_cuda() as checked:
         attention_decode(*batch.arguments, scale=0.1, num_splits=4, backend="cuda")
     [(_, traffic)] = checked.traffic
     cache = 2 * 2 * 256 * 2 * 64 * 2
