@@ -232,7 +232,7 @@ template <typename T> struct Row {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     sample_rows(const T* logits, int64_t vocab, int64_t stride, Options options, const int64_t* streams,
                 const int64_t* positions, int64_t* tokens, float* log_probs) {
   DSCHAT_SHARED(Shared, shared, 1);

@@ -28,7 +28,7 @@ template <typename T, int kHeight> constexpr int shared_bytes() {
 
 // chunks[row, chunk] and, for the chunk that has the row's target, target_z[row].
 template <typename T, int kHeight>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 2)
     chunk_sums(Operand<T> hidden, int64_t rows, Operand<T> weight, Head head, const int64_t* targets, ChunkSum* chunks,
                float* target_z) {
   DSCHAT_DYNAMIC_SHARED(memory);

@@ -51,6 +51,7 @@ struct Access {
 
 std::vector<Buffer> buffers;
 std::vector<Byte> shared_bytes;
+size_t shared_used = 0;  // end of the last variable of the block
 uintptr_t shared_begin = 0;
 uint32_t epoch = 0;
 uint32_t clocks[kMaxThreads][kWarp];  // what each thread knows of the clocks of its warp
@@ -142,14 +143,16 @@ bool in_image(uintptr_t a) {
 }
 
 // The stack of the thread that launched: arguments of the kernel lie there.
-bool on_host_stack(uintptr_t a) {
+uintptr_t host_stack = 0;
+size_t host_stack_bytes = 0;
+
+void find_host_stack() {
   pthread_attr_t attributes;
   void* begin = nullptr;
-  size_t bytes = 0;
   pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &begin, &bytes);
+  pthread_attr_getstack(&attributes, &begin, &host_stack_bytes);
   pthread_attr_destroy(&attributes);
-  return a - reinterpret_cast<uintptr_t>(begin) < bytes;
+  host_stack = reinterpret_cast<uintptr_t>(begin);
 }
 
 void note(const void* code, uintptr_t address, size_t bytes, bool shared) {
@@ -203,6 +206,7 @@ void out_of_bounds(uintptr_t a, size_t bytes, int kind, const void* code) {
 }  // namespace
 
 void start_launch() {
+  find_host_stack();
   for (Buffer& b : buffers)
     for (Byte& byte : b.bytes) {
       const bool initialised = byte.initialised;
@@ -215,7 +219,9 @@ void start_block(const char* shared, size_t bytes) {
   shared_begin = reinterpret_cast<uintptr_t>(shared);
   Byte foreign;
   foreign.owned = false;
-  shared_bytes.assign(bytes, foreign);
+  shared_bytes.resize(bytes, foreign);
+  std::fill(shared_bytes.begin(), shared_bytes.begin() + std::ptrdiff_t(shared_used), foreign);
+  shared_used = 0;
   epoch = 0;
   for (auto& known : clocks) std::fill(std::begin(known), std::end(known), 0u);
   for (int t = 0; t < kMaxThreads; ++t) clocks[t][t % kWarp] = 1;
@@ -234,6 +240,7 @@ void end_block() {
 
 void own_shared(size_t offset, size_t bytes) {
   for (size_t i = offset; i < offset + bytes; ++i) shared_bytes[i].owned = true;
+  shared_used = std::max(shared_used, offset + bytes);
 }
 
 void next_epoch() { ++epoch; }
@@ -275,7 +282,7 @@ void access(const void* address, size_t bytes, int kind, const void* code) {
       if (!check_byte(b.bytes[i], kind, true, b.name, i, code)) return;
     return;
   }
-  if (in_image(a) || on_host_stack(a)) return;
+  if (a - host_stack < host_stack_bytes || in_image(a)) return;
   out_of_bounds(a, bytes, kind, code);
 }
 
