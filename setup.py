@@ -81,9 +81,22 @@ class CompileKernels(build_ext):
 
 
 serve = ["fastapi", "uvicorn"]
-triton = ["triton; platform_system == 'Linux'"]
+triton = ["triton>=3.9; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
-dev = ["hypothesis", "mypy", "psutil", "pytest", "pytest-benchmark", "ruff", "scipy", "setuptools>=77"]
+dev = [
+    "fastapi",  # with httpx and uvicorn: dschat serve and the client of its tests
+    "httpx",
+    "hypothesis",
+    "mypy",
+    "psutil",
+    "pytest",
+    "pytest-benchmark",
+    "ruff",
+    "scipy",
+    "setuptools>=77",
+    "uvicorn",
+    "triton>=3.9; platform_system == 'Linux'",
+]
 
 setup(
     name="dschat",
@@ -122,6 +135,7 @@ setup(
         "pyyaml>=6",
         "rich>=14",
         "safetensors>=0.6",
+        "scikit-learn>=1.7",
         "tensorboard>=2.20",
     ],
     extras_require={"deepspeed": deepspeed, "triton": triton, "serve": serve, "dev": dev},

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dschat_kernels.backends import backends
+from dschat_kernels.backends import backends, read_bandwidth
 
 from .engine import HybridEngine, SamplingConfig
 
@@ -93,12 +93,6 @@ class GenerateReport:
         return "\n".join(lines)
 
 
-def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes a second that summing 256 MiB of float32 reads, all threads; the best of some runs."""
-    data = torch.ones(64 * 2**20)
-    return max(data.numel() * 4 / _seconds(data.sum) for _ in range(repeats))
-
-
 def generate(
     model: nn.Module,
     workloads: Sequence[tuple[int, int, int]],
@@ -124,7 +118,7 @@ def generate(
     model.eval()
     engine = HybridEngine(model, max_slots=max(b for b, _, _ in workloads), backend=backend)
     peak = read_bandwidth()
-    report = GenerateReport(_machine(peak), _model_facts(engine))
+    report = GenerateReport(machine_facts(peak), _model_facts(engine))
     for batch, prompt, new in workloads:
         if progress is not None:
             progress(f"batch {batch}, {prompt} + {new} tokens")
@@ -179,7 +173,7 @@ def _bytes_per_step(engine: HybridEngine, batch: int, context: float) -> float:
     return engine.decoder.packed_bytes + batch * context * cache
 
 
-def _machine(peak: float) -> dict[str, Any]:
+def machine_facts(peak: float) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "isa": backends()["cpu"].isa,

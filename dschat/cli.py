@@ -24,6 +24,8 @@ OPTIONAL = {
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
     "matplotlib": "the picture of a run",
+    "fastapi": "dschat serve",
+    "sklearn": "dschat eval's classification and win rates",
 }
 
 
@@ -74,6 +76,8 @@ def _run(words: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(configs.usage(cls))
         return 0
+    if cls.positional and rest and not rest[0].startswith("--"):
+        rest = [f"--{cls.positional}", *rest]
     flags = configs.parse_flags(rest, cls)
     path = flags.pop("config", None)
     if path is True:
@@ -231,7 +235,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _stage(config: Any) -> None:
-    """sft, reward, ppo: run it and say where things are."""
+    """sft, reward, dpo, ppo, grpo, rloo: run it and say where things are."""
     import importlib
 
     result = importlib.import_module(f"dschat.rlhf.{config.command}").train(config)
@@ -254,11 +258,47 @@ def train(config: configs.TrainConfig) -> None:
         print(f"Talk to it: dschat chat --model {config.ppo.output_dir}")
 
 
+def evaluate(config: configs.EvalConfig) -> None:
+    import rich
+    from rich.table import Table
+
+    from .rlhf import evals
+
+    _threads(config)
+    result = evals.run(config)
+    table = Table(title=f"{config.task} of {config.model}", title_justify="left", show_header=False)
+    for row in evals.rows(result):
+        table.add_row(*row)
+    rich.print(table)
+    _write(config.output, json.dumps(result, indent=1))
+
+
+def report(config: configs.ReportConfig) -> None:
+    import os
+
+    from .rlhf import report as pages
+
+    target = config.output or os.path.join(config.runs[0], "report.html")
+    print(f"written: {pages.compare(config.runs, target)}")
+
+
 def chat(config: configs.ChatConfig) -> None:
     from .chat import chat as talk
 
     model, tokenizer = _load(config)
     talk(config, model, tokenizer)
+
+
+def serve(config: configs.ServeConfig) -> None:
+    import importlib.util
+
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:  # before a model is loaded
+        raise ConfigError(f"dschat serve needs {' and '.join(missing)}; run: pip install 'dschat[serve]'")
+    from .serve import serve as listen
+
+    model, tokenizer = _load(config)
+    listen(config, model, tokenizer)
 
 
 BODIES: dict[str, Callable[[Any], int | None]] = {
@@ -268,9 +308,15 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "verify": verify,
     "sft": _stage,
     "reward": _stage,
+    "dpo": _stage,
     "ppo": _stage,
+    "grpo": _stage,
+    "rloo": _stage,
     "train": train,
+    "eval": evaluate,
+    "report": report,
     "chat": chat,
+    "serve": serve,
 }
 
 __all__ = ["BODIES", "Config", "main", "overview"]

@@ -6,8 +6,8 @@
 `load(PPOConfig, "ppo.yaml", {"kl_coef": "0.02"})` reads a file and lays flags over it. Unknown keys are
 refused with the nearest known name; a value of the wrong type is refused in one sentence that names key,
 value and what is expected, in Python too. Names that DeepSpeed-Chat's scripts use are accepted where the
-thing exists here (`ALIASES`), ignored with a note where it has become pointless (`IGNORED`), and refused with
-the reason where it would change the result (`NOT_HERE`).
+thing exists here, ignored with a note where it has become pointless, and refused with what replaces them where
+they would change the result: the table is dschat/deepspeed_chat.py.
 """
 
 from __future__ import annotations
@@ -26,70 +26,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from . import deepspeed_chat
+from .deepspeed_chat import ALIASES, FLAGS
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence for the user."""
 
-
-ALIASES = {
-    "model_name_or_path": "model",
-    "actor_model_name_or_path": "model",
-    "critic_model_name_or_path": "reward",  # the critic starts from the reward model, as it does there
-    "data_path": "data",
-    "sft_only_data_path": "data",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_training_batch_size": "batch_size",
-    "per_device_generation_batch_size": "prompts_per_step",
-    "num_train_epochs": "epochs",
-    "max_train_steps": "max_steps",
-    "lr_scheduler_type": "lr_schedule",
-    "num_warmup_steps": "warmup_steps",
-    "max_seq_len": "max_length",
-    "max_prompt_seq_len": "max_prompt_length",
-    "max_answer_seq_len": "max_new_tokens",
-    "lora_dim": "lora_r",
-    "actor_lora_dim": "lora_r",
-    "critic_lora_dim": "critic_lora_r",
-    "lora_module_name": "lora_targets",
-    "actor_lora_module_name": "lora_targets",
-    "actor_learning_rate": "learning_rate",
-    "actor_weight_decay": "weight_decay",
-    "enable_tensorboard": "tensorboard",
-    "eval_interval": "eval_every",
-}
-IGNORED = {
-    "num_padding_at_beginning": "masks are explicit here, so leading padding needs no number",
-    "enable_hybrid_engine": "the hybrid engine is always on",
-    "unpin_actor_parameters": "no parameter is pinned",
-    "release_inference_cache": "the cache is freed by itself",
-    "tp_gather_partition_size": "nothing is gathered",
-    "align_overflow": "there is no loss scale that could overflow",
-    "add_eot_token": "the end-of-turn token is appended always",
-    "data_output_path": "nothing is cached on disk",
-    "print_loss": "the loss is always shown",
-    "print_answers": "completions are always logged",
-    "local_rank": "there is one process",
-    "disable_dropout": "dropout is always off",
-    "disable_actor_dropout": "dropout is always off",
-    "disable_critic_dropout": "dropout is always off",
-}
-NOT_HERE = {
-    name: reason
-    for names, reason in (
-        ("zero_stage actor_zero_stage critic_zero_stage offload offload_reference_model"
-         " offload_reward_model deepspeed",
-         "this version trains in one process without ZeRO"),
-        ("inference_tp_size", "this version runs on one device"),
-        ("unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef",
-         "a pretraining loss cannot be mixed in"),
-        ("enable_ema", "an average of the weights is not kept"),
-        ("dropout actor_dropout critic_dropout", "dropout is off in every stage"),
-        ("data_split", "give the files of each stage in its own data key"),
-        ("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
-         "lower batch_size and raise gradient_accumulation_steps instead"),
-    )
-    for name in names.split()
-}  # fmt: skip
 
 C = TypeVar("C", bound="Config")
 
@@ -133,6 +76,10 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and not (isinstance(value, bool) and not any(a is value for a in args)):
             return value
+        if key == "dtype" and str(value).lower() in ("fp16", "float16", "half"):
+            raise ConfigError(
+                f"dtype is {value!r}, which needs loss scaling that is not here; use bfloat16 or float32"
+            )
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
         raise ConfigError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
     if origin is list:
@@ -187,6 +134,8 @@ class Config:
 
     command: ClassVar[str] = ""
     about: ClassVar[str] = ""
+    positional: ClassVar[str] = ""
+    """The list that words before the first flag belong to."""
 
     def __post_init__(self) -> None:
         for name, kind in field_types(type(self)).items():
@@ -245,11 +194,16 @@ class StageConfig(Config):
     )
 
     learning_rate: float = opt(1e-5, "peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = opt(
+    lora_learning_rate: float | None = opt(
+        None,
+        "peak learning rate of the adapter, where a new head or all else trains at learning_rate; none: the same",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = opt(
         "linear", "course of the learning rate after the warm-up"
     )
+    lr_final: float = opt(0.0, "share of the peak that the learning rate falls to")
     warmup_steps: int = opt(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay")
+    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay; biases and norms have none")
     adam_beta1: float = opt(0.9, "AdamW's first beta")
     adam_beta2: float = opt(0.95, "AdamW's second beta")
     adam_eps: float = opt(1e-5, "AdamW's epsilon")
@@ -290,6 +244,21 @@ class StageConfig(Config):
             self.require(0 <= getattr(self, key) < 1, key, "at least 0 and below 1")
         self.require(self.adam_eps > 0, "adam_eps", "greater than 0")
         self.require(bool(self.model), "model", "a model folder or hub id")
+        self.require(
+            self.lora_learning_rate is None or self.lora_learning_rate > 0,
+            "lora_learning_rate",
+            "greater than 0",
+        )
+        if self.lora_learning_rate is not None and not self.learning_rate:
+            raise ConfigError(
+                f"lora_learning_rate is {self.lora_learning_rate} and learning_rate 0; "
+                f"set learning_rate to {self.lora_learning_rate}"
+            )
+        self.require(0 <= self.lr_final <= 1, "lr_final", "between 0 and 1")
+        if self.lr_schedule == "exponential" and not self.lr_final:
+            raise ConfigError(
+                "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
 
 
 @dataclass(kw_only=True)
@@ -324,6 +293,10 @@ class RewardConfig(StageConfig):
 
     output_dir: str = opt("runs/reward", "where everything of this run goes")
     max_length: int = opt(512, "most tokens in prompt and answer together")
+    loss: Literal["last", "per_token"] = opt(
+        "last",
+        "compare scores at the last token, or at every token from where the answers part (DeepSpeed-Chat)",
+    )
     margin: str = opt("", "column with a margin that chosen has to win by; empty: none")
     normalise: bool = opt(
         True, "store mean and deviation of the scores, so that scores come out with mean 0 and deviation 1"
@@ -332,28 +305,51 @@ class RewardConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.require(self.max_length >= 2, "max_length", "2 or more")
+        if self.loss == "per_token" and self.margin:
+            raise ConfigError(
+                f"margin is {self.margin!r} and loss per_token, which has none; set loss to last, or margin to ''"
+            )
 
 
 @dataclass(kw_only=True)
-class PPOConfig(StageConfig):
-    """Proximal policy optimisation with a critic. A step is: roll out, score, then `ppo_epochs` passes of
-    updates.
+class DPOConfig(StageConfig):
+    """Direct preference optimisation on pairs, without reward model and rollouts."""
+
+    command: ClassVar[str] = "dpo"
+    about: ClassVar[str] = "DPO on pairs of a chosen and a rejected answer"
+
+    output_dir: str = opt("runs/dpo", "where everything of this run goes")
+    max_length: int = opt(512, "most tokens in prompt and answer together")
+    beta: float = opt(0.1, "strength of the pull to the reference (IPO: its tau)")
+    loss: Literal["sigmoid", "ipo"] = opt("sigmoid", "logistic loss of DPO, or the squared loss of IPO")
+    label_smoothing: float = opt(0.0, "share of the pairs that are taken to be labelled the wrong way round")
+    reference: str = opt("", "reference model; empty: the policy as it was at the start")
+    cache_reference: bool = opt(
+        True, "compute the reference's log-probs once; false: in every step (no pass over the data before)"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.max_length >= 2, "max_length", "2 or more")
+        self.require(self.beta > 0, "beta", "greater than 0")
+        self.require(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing} and loss is ipo, which has none; "
+                "set label_smoothing to 0, or loss to sigmoid"
+            )
+
+
+@dataclass(kw_only=True)
+class OnlineConfig(StageConfig):
+    """What the algorithms that learn from their own rollouts have in common. A step is: roll out, score, then
+    `ppo_epochs` passes of updates.
     """
 
-    command: ClassVar[str] = "ppo"
-    about: ClassVar[str] = "PPO against a reward model or reward functions"
-
-    output_dir: str = opt("runs/ppo", "where everything of this run goes")
     reward: list[str] = opt(
         [], "reward model folders or Python functions (module:function); several are added up"
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
-    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
-    critic_update: Literal["head", "lora", "all"] = opt(
-        "lora", "what the critic trains: its head alone, an adapter too, or all"
-    )
-    critic_lora_r: int = opt(8, "LoRA rank of the critic")
-    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
 
     prompts_per_step: int = opt(16, "prompts in one step")
     samples_per_prompt: int = opt(1, "answers sampled for each prompt")
@@ -372,36 +368,46 @@ class PPOConfig(StageConfig):
     dual_clip: float | None = opt(
         None, "bound on the loss of negative advantages, greater than 1; none: no bound"
     )
-    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
-    gamma: float = opt(1.0, "discount")
-    lam: float = opt(0.95, "lambda of the advantage estimation")
-    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
-    aggregation: Literal["token", "sequence"] = opt(
-        "token", "mean over all tokens, or over sequences of their token means"
+    ratio_level: Literal["token", "sequence", "answer"] = opt(
+        "token", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
     )
-    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
-    whiten_rewards: bool = opt(
-        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    importance_cap: float | None = opt(
+        None, "weigh by min(p training / p rollout, this), for rollouts in lesser precision; none: don't"
+    )
+    importance_level: Literal["token", "sequence", "answer"] = opt("token", "what those weights are of")
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus")
+    aggregation: Literal["token", "sequence", "constant"] = opt(
+        "token", "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)"
     )
 
-    kl_coef: float = opt(
-        0.05, "weight of the KL to the reference inside the reward (start value when adaptive)"
-    )
+    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the rewards, or a loss")
     kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
+    kl_correction: bool = opt(
+        False, "weigh the KL in the loss by the ratio, which makes its gradient the KL's, also off-policy"
+    )
     kl_control: Literal["fixed", "adaptive"] = opt("fixed", "keep kl_coef, or steer it towards kl_target")
     kl_target: float = opt(6.0, "KL of a whole answer that the adaptive control aims at")
     kl_horizon: int = opt(10_000, "answers over which the adaptive control reacts")
     reference: str = opt("", "reference model; empty: the policy as it was at the start")
 
-    reward_norm: Literal["none", "batch", "running"] = opt(
-        "none", "scale scores by mean and deviation of the rollout or of all so far"
+    reward_norm: Literal["none", "batch", "running", "group"] = opt(
+        "none",
+        "scale scores by mean and deviation of the rollout or of all so far; group: take off the mean of the "
+        "prompt's samples",
     )
     reward_clip: float = opt(10.0, "scores are cut to +- this; 0: never")
     missing_eos_penalty: float = opt(1.0, "taken off the score of an answer that the length limit cut")
+    mask_truncated: bool = opt(False, "leave answers that the length limit cut out of the update")
     ratio_tolerance: float | None = opt(
         None,
         "largest |ratio - 1| allowed on the first minibatch; none: from the measured gap, and 0 when exact",
     )
+
+    unsup_data: list[str] = opt([], "files of plain text (column text) for a language-modelling loss beside")
+    unsup_coef: float = opt(0.0, "weight of that loss in every minibatch; 0: none")
+    unsup_length: int = opt(128, "tokens of a block of that text")
+    ema_decay: float = opt(0.0, "keep an average of the weights with this decay and save it too; 0: don't")
 
     eval_samples: int = opt(1, "answers sampled for each held-out prompt, before and after")
     compare_hf: int = opt(
@@ -412,35 +418,32 @@ class PPOConfig(StageConfig):
         super().check()
         for key in (
             *("prompts_per_step", "samples_per_prompt", "max_prompt_length", "max_new_tokens"),
-            *("ppo_epochs", "eval_samples", "critic_lora_r"),
+            *("ppo_epochs", "eval_samples"),
         ):
             self.require(getattr(self, key) >= 1, key, "1 or more")
-        for key in (
-            "kl_coef",
-            "entropy_coef",
-            "reward_clip",
-            "critic_learning_rate",
-            "missing_eos_penalty",
-            "compare_hf",
-        ):
+        for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
-        for key in ("gamma", "lam"):
-            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
+        if self.reward_norm == "group" and self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"reward_norm is group and samples_per_prompt {self.samples_per_prompt}, so every score would become "
+                "0; sample 2 answers or more, or set reward_norm to batch"
+            )
         self.require(0 < self.cliprange < 1, "cliprange", "between 0 and 1")
-        for key in ("cliprange_high", "cliprange_value", "kl_target", "kl_horizon"):
+        for key in ("cliprange_high", "kl_target", "kl_horizon", "importance_cap"):
             self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "greater than 0")
         self.require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "greater than 1, or none")
         self.require(
             self.ratio_tolerance is None or self.ratio_tolerance >= 0, "ratio_tolerance", "0 or more, or none"
         )
+        name = self.command.upper()
         if self.temperature <= 0:
             raise ConfigError(
-                f"temperature is {self.temperature}, but PPO samples; use a value above 0, such as 1.0"
+                f"temperature is {self.temperature}, but {name} samples; use a value above 0, such as 1.0"
             )
         for key, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, key) != off:
                 raise ConfigError(
-                    f"{key} is {getattr(self, key)}, but PPO uses log-probs of the full distribution, "
+                    f"{key} is {getattr(self, key)}, but {name} uses log-probs of the full distribution, "
                     f"which cut sampling does not follow; set {key} to {off} and use temperature instead"
                 )
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
@@ -448,6 +451,134 @@ class PPOConfig(StageConfig):
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
                 "give one weight a reward"
             )
+        self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
+        self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
+        self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        if bool(self.unsup_data) != bool(self.unsup_coef):
+            raise ConfigError(
+                f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
+                "give both, or leave both out"
+            )
+        if self.importance_cap is not None and self.exact:
+            raise ConfigError(
+                f"importance_cap is {self.importance_cap} and exact is true, where nothing is left to correct; "
+                "set importance_cap to none, or exact to false"
+            )
+        if self.kl_place == "loss" and self.kl_kind == "k1" and not self.kl_correction and self.kl_coef:
+            raise ConfigError(
+                "kl_kind is k1 and kl_place is loss, where k1 has expected gradient 0; "
+                "set kl_kind to k3, or kl_place to reward"
+            )
+        if self.kl_correction and self.kl_place == "reward":
+            raise ConfigError("kl_correction is true, but kl_place is reward; set kl_place to loss")
+        if self.kl_control == "adaptive" and not self.kl_coef:
+            raise ConfigError(
+                "kl_control is adaptive and kl_coef is 0, which stays 0 whatever it is multiplied by; "
+                "set kl_coef to a start value such as 0.05"
+            )
+
+
+@dataclass(kw_only=True)
+class PPOConfig(OnlineConfig):
+    """Proximal policy optimisation with a critic."""
+
+    command: ClassVar[str] = "ppo"
+    about: ClassVar[str] = "PPO against a reward model or reward functions"
+
+    output_dir: str = opt("runs/ppo", "where everything of this run goes")
+    critic: str = opt("", "model the critic starts from; empty: the first reward model, else the policy")
+    critic_update: Literal["head", "lora", "all"] = opt(
+        "lora", "what the critic trains: its head alone, an adapter too, or all"
+    )
+    critic_head: Literal["reward", "zero"] = opt(
+        "reward", "where the head of critic_update=head starts: at the reward model's, or at zero"
+    )
+    critic_lora_r: int = opt(8, "LoRA rank of the critic")
+    critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
+    critic_lora_learning_rate: float | None = opt(
+        None, "peak learning rate of the critic's adapter, if it differs from that of its head"
+    )
+    critic_weight_decay: float | None = opt(None, "weight decay of the critic; none: weight_decay")
+    cliprange_value: float | None = opt(0.2, "half-width of the value's clip; none: no clip")
+    gamma: float = opt(1.0, "discount")
+    lam: float = opt(0.95, "lambda of the advantage estimation")
+    whiten_advantages: bool = opt(True, "scale advantages to mean 0 and deviation 1 over the rollout")
+    whiten_rewards: bool = opt(
+        False, "scale per-token rewards to deviation 1 over the rollout, keeping their mean"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.critic_lora_r >= 1, "critic_lora_r", "1 or more")
+        self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
+        decay = self.critic_weight_decay
+        self.require(decay is None or decay >= 0, "critic_weight_decay", "0 or more, or none")
+        rate = self.critic_lora_learning_rate
+        self.require(rate is None or rate > 0, "critic_lora_learning_rate", "greater than 0, or none")
+        for key in ("gamma", "lam"):
+            self.require(0 <= getattr(self, key) <= 1, key, "between 0 and 1")
+        self.require(
+            self.cliprange_value is None or self.cliprange_value > 0, "cliprange_value", "greater than 0"
+        )
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(OnlineConfig):
+    """Group relative policy optimisation: the other answers to a prompt are the baseline."""
+
+    command: ClassVar[str] = "grpo"
+    about: ClassVar[str] = "GRPO (and Dr. GRPO, DAPO, GSPO) against rewards, without a critic"
+
+    output_dir: str = opt("runs/grpo", "where everything of this run goes")
+    samples_per_prompt: int = opt(8, "answers sampled for each prompt: the group")
+    baseline: Literal["mean", "others"] = opt(
+        "mean", "what an answer is compared with: the group's mean, or that of its other answers"
+    )
+    scale: Literal["group", "batch", "none"] = opt(
+        "group", "advantages are divided by the deviation of the group's or of all scores, or not at all"
+    )
+    flat_groups: Literal["keep", "drop"] = opt(
+        "keep", "groups whose scores are all equal: keep them (for the KL), or leave them out of the update"
+    )
+    kl_coef: float = opt(0.04, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("loss", "where that KL is: taken off the scores, or a loss")
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
+    missing_eos_penalty: float = opt(0.0, "taken off the score of an answer that the length limit cut")
+
+    def check(self) -> None:
+        super().check()
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt is {self.samples_per_prompt}, but {self.command.upper()} compares the "
+                "answers to a prompt with each other; use 2 or more, such as 8"
+            )
+
+
+@dataclass(kw_only=True)
+class RLOOConfig(GRPOConfig):
+    """REINFORCE leave-one-out: GRPO's skeleton with another baseline, no scaling, the ratio of the answer."""
+
+    command: ClassVar[str] = "rloo"
+    about: ClassVar[str] = "REINFORCE leave-one-out against rewards, without a critic"
+
+    output_dir: str = opt("runs/rloo", "where everything of this run goes")
+    samples_per_prompt: int = opt(4, "answers sampled for each prompt: the group")
+    baseline: Literal["mean", "others"] = opt(
+        "others", "what an answer is compared with: the group's mean, or that of its other answers"
+    )
+    scale: Literal["group", "batch", "none"] = opt(
+        "none", "advantages are divided by the deviation of the group's or of all scores, or not at all"
+    )
+    ratio_level: Literal["token", "sequence", "answer"] = opt(
+        "answer", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
+    )
+    aggregation: Literal["token", "sequence", "constant"] = opt(
+        "sequence",
+        "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)",
+    )
+    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the scores, or a loss")
+    kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
 
 
 @dataclass(kw_only=True)
@@ -520,6 +651,61 @@ class VerifyConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class ServeConfig(_ModelCommand):
+    command: ClassVar[str] = "serve"
+    about: ClassVar[str] = "a model behind OpenAI's HTTP interface, on this machine"
+    host: str = opt("localhost", "address to listen on; there is no authentication")
+    port: int = opt(8000, "port to listen on")
+    name: str = opt("", "name of the model in requests; empty: as given to --model")
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_new_tokens: int = opt(256, "tokens of an answer where a request does not say")
+    temperature: float = opt(1.0, "where a request does not say; 0: greedy")
+    top_p: float = opt(1.0, "where a request does not say; 1: off")
+    max_batch: int = opt(64, "rows generated at a time")
+    max_waiting: int = opt(256, "prompts that may wait; more are refused")
+    window_ms: float = opt(5.0, "milliseconds that a request waits for others to share its batch")
+    seed: int = opt(0, "seed of requests that name none; each batch has another")
+
+    def check(self) -> None:
+        super().check()
+        self.require(1 <= self.port <= 65535, "port", "from 1 to 65535")
+        for key in ("max_new_tokens", "max_batch", "max_waiting"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("temperature", "window_ms", "seed"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+
+
+@dataclass(kw_only=True)
+class EvalConfig(_ModelCommand):
+    command: ClassVar[str] = "eval"
+    about: ClassVar[str] = "perplexity, reward accuracy, win rate, exact answers, classification, KL"
+    task: Literal["perplexity", "reward", "classify", "win_rate", "answers", "kl"] = opt(
+        "perplexity", "what is measured, see docs/eval.md"
+    )
+    data: list[str] = opt([], "files (.jsonl, .json, .csv, .parquet, also .gz) or hub data sets")
+    rows: int = opt(0, "use only the first N rows; 0: all")
+    against: str = opt("", "win_rate: the model to compare with; kl: the reference")
+    judge: str = opt("", "win_rate: the reward model that scores the answers")
+    verifier: list[str] = opt(["dschat.rlhf.verifiers:number"], "answers: functions that score them")
+    samples: int = opt(1, "answers and kl: answers sampled for each prompt")
+    system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
+    max_length: int = opt(512, "most tokens in a row (a prompt, where answers are generated)")
+    max_new_tokens: int = opt(128, "most tokens in an answer")
+    temperature: float = opt(1.0, "of the answers; 0: greedy")
+    batch_size: int = opt(16, "rows in one forward")
+    seed: int = opt(0, "seed of sampling and bootstrap")
+    output: str = opt("", "write everything as JSON to this file too")
+
+    def check(self) -> None:
+        super().check()
+        for key in ("samples", "max_length", "max_new_tokens", "batch_size"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        for key in ("rows", "temperature"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+
+
+@dataclass(kw_only=True)
 class ChatConfig(_ModelCommand):
     command: ClassVar[str] = "chat"
     about: ClassVar[str] = "talk to a model in the terminal"
@@ -532,6 +718,19 @@ class ChatConfig(_ModelCommand):
 
 
 @dataclass(kw_only=True)
+class ReportConfig(Config):
+    command: ClassVar[str] = "report"
+    about: ClassVar[str] = "one HTML page of a run, or of several side by side"
+    positional: ClassVar[str] = "runs"
+    runs: list[str] = opt([], "output_dir of each run, or of a pipeline")
+    output: str = opt("", "the page; empty: report.html in the first run's folder")
+
+    def check(self) -> None:
+        if not self.runs:
+            raise ConfigError("there is no run to report; name its output_dir: dschat report runs/quickstart")
+
+
+@dataclass(kw_only=True)
 class DoctorConfig(Config):
     command: ClassVar[str] = "doctor"
     about: ClassVar[str] = "what runs on this machine, what does not, and why"
@@ -539,7 +738,8 @@ class DoctorConfig(Config):
 
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
-    *(SFTConfig, RewardConfig, PPOConfig, TrainConfig, ChatConfig),
+    *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
+    *(EvalConfig, ReportConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 
@@ -547,21 +747,22 @@ COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 # ---------------------------------------------------------------------------------------- reading and writing
 
 
-def canonical(cls: type[Config], key: str, where: str) -> str | None:
-    """The field that `key` means in `cls`; None for a name that is ignored. Raises ConfigError for an
-    unknown one.
+def resolve(cls: type[Config], key: str, value: Any, where: str) -> tuple[str, Any] | None:
+    """The field of `cls` that `key` means and its value there; None for what is ignored. Raises ConfigError for
+    an unknown or refused key.
     """
     known = field_types(cls)
     name = key.replace("-", "_")
+    flag = FLAGS.get(name)
     if name in known:
-        return name
-    if name in ALIASES and ALIASES[name] in known:
-        return ALIASES[name]
-    if name in IGNORED:
-        warnings.warn(f"{key} has no effect: {IGNORED[name]}", stacklevel=4)
+        return name, deepspeed_chat.translate(flag, value) if flag is not None else value
+    if flag is not None and flag.to in known:
+        return flag.to, deepspeed_chat.translate(flag, value)
+    if flag is not None and (flag.note or deepspeed_chat.text_of(value) in flag.harmless):
+        warnings.warn(f"{key} has no effect: {flag.note or 'that is so here anyway'}", stacklevel=4)
         return None
-    if name in NOT_HERE:
-        raise ConfigError(f"{key} in {where} is not supported: {NOT_HERE[name]}")
+    if flag is not None and flag.instead:
+        raise ConfigError(f"{key} in {where} is not supported: {flag.instead}")
     near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
@@ -570,12 +771,13 @@ def canonical(cls: type[Config], key: str, where: str) -> str | None:
 def _rename(cls: type[Config], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in values.items():
-        name = canonical(cls, str(key), where)
-        if name is None:
+        found = resolve(cls, str(key), value, where)
+        if found is None:
             continue
+        name, own = found
         if name in out:
             raise ConfigError(f"{key!r} in {where} sets {name}, which is set already; keep one of the two")
-        out[name] = value
+        out[name] = own
     return out
 
 
@@ -661,6 +863,7 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
     if not flags:
         return build(cls, values, where)
     values = _rename(cls, values, where)
+    given: dict[str, str] = {}
     for flag, value in flags.items():
         if "." in flag:
             stage, _, key = flag.partition(".")
@@ -673,14 +876,19 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
                 raise ConfigError(
                     f"--{flag} names a stage {stage!r}, but the stages of dschat {cls.command} are: {stages}"
                 )
-            name = canonical(inner, key, f"the flags of {stage}")
-            if name is not None:
+            found = resolve(inner, key, value, f"the flags of {stage}")
+            if found is not None:
                 section = values.get(stage) or {}
-                values[stage] = {**_rename(inner, section, f"{stage} of {where}"), name: value}
+                values[stage] = {**_rename(inner, section, f"{stage} of {where}"), found[0]: found[1]}
         else:
-            name = canonical(cls, flag, "the flags")
-            if name is not None:
-                values[name] = value
+            found = resolve(cls, flag, value, "the flags")
+            if found is not None:
+                if found[0] in given:
+                    raise ConfigError(
+                        f"--{flag} and --{given[found[0]]} both set {found[0]}; keep one of the two"
+                    )
+                given[found[0]] = flag
+                values[found[0]] = found[1]
     return build(cls, values, f"{path} and the flags" if path else "the flags")
 
 
@@ -751,7 +959,8 @@ def usage(cls: type[Config]) -> str:
     lines = [
         f"dschat {cls.command}: {cls.about}",
         "",
-        f"usage: dschat {cls.command} [--config FILE] [--key value ...]",
+        f"usage: dschat {cls.command}{f' {cls.positional.upper()}' if cls.positional else ''}"
+        " [--config FILE] [--key value ...]",
         "",
     ]
     rows = []

@@ -5,12 +5,13 @@
 backend    runs  isa     threads  why
 reference  yes   -       2        PyTorch 2.13.0
 cpu        yes   avx512  2        compiled just in time by /usr/bin/c++ (...)
-triton     no    -       -        Triton kernels are not in this version; use cpu or reference.
+triton     no    -       -        no GPU: torch.cuda.is_available() is False; use cpu or reference.
 cuda       no    -       -        It cannot run, because this machine has no CUDA GPU.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -94,19 +95,50 @@ def _cpu(compile: bool = True) -> Backend:
 
 
 def _triton() -> Backend:
-    return Backend("triton", False, "Triton kernels are not in this version; use cpu or reference.")
+    import torch
+
+    from dschat_kernels import triton
+
+    if not torch.cuda.is_available():
+        return Backend("triton", False, "no GPU: torch.cuda.is_available() is False; use cpu or reference.")
+    if not triton.installed():
+        return Backend("triton", False, "Triton is not installed: pip install 'dschat[triton]'.")
+    return Backend("triton", True, f"compiled when first used, for {torch.cuda.get_device_name()}")
 
 
 def _cuda(compile: bool = True) -> Backend:
     import torch
 
-    from dschat_kernels.ops._common import why_not_cuda
+    from dschat_kernels import cuda
 
     if not compile and torch.cuda.is_available():
         return Backend("cuda", False, "Not loaded yet in this process; the first use compiles or loads it.")
-    if reason := why_not_cuda():
+    if reason := cuda.unavailable():
         return Backend("cuda", False, f"It cannot run, because {reason}.")
     major, minor = torch.cuda.get_device_capability()
     return Backend(
         "cuda", True, f"{torch.cuda.get_device_name()}, compiled just in time", isa=f"sm_{major}{minor}"
     )
+
+
+_bandwidth: float | None = None
+
+
+def read_bandwidth(repeats: int = 5) -> float:
+    """Bytes a second that summing 256 MiB of float32 reads, all threads; the best of some runs."""
+    import torch
+
+    global _bandwidth
+    data = torch.ones(64 * 2**20)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    _bandwidth = data.numel() * 4 / min(times)
+    return _bandwidth
+
+
+def known_bandwidth() -> float | None:
+    """What `read_bandwidth` gave last in this process, or None."""
+    return _bandwidth

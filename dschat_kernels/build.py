@@ -15,7 +15,7 @@ A key covers sources, headers, flags, compiler, Python ABI, pybind11, torch and 
 happens in a temporary folder and is published by one rename, so a killed builder leaves nothing that could be
 loaded; meta.json holds the module's SHA-256, so a damaged file is rebuilt, not loaded.
 
-Environment: DSCHAT_CACHE_DIR, DSCHAT_CPU_ISA (portable, avx2, avx512 or amx), DSCHAT_DISABLE_JIT=1 (never run
+Environment: DSCHAT_CACHE_DIR, DSCHAT_CPU_ISA (one of ISA_LEVELS), DSCHAT_DISABLE_JIT=1 (never run
 a compiler), DSCHAT_CXXFLAGS (extra flags, such as -fsanitize=undefined), CXX (the compiler), MAX_JOBS
 (compilations at a time).
 """
@@ -55,7 +55,7 @@ except ImportError:  # Windows: load() says so
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of a published folder; part of every key
-ISA_LEVELS = ("portable", "avx2", "avx512", "amx")
+ISA_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 # A level: (what /proc/cpuinfo must list, compiler flags). Each level contains the one before.
 _ISA_NEEDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -65,7 +65,8 @@ _ISA_NEEDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
         ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     ),
-    "amx": (("avx512_bf16", "amx_tile", "amx_bf16"), ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
+    "avx512_bf16": (("avx512_bf16",), ("-mavx512bf16",)),
+    "amx": (("amx_tile", "amx_bf16"), ("-mamx-tile", "-mamx-bf16")),
 }
 
 # No -ffast-math and no contraction: a result must not depend on what a compiler chooses to reorder or fuse.
@@ -222,12 +223,10 @@ def select_isa() -> str:
         )
     if forced:
         return forced
-    best = runnable[-1]
-    if best == "amx":
-        with contextlib.suppress(BuildError):
-            if not find_compiler().accepts(isa_flags("amx")):
-                best = "avx512"
-    return best
+    with contextlib.suppress(BuildError):  # without a compiler, kernels compiled ahead of time may be there
+        compiler = find_compiler()
+        return next(level for level in reversed(runnable) if compiler.accepts(isa_flags(level)))
+    return runnable[-1]
 
 
 # --------------------------------------------------------------------------------------------------- compiler

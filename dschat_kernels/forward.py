@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .models.spec import DecoderSpec, LayerSpec, LinearSpec
+from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec
 from .ops.attention import packed_attention
 from .ops.bias_act import bias_act
 from .ops.gated_act import gated_act
 from .ops.linear import linear_sums
 from .ops.rope_append import rope
 from .packing import PackedLinear, ResolvedLinear, resolve_linear
-from .plan import Decoder, apply_norm
+from .plan import Decoder, apply_norm, check_length
 
 
 def packed_hidden(
@@ -57,9 +57,13 @@ def packed_hidden(
     x = spec.embed(input_ids)
     if spec.project_in is not None:
         x = walk.project(x, "project_in", [spec.project_in])[0]
+    if not spec.scale_in_embed:
+        x = _scaled(x, spec.embed_scale)
     if spec.positions is not None:
         table: Any = spec.positions
         x = x + torch.nn.functional.embedding(positions + spec.position_offset, table.weight)
+    if spec.embed_norm is not None:
+        x = apply_norm(spec.embed_norm, x, backend)
     checkpointing = torch.is_grad_enabled() and getattr(spec.trunk, "gradient_checkpointing", False)
     for i, layer in enumerate(spec.layers):
         if checkpointing:
@@ -70,7 +74,11 @@ def packed_hidden(
         x = apply_norm(spec.final_norm, x, backend)
     if spec.project_out is not None:
         x = walk.project(x, "project_out", [spec.project_out])[0]
-    return x
+    return x if spec.lm_head is None else _scaled(x, spec.logit_scale)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale
 
 
 def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int:
@@ -97,10 +105,7 @@ def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int
             "begin with 0, never fall, end with the number of tokens."
         )
     longest = int(lengths.max()) if lengths.numel() else 0
-    if spec.positions is not None and longest > spec.max_positions:
-        raise ValueError(
-            f"a row has {longest} tokens and the model {spec.max_positions} positions: shorten it."
-        )
+    check_length(spec.position_limit(), longest)
     return longest
 
 
@@ -131,36 +136,44 @@ class _Walk:
     ):
         self.spec, self.exact, self.backend = spec, exact, backend
         self.cu_seqlens, self.positions = cu_seqlens, positions
-        self.tables = None
-        if spec.rope is not None:
-            self.tables = exact.rope_tables(longest) if exact is not None else spec.rope.tables(longest)
+        tables = exact.rope_tables(longest) if exact else [rope.tables(longest) for rope in spec.ropes()]
+        self.tables = {id(rope): table for rope, table in zip(spec.ropes(), tables, strict=True)}
+        self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi)
+
+    def norm(self, norm: NormSpec | None, x: Tensor) -> Tensor:
+        return x if norm is None else apply_norm(norm, x, self.backend)
 
     def layer(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
-        if layer.norm_position == "pre":
-            x = x + self.attention(i, layer, apply_norm(layer.attn_norm, x, self.backend))
-            return x + self.mlp(i, layer, apply_norm(layer.mlp_norm, x, self.backend))
-        x = apply_norm(layer.attn_norm, x + self.attention(i, layer, x), self.backend)
-        return apply_norm(layer.mlp_norm, x + self.mlp(i, layer, x), self.backend)
+        if layer.order == "post":
+            x = self.norm(layer.attn_norm, x + self.attention(i, layer, x))
+            return self.norm(layer.mlp_norm, x + self.mlp(i, layer, x))
+        scale = layer.residual_scale
+        n = self.norm(layer.attn_norm, x)
+        if layer.order == "parallel":
+            m = n if layer.mlp_norm is None else self.norm(layer.mlp_norm, x)
+            x = x + _scaled(self.attention(i, layer, n), scale)
+            return x + _scaled(self.mlp(i, layer, m), scale)
+        x = (n if layer.residual_from_norm else x) + _scaled(self.attention(i, layer, n), scale)
+        m = self.norm(layer.mlp_norm, x)
+        return (m if layer.residual_from_norm else x) + _scaled(self.mlp(i, layer, m), scale)
 
     def attention(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
         dim = self.spec.head_dim
-        q, k, v = (
-            y.reshape(len(x), -1, dim)
-            for y in self.project(x, f"layers.{i}.qkv", [layer.q, layer.k, layer.v])
-        )
-        if self.tables is not None and self.spec.rope is not None:
-            style, rotary_dim = self.spec.rope.style, self.spec.rope.rotary_dim
+        q, k, v = self.project(x, f"layers.{i}.qkv", [layer.q, layer.k, layer.v])
+        q, k = self.norm(layer.q_norm, q), self.norm(layer.k_norm, k)
+        q, k, v = (y.reshape(len(x), -1, dim) for y in (q, k, v))
+        if layer.rope is not None:
+            tables, style, rotary_dim = self.tables[id(layer.rope)], layer.rope.style, layer.rope.rotary_dim
             q, k = (
-                rope(
-                    y, *self.tables, self.positions, style=style, rotary_dim=rotary_dim, backend=self.backend
-                )
+                rope(y, *tables, self.positions, style=style, rotary_dim=rotary_dim, backend=self.backend)
                 for y in (q, k)
             )
         out = packed_attention(
             q, k, v, self.cu_seqlens, scale=layer.scale, window=layer.window, softcap=self.spec.attn_softcap,
-            backend=self.backend,
+            alibi_slopes=self.alibi, backend=self.backend,
         )  # fmt: skip
-        return self.project(out.reshape(len(x), -1), f"layers.{i}.o", [layer.o])[0]
+        out = self.project(out.reshape(len(x), -1), f"layers.{i}.o", [layer.o])[0]
+        return self.norm(layer.attn_out_norm, out)
 
     def mlp(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
         if layer.gate is not None:
@@ -169,20 +182,33 @@ class _Walk:
         else:
             (up,) = self.project(x, f"layers.{i}.up", [layer.up])
             mid = bias_act(up, None, layer.activation, backend=self.backend)
-        return self.project(mid, f"layers.{i}.down", [layer.down])[0]
+        return self.norm(layer.mlp_out_norm, self.project(mid, f"layers.{i}.down", [layer.down])[0])
 
     def project(self, x: Tensor, name: str, specs: Sequence[LinearSpec]) -> Sequence[Tensor]:
         """One output a spec. A module that several specs share (fused qkv) is called once."""
+        pieces = [spec.pieces() for spec in specs]
         if self.exact is not None:
-            return exact_linear(x, self.exact.packed(name), [resolve_linear(s, name) for s in specs])
-        outputs: dict[int, Tensor] = {}
-        result = []
-        for spec in specs:
-            y = outputs.get(id(spec.module))
-            if y is None:
-                y = outputs[id(spec.module)] = spec.module(x)
-            result.append(y if spec.rows is None else y[:, spec.rows[0] : spec.rows[1]])
-        return result
+            parts = [resolve_linear(piece, name) for own in pieces for piece in own]
+            columns = iter(exact_linear(x, self.exact.packed(name), parts))
+        else:
+            outputs: dict[int, Tensor] = {}
+            columns = iter([self._columns(x, piece, outputs) for own in pieces for piece in own])
+        return [_side_by_side([next(columns) for _ in own]) for own in pieces]
+
+    @staticmethod
+    def _columns(x: Tensor, spec: LinearSpec, outputs: dict[int, Tensor]) -> Tensor:
+        """The output of a projection of one slice; `outputs` of the modules called so far."""
+        y = outputs.get(id(spec.module))
+        if y is None:
+            y = outputs[id(spec.module)] = spec.module(x)
+        if spec.rows is None:
+            return y
+        rows: Any = spec.rows
+        return y[:, slice(*rows)]
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def exact_linear(x: Tensor, packed: PackedLinear, parts: Sequence[ResolvedLinear]) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ class PagedDynamicCache(DynamicCache):
         config: of the model; gives the layer kinds of the dense form.
         new_cache: (slots, tokens a slot) -> an empty paged cache.
         max_length: columns that are known to come (0: not known; the cache grows when it must).
-        owner: the patch whose decoder writes the pages.
+        owner: the decoder that writes the pages.
     """
 
     def __init__(self, config: Any, new_cache: NewCache, *, max_length: int = 0, owner: Any = None) -> None:
@@ -107,13 +107,14 @@ class PagedDynamicCache(DynamicCache):
         if self.paged is None or self.mask.shape[1] == 0:
             return
         cache, mask = self.paged, self.mask
-        shape = (self.rows, cache.num_kv_heads, mask.shape[1], cache.head_dim)
+        repeats = self.owner.spec.cache_repeats if self.owner is not None else 1
+        shape = (self.rows, cache.num_kv_heads * repeats, mask.shape[1], cache.head_dim)
         for layer in range(cache.num_layers):
             keys, values = (torch.zeros(shape, dtype=cache.dtype) for _ in range(2))
             for row, slot in enumerate(self.slots):
                 k, v = cache.gather(slot, layer)
-                keys[row, :, mask[row]] = k
-                values[row, :, mask[row]] = v
+                keys[row, :, mask[row]] = k.repeat_interleave(repeats, 0)
+                values[row, :, mask[row]] = v.repeat_interleave(repeats, 0)
             super().update(keys, values, layer)
         self.paged, self.slots = None, []
 

@@ -68,17 +68,20 @@ def spec_key(spec: Any) -> Any:
 
 def check_dtypes(spec: DecoderSpec) -> None:
     """One dtype of weights, one that the kernels have, all on the CPU."""
-    weights = {"the embedding": spec.embed.weight}
+    embed: Any = spec.embed
+    weights: list[tuple[str, Tensor]] = [("the embedding", embed.weight)]
     for layer in spec.layers:
         for field in dataclasses.fields(layer):
             part = getattr(layer, field.name)
             if hasattr(part, "rows"):
-                weights[f"{layer.name}'s {field.name} projection"] = parts.base_linear(part.module).weight
-    for norm in spec.norms():
-        if norm.weight is not None:
-            weights[f"a norm ({parts.class_name(norm.module)})"] = getattr(norm.module, norm.weight)
-    first = spec.embed.weight.dtype
-    for place, weight in weights.items():
+                projection = parts.base_linear(part.module).weight
+                weights.append((f"{layer.name}'s {field.name} projection", projection))
+        for name, norm in layer.norms():
+            weights += [(f"{layer.name}'s {name}", weight) for weight in norm.sources()]
+    for name, outer in (("embedding's norm", spec.embed_norm), ("final norm", spec.final_norm)):
+        weights += [(f"the {name}", weight) for weight in (outer.sources() if outer is not None else [])]
+    first = weights[0][1].dtype
+    for place, weight in weights:
         if weight.dtype != first:
             raise Unsupported(
                 f"{place} has dtype {weight.dtype} and the embedding {first}: cast the model to one dtype"
@@ -101,8 +104,11 @@ class FusedForward:
         self.model = model
         self.backend = backend
         self.note = note
-        annotation = str(inspect.signature(type(model).forward).return_annotation)
-        crossed = "CrossAttentions" in annotation
+        # Annotations do not always name the class that is returned.
+        crossed = (
+            CausalLMOutputWithCrossAttentions.__name__
+            in inspect.unwrap(type(model).forward).__code__.co_names
+        )
         self._output_class: Any = CausalLMOutputWithCrossAttentions if crossed else CausalLMOutputWithPast
         self._inner: list[nn.Module] = []  # every module below the model, as of the last refresh
         self.decoder = self._make(decoder_spec(model))
@@ -278,6 +284,9 @@ class FusedForward:
         new = self._new_tokens(arguments, cache, rows, columns)
         if isinstance(new, str):
             return new
+        limit = self.decoder.limit
+        if limit is not None and limit[1] and past + columns > limit[0]:
+            return limit[1]
         keep = arguments.get("logits_to_keep", 0)
         only_last = columns == 1 or (isinstance(keep, int) and keep == 1)
         if only_last and not bool(new[:, -1].all()):
@@ -326,7 +335,7 @@ class FusedForward:
                 return "the mask has holes, and the model has a sliding window"
         positions = arguments.get("position_ids")
         if positions is None:
-            if mechanism(self.decoder.spec.trunk) == "trunk.opt":
+            if mechanism(self.decoder.spec.trunk) in ("trunk.opt", "trunk.bloom"):
                 return new  # its positions come from the mask
             positions = torch.arange(past, past + columns)[None]
         elif not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:

@@ -86,7 +86,7 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
         updates = _lora_updates(module, name)
         module = module.get_base_layer()
     kind = type(module).__name__
-    if kind not in ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear"):
+    if kind not in ("Linear", "FalconLinear", "Conv1D", "NonDynamicallyQuantizableLinear"):
         raise Unsupported(f"{name} is a {kind}: only nn.Linear, Conv1D and LoRA around them can be packed.")
     weight = module.weight.t() if kind == "Conv1D" else module.weight
     bias = module.bias
@@ -127,14 +127,15 @@ def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
 class PackedLinear:
     """One matrix for `ops.linear`: several projections below each other (q, k, v), or a gate/up pair.
 
-    With the native CPU kernels `panels` holds the packed layout and `dense` is None; without them, and where
-    asked for, `dense` is the fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
+    For the cpu backend `panels` holds the packed layout and `dense` is None; otherwise `dense` is the
+    fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
 
     Args:
         shapes: (out, in) of the parts; all `in` equal.
-        dtype: float32 or bfloat16 (dense: or float16), of the packed weights and of the activations they meet.
+        dtype: float32 or bfloat16 (dense: float16 too), of the packed weights and of the activations they meet.
         gated: exactly two parts of one shape, gate and up; the result has `out` of one of them.
-        dense: hold the matrix itself, which is what the CUDA kernels read.
+        dense: keep the matrix dense, as GPUs want it; None: where there are no native kernels, or not on the CPU.
+        device: of the packed weights.
     """
 
     def __init__(
@@ -144,8 +145,11 @@ class PackedLinear:
         *,
         gated: bool = False,
         has_bias: bool = False,
-        dense: bool = False,
+        dense: bool | None = None,
+        device: torch.device | str = "cpu",
     ):
+        module: Any = native()
+        dense = (module is None or torch.device(device).type != "cpu") if dense is None else dense
         if dtype not in DTYPES and not (dense and dtype == torch.float16):
             raise TypeError(f"weights cannot be packed as {dtype}: use torch.float32 or torch.bfloat16.")
         ks = {k for _, k in shapes}
@@ -161,15 +165,16 @@ class PackedLinear:
         self.n = shapes[0][0] if gated else sum(n for n, _ in shapes)
         half = PANEL // 2
         self.num_panels = -(-self.n // half) if gated else -(-self.n // PANEL)
-        self.bias = torch.zeros(self.num_panels * PANEL) if has_bias else None
+        self.total = sum(n for n, _ in shapes)
+        entries = self.total if dense else self.num_panels * PANEL
+        self.bias = torch.zeros(entries, device=device) if has_bias else None
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
-        module: Any = None if dense else native()
-        if module is not None:
+        if not dense:
             self.depth = module.panel_depth(DTYPES[dtype], self.k)  # k, padded where AMX tiles need it
             self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=dtype)
         else:
-            self.dense = torch.empty(sum(n for n, _ in shapes), self.k, dtype=dtype)
+            self.dense = torch.empty(self.total, self.k, dtype=dtype, device=device)
 
     @classmethod
     def from_parts(
@@ -178,7 +183,7 @@ class PackedLinear:
         dtype: torch.dtype | None = None,
         *,
         gated: bool = False,
-        dense: bool = False,
+        dense: bool | None = None,
     ) -> PackedLinear:
         """Allocates and fills a pack for `parts`; dtype defaults to that of the weights."""
         packed = cls(
@@ -187,16 +192,22 @@ class PackedLinear:
             gated=gated,
             has_bias=any(p.bias is not None for p in parts),
             dense=dense,
+            device=parts[0].weight.device,
         )
         packed.fill(parts)
         return packed
 
     @classmethod
     def from_weight(
-        cls, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dense: bool | None = None,
     ) -> PackedLinear:
         """Packs one plain weight [out, in]."""
-        return cls.from_parts([ResolvedLinear(weight, bias, ())], dtype)
+        return cls.from_parts([ResolvedLinear(weight, bias, ())], dtype, dense=dense)
 
     @property
     def nbytes(self) -> int:
@@ -223,7 +234,8 @@ class PackedLinear:
                 f"{biases} biases: make a new one."
             )
         dtypes = {p.weight.dtype for p in parts}
-        if len(dtypes) > 1 or not dtypes <= {*DTYPES, self.dtype}:
+        allowed = {*DTYPES, torch.float16} if self.panels is None else set(DTYPES)
+        if len(dtypes) > 1 or not dtypes <= allowed:
             raise TypeError(
                 f"weights of dtype {', '.join(sorted(map(str, dtypes)))} cannot be packed together: "
                 "use torch.float32 or torch.bfloat16, one for all."
@@ -261,7 +273,7 @@ class PackedLinear:
         half, count = PANEL // 2, self.num_panels
         rows = self.panels.view(count, self.depth, PANEL)  # csrc/cpu/gemm.h: panel_place
         module: Any = native()
-        if self.dtype == torch.bfloat16 and module.amx_tiles != "no":
+        if self.dtype == torch.bfloat16 and module.depth_pairs:
             rows = (
                 rows.view(count, self.depth // 2, PANEL, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
             )
@@ -274,22 +286,24 @@ class PackedLinear:
             return torch.cat([halves[:, i].reshape(-1, self.k)[: self.n] for i in range(2)])
         return rows.reshape(-1, self.k)[: self.n].contiguous()
 
-    def dense_weight(self) -> Tensor:
-        """`to_dense` without a copy where the pack is dense."""
-        return self.to_dense() if self.dense is None else self.dense
-
     def plain_bias(self) -> Tensor | None:
         """The bias in output order (a gated pair: gate's, then up's), float32."""
-        if self.bias is None or not self.gated:
-            return None if self.bias is None else self.bias[: self.n]
+        if self.bias is None or self.panels is None:
+            return self.bias
+        if not self.gated:
+            return self.bias[: self.n]
         halves = self.bias.view(self.num_panels, 2, PANEL // 2)
         return torch.cat([halves[:, i].reshape(-1)[: self.n] for i in range(2)])
 
     def _panel_order(self, parts: Sequence[ResolvedLinear]) -> Tensor:
         columns = [
-            torch.zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach().to(torch.float32)
+            torch.zeros(p.weight.shape[0], device=p.weight.device)
+            if p.bias is None
+            else p.bias.detach().float()
             for p in parts
         ]
+        if self.panels is None:
+            return torch.cat(columns)
         out = torch.zeros(self.num_panels * PANEL)
         if self.gated:
             halves = out.view(self.num_panels, 2, PANEL // 2)

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,77 +29,11 @@ from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
 from .ops._common import CPU_DTYPES, resolve_backend
+from .report import Entry, Report, make_report
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
 _MARK = "_dschat_patch"  # in the instance dictionary of a patched model; never copied or pickled
-
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One module: `status` is "patched" (its class was swapped), "decoder" (transformers' module in training,
-    part of the fused decoder in generate) or "left" (transformers' everywhere)."""
-
-    module: str
-    kind: str
-    status: Literal["patched", "decoder", "left"]
-    op: str = ""
-    backend: str = ""
-    reason: str = ""
-
-
-@dataclass
-class Report:
-    """What a patch did to every module. `notes` are forwards that went to transformers since, each said
-    once."""
-
-    model: str
-    active: bool
-    backend: str
-    decoder: str
-    entries: list[Entry]
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, as for JSON."""
-        return asdict(self)
-
-    def count(self, status: str) -> int:
-        return sum(entry.status == status for entry in self.entries)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.model}: {'patched' if self.active else 'patch undone'}, backend {self.backend}",
-            f"generate and forwards without gradients: {self.decoder}",
-        ]
-        rows = [("module", "count", "class", "status", "op or reason")]
-        for (pattern, kind, status, text), names in self._grouped().items():
-            rows.append((pattern, str(len(names)), kind, status, text))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        for row in rows:
-            lines.append(
-                "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-            )
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def _grouped(self) -> dict[tuple[str, str, str, str], list[str]]:
-        """Modules that differ in numbers only share a line."""
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
-        for e in self.entries:
-            text = f"{e.op} ({e.backend})" if e.backend else e.op
-            text = ": ".join(part for part in (text, e.reason) if part)
-            key = (
-                re.sub(r"(?<=\.)\d+(?=\.|$)", "*", e.module),
-                e.kind,
-                e.status,
-                re.sub(r"\.\d+\.", ".*.", text),
-            )
-            groups.setdefault(key, []).append(e.module)
-        return groups
 
 
 # ------------------------------------------------------------------------------------------ class swap
@@ -164,14 +97,18 @@ def _rms_norm(original: Any, eps: str, offset: float, rounding: str, backend: st
     return {"forward": forward}
 
 
-def _layer_norm(original: Any, backend: str) -> dict[str, Any]:
+def _layer_norm(
+    original: Any, weight: str | None, bias: str | None, eps: str | float, backend: str
+) -> dict[str, Any]:
+    """weight, bias: attributes, None where the norm has none. eps: an attribute, or the number itself."""
     from .ops.layer_norm import layer_norm
 
     @functools.wraps(original.forward)
     def forward(self: Any, input: Tensor) -> Any:
-        if not _plain(input, *(t for t in (self.weight, self.bias) if t is not None)):
+        w, b = (None if name is None else getattr(self, name) for name in (weight, bias))
+        if not _plain(input, *(t for t in (w, b) if t is not None)):
             return original.forward(self, input)
-        return layer_norm(input, self.weight, self.bias, self.eps, backend=backend)
+        return layer_norm(input, w, b, getattr(self, eps) if isinstance(eps, str) else eps, backend=backend)
 
     return {"forward": forward}
 
@@ -279,9 +216,9 @@ class _Swap:
 
 def _norm_swap(module: nn.Module, name: str, backend: str) -> _Swap:
     spec = parts.norm(module, name)
+    eps = next((place for place in ("variance_epsilon", "eps") if hasattr(module, place)), spec.eps)
     if spec.kind == "layer":
-        return _Swap("layer_norm", _layer_norm, (backend,))
-    eps = "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
+        return _Swap("layer_norm", _layer_norm, (spec.weight, spec.bias, eps, backend))
     return _Swap("rms_norm", _rms_norm, (eps, spec.weight_offset, spec.rounding, backend))
 
 
@@ -416,7 +353,7 @@ class Patch:
         if isinstance(module, nn.Embedding):
             op = "embed"
         elif what.startswith("attention."):
-            op = "rope_append, attention" if self.fused.decoder.spec.rope is not None else "attention"
+            op = "rope_append, attention" if self.fused.decoder.spec.ropes() else "attention"
         elif what.startswith("mlp.") or "activation" in kind.lower() or kind == "ReLU":
             op = "linear with activation"
         elif what == "rotary":
@@ -436,14 +373,20 @@ class Patch:
         """Whether the kernels are in."""
         return self._marked is not None
 
-    def report(self) -> Report:
-        """Every module: patched with what, or left alone and why."""
-        return Report(
-            model=original_class(self.model).__name__,
+    def report(self, *, measure: bool = False) -> Report:
+        """Every module: patched with what, or left alone and why; bytes of packs and of a decode step.
+
+        measure: read the machine's memory bandwidth (about a second, once a process) for the expected time of a
+        decode step. Without it the time is there only if it was measured before.
+        """
+        return make_report(
+            self.model,
+            self._entries,
+            self.fused.decoder if self.fused is not None else None,
+            measure,
             active=self.active,
             backend=self._resolved,
             decoder=self._decoder_reason,
-            entries=list(self._entries),
             notes=list(self._notes),
         )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cache import PagedKVCache, pages_for
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
-from .ops._common import ACTIVATIONS, native, ptr, why_not_cuda
+from .ops._common import ACTIVATIONS, native, ptr, resolve_backend
 from .ops.attention import attention
 from .ops.layer_norm import layer_norm
 from .ops.linear import linear
@@ -34,15 +34,24 @@ from .packing import DTYPES, PackedLinear, ResolvedLinear, digest, resolve_linea
 @dataclass(frozen=True)
 class OpCall:
     """One op on named buffers: `out = op(input, ...)`. `weights` names a pack or norm of the plan, `layer`
-    the cache layer."""
+    the cache layer.
 
-    op: Literal["embed", "add_positions", "norm", "linear", "rope_append", "attention", "select_rows"]
+    scale: round(scale * input); add: round(residual + round(scale * input)); head_norm: a norm of the columns
+    from `column` on, in place; softcap: scale * tanh(input / scale) in float32.
+    """
+
+    op: Literal[
+        "embed", "add_positions", "norm", "linear", "scale", "add", "head_norm", "rope_append", "attention",
+        "select_rows", "softcap",
+    ]  # fmt: skip
     input: str
     out: str
     weights: str = ""
     residual: str = ""
     activation: str = "none"
     layer: int = 0
+    scale: float = 1.0
+    column: int = 0
 
 
 Trace = Callable[[OpCall, Tensor], None]
@@ -60,8 +69,9 @@ class Plan:
 def make_plan(spec: DecoderSpec) -> Plan:
     """The op calls of one step of `spec`.
 
-    Buffers: x residual stream, h normalised input, qkv, ctx attention output, mid MLP hidden, sel the rows
-    that reach the head, logits. The norms before the head run on the selected rows only.
+    Buffers: x residual stream, h normalised input, h2 that of a parallel MLP, qkv, ctx attention output, mid MLP
+    hidden, branch a branch's output before its norm, sel the rows that reach the head, logits. The norms before
+    the head run on the selected rows only.
     """
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     widths = {"x": hidden, "h": hidden, "qkv": heads + 2 * spec.num_kv_heads * spec.head_dim, "ctx": heads,
@@ -73,10 +83,14 @@ def make_plan(spec: DecoderSpec) -> Plan:
         calls += [OpCall("embed", "", "embedded"), OpCall("linear", "embedded", "x", "project_in")]
     else:
         calls.append(OpCall("embed", "", "x"))
+    if spec.embed_scale != 1.0:
+        calls.append(OpCall("scale", "x", "x", "embed", scale=spec.embed_scale))
     if spec.positions is not None:
         calls.append(OpCall("add_positions", "x", "x"))
+    if spec.embed_norm is not None:
+        calls.append(OpCall("norm", "x", "x", "embed_norm"))
     for i, layer in enumerate(spec.layers):
-        calls += _layer_calls(i, layer)
+        calls += _LayerPlan(i, layer, spec, widths).calls()
     calls.append(OpCall("select_rows", "x", "sel"))
     last = "sel"
     if spec.final_norm is not None:
@@ -88,48 +102,95 @@ def make_plan(spec: DecoderSpec) -> Plan:
         last = "projected"
     if spec.lm_head is not None:
         widths["logits"] = spec.vocab_size
+        if spec.logit_scale != 1.0:
+            calls.append(OpCall("scale", last, last, scale=spec.logit_scale))
         calls.append(OpCall("linear", last, "logits", "lm_head"))
+        if spec.logit_softcap is not None:
+            calls.append(OpCall("softcap", "logits", "logits", scale=spec.logit_softcap))
     return Plan(tuple(calls), widths)
 
 
-def _layer_calls(i: int, layer: LayerSpec) -> list[OpCall]:
-    pre = layer.norm_position == "pre"
-    up = "gate_up" if layer.gate is not None else "up"
+class _LayerPlan:
+    """The calls of one layer; adds the buffers it needs to `widths`."""
 
-    def name(part: str) -> str:
-        return f"layers.{i}.{part}"
+    def __init__(self, i: int, layer: LayerSpec, spec: DecoderSpec, widths: dict[str, int]):
+        self.i, self.layer, self.spec, self.widths = i, layer, spec, widths
 
-    attention = [
-        OpCall("linear", "h" if pre else "x", "qkv", name("qkv")),
-        OpCall("rope_append", "qkv", "qkv", layer=i),
-        OpCall("attention", "qkv", "ctx", layer=i),
-        OpCall("linear", "ctx", "x" if pre else "h", name("o"), residual="x"),
-    ]
-    mlp = [
-        OpCall("linear", "h" if pre else "x", "mid", name(up), activation=layer.activation),
-        OpCall("linear", "mid", "x" if pre else "h", name("down"), residual="x"),
-    ]
-    if pre:
+    def calls(self) -> list[OpCall]:
+        layer = self.layer
+        if layer.order == "post":
+            return [
+                *self.attention("x", out="h"),
+                OpCall("norm", "h", "x", self.name("attn_norm")),
+                *self.mlp("x", out="h"),
+                OpCall("norm", "h", "x", self.name("mlp_norm")),
+            ]
+        into_attention, n = self.norm("attn_norm", "h")
+        if layer.order == "parallel":
+            into_mlp: list[OpCall] = []
+            m = n
+            if layer.mlp_norm is not None:
+                into_mlp, m = self.norm("mlp_norm", "h2")
+            return [*into_attention, *into_mlp, *self.attention(n), *self.mlp(m)]
+        into_mlp, m = self.norm("mlp_norm", "h")
+        from_norm = layer.residual_from_norm
         return [
-            OpCall("norm", "x", "h", name("attn_norm")),
-            *attention,
-            OpCall("norm", "x", "h", name("mlp_norm")),
-            *mlp,
+            *into_attention,
+            *self.attention(n, residual=n if from_norm else "x"),
+            *into_mlp,
+            *self.mlp(m, residual=m if from_norm else "x"),
         ]
-    return [
-        *attention,
-        OpCall("norm", "h", "x", name("attn_norm")),
-        *mlp,
-        OpCall("norm", "h", "x", name("mlp_norm")),
-    ]
+
+    def name(self, part: str) -> str:
+        return f"layers.{self.i}.{part}"
+
+    def norm(self, part: str, out: str) -> tuple[list[OpCall], str]:
+        """(calls, the buffer with the normalised x); x itself where there is no norm."""
+        if getattr(self.layer, part) is None:
+            return [], "x"
+        self.widths.setdefault(out, self.spec.hidden_size)
+        return [OpCall("norm", "x", out, self.name(part))], out
+
+    def attention(self, source: str, residual: str = "x", out: str = "x") -> list[OpCall]:
+        calls = [OpCall("linear", source, "qkv", self.name("qkv"))]
+        if self.layer.q_norm is not None:
+            calls.append(OpCall("head_norm", "qkv", "qkv", self.name("q_norm")))
+        if self.layer.k_norm is not None:
+            column = self.spec.num_heads * self.spec.head_dim
+            calls.append(OpCall("head_norm", "qkv", "qkv", self.name("k_norm"), column=column))
+        return [
+            *calls,
+            OpCall("rope_append", "qkv", "qkv", layer=self.i),
+            OpCall("attention", "qkv", "ctx", layer=self.i),
+            *self.join("ctx", "o", "attn_out_norm", residual, out),
+        ]
+
+    def mlp(self, source: str, residual: str = "x", out: str = "x") -> list[OpCall]:
+        up = self.name("gate_up" if self.layer.gate is not None else "up")
+        return [
+            OpCall("linear", source, "mid", up, activation=self.layer.activation),
+            *self.join("mid", "down", "mlp_out_norm", residual, out),
+        ]
+
+    def join(self, source: str, weights: str, norm: str, residual: str, out: str) -> list[OpCall]:
+        """out = residual + residual_scale * norm(linear(source)), in the linear's epilogue where nothing stands
+        between."""
+        scale, has_norm = self.layer.residual_scale, getattr(self.layer, norm) is not None
+        if scale == 1.0 and not has_norm:
+            return [OpCall("linear", source, out, self.name(weights), residual=residual)]
+        self.widths.setdefault("branch", self.spec.hidden_size)
+        calls = [OpCall("linear", source, "branch", self.name(weights))]
+        if has_norm:
+            calls.append(OpCall("norm", "branch", "branch", self.name(norm)))
+        return [*calls, OpCall("add", "branch", out, residual=residual, scale=scale)]
 
 
 @dataclass
 class PackedNorm:
     """A norm's weight and bias, rounded to the decoder's dtype, with the spec they came from.
 
-    weight, bias: in that dtype, as the ops take them. scale, shift: float32 weight_offset + weight and bias, as
-    the native plan reads them.
+    width: of one normalised slice. weight, bias: in that dtype, as the ops take them. scale, shift: float32
+    weight_offset + weight and bias, as the native plan reads them; `stride` floats from slice to slice.
     """
 
     spec: NormSpec
@@ -140,9 +201,11 @@ class PackedNorm:
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """What the norm is computed from."""
-        return [t for t in self.spec.tensors() if t is not None]
+    @property
+    def stride(self) -> int:
+        """0 where all slices share one weight."""
+        held = self.scale if self.scale is not None else self.shift
+        return self.width if held is not None and held.dim() == 2 else 0
 
     def fill(self) -> None:
         """Takes the module's present values."""
@@ -162,7 +225,7 @@ class PackedNorm:
 
 
 @dataclass
-class _Group:
+class Group:
     """Projections that share one pack."""
 
     specs: list[LinearSpec]
@@ -224,7 +287,8 @@ class Decoder:
     Args:
         spec: from `decoder_spec(model)`.
         dtype: of packs, activations and cache; default: that of the embedding. float32 or bfloat16.
-        backend: None (native kernels where they are, else the reference), "cpu", "reference" or "cuda".
+        backend: None (native kernels where they are, else the reference), "cpu", "reference",
+            "triton" or "cuda".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
 
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
@@ -252,10 +316,10 @@ class Decoder:
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
-        if backend not in (None, "cpu", "reference", "cuda"):
-            raise ValueError(f"backend is {backend!r}: use None, 'cpu', 'cuda' or 'reference'.")
-        if backend == "cuda" and (reason := why_not_cuda()):
-            raise RuntimeError(f"backend is 'cuda', but {reason}: use None, 'cpu' or 'reference'.")
+        if backend not in (None, "cpu", "triton", "cuda", "reference"):
+            raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
+        if backend in ("triton", "cuda"):  # on CPU tensors in tests only: a model on a GPU is refused above
+            resolve_backend("decoder", backend, embed.weight)
         if backend == "cpu" and native() is None:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
@@ -265,12 +329,17 @@ class Decoder:
         self.max_tokens = max_tokens
         self.plan = make_plan(spec)
         self.epoch = 0
-        self.norms = {n: PackedNorm(s, spec.hidden_size, self.dtype) for n, s in _named_norms(spec)}
-        self._groups = {n: _Group(specs, gated) for n, specs, gated in _named_groups(spec)}
+        self.norms = {n: PackedNorm(s, width, self.dtype) for n, s, width in _named_norms(spec)}
+        self.groups = {n: Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
         self.embed_table = self.position_table = torch.empty(0)
-        self.rope: tuple[Tensor, Tensor] | None = None
+        self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi)
+        self.ropes: list[tuple[Tensor, Tensor]] = []
+        self.limit = spec.position_limit()
+        self._rope_specs = spec.ropes()
+        index = {id(rope): i for i, rope in enumerate(self._rope_specs)}
+        self._rope_of = [None if layer.rope is None else index[id(layer.rope)] for layer in spec.layers]
         self.executor: NativeExecutor | PythonExecutor = (
             NativeExecutor(self) if self.backend == "cpu" else PythonExecutor(self)
         )
@@ -279,14 +348,14 @@ class Decoder:
 
     def packed(self, name: str) -> PackedLinear:
         """The pack called `name` in the plan ("layers.0.qkv", "lm_head", ...)."""
-        pack = self._groups[name].packed
+        pack = self.groups[name].packed
         assert pack is not None, "refresh() first"
         return pack
 
     @property
     def packed_bytes(self) -> int:
         """Bytes that the packs take beside the model's own weights."""
-        return sum(g.packed.nbytes for g in self._groups.values() if g.packed is not None)
+        return sum(g.packed.nbytes for g in self.groups.values() if g.packed is not None)
 
     def refresh(self) -> RefreshStats:
         """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
@@ -301,18 +370,18 @@ class Decoder:
         start = time.perf_counter()
         stats = RefreshStats()
         digests = _Digests(stats)
-        parts = {name: group.resolve(name) for name, group in self._groups.items()}
-        for name, group in self._groups.items():
+        parts = {name: group.resolve(name) for name, group in self.groups.items()}
+        for name, group in self.groups.items():
             shapes = [tuple(p.weight.shape) for p in parts[name]]
             if group.packed is not None and shapes != group.packed.shapes:
                 raise Unsupported(
                     f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
                 )
         with torch.no_grad():
-            for name, group in self._groups.items():
+            for name, group in self.groups.items():
                 self._refresh_group(group, parts[name], digests, stats)
             for name, norm in self.norms.items():
-                key = digests.of(norm.tensors())
+                key = digests.of(norm.spec.sources())
                 stats.total += 1
                 if key != self._norm_keys.get(name):
                     norm.fill()
@@ -326,7 +395,7 @@ class Decoder:
         return stats
 
     def _refresh_group(
-        self, group: _Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
+        self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
     ) -> None:
         key = (
             digests.of(t for p in parts for t in p.tensors()),
@@ -340,7 +409,8 @@ class Decoder:
             group.key = None  # a fill that fails leaves no pack that counts as good
             group.packed.fill(parts)
         else:
-            group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated)
+            dense = True if self.backend in ("triton", "cuda") else None
+            group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated, dense=dense)
         group.key = key
         stats.changed += 1
         stats.bytes_packed += group.packed.nbytes
@@ -359,15 +429,25 @@ class Decoder:
         self._table_key = key
         stats.changed += 1
 
-    def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [>= positions, rotary_dim / 2], grown by powers of two."""
-        rope = self.spec.rope
-        assert rope is not None
-        if self.rope is None or self.rope[0].shape[0] < positions:
+    def rope_tables(self, positions: int) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin, float32 [>= positions, rotary_dim / 2], of each of `spec.ropes()`; grown by powers of two."""
+        ropes = self._rope_specs
+        if ropes and (not self.ropes or self.ropes[0][0].shape[0] < positions):
             size = 1 << max(9, (positions - 1).bit_length())
-            self.rope = rope.tables(size)
+            self.ropes = [rope.tables(size) for rope in ropes]
             self.executor.rebind()
-        return self.rope
+        return self.ropes
+
+    def rope_of(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of a layer, as the last `rope_tables` left them; None: it does not rotate."""
+        index = self._rope_of[layer]
+        return None if index is None else self.ropes[index]
+
+    @property
+    def embed_scale(self) -> float:
+        """What embeddings are multiplied by: rounded as the embedding module itself rounds it."""
+        scale = self.spec.embed_scale
+        return float(torch.tensor(scale).to(self.dtype)) if self.spec.scale_in_embed else scale
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -404,8 +484,7 @@ class Decoder:
         lens = np.ones(len(places), dtype=np.int64) if q_lens is None else np.asarray(q_lens, dtype=np.int64)
         ids = self._check_step(tokens, cache, places, lens, logits)
         cache.prepare_append(places, lens)
-        if self.spec.rope is not None:
-            self.rope_tables(int((cache._lengths[places] + lens).max()))
+        self.rope_tables(int((cache._lengths[places] + lens).max()))
         pieces = []
         for rows, row_lens, begin in _passes(lens, self.max_tokens):
             chosen = places[rows]
@@ -450,14 +529,18 @@ class Decoder:
         if slots.min() < 0 or slots.max() >= cache.num_slots:
             bad = int(slots.min() if slots.min() < 0 else slots.max())
             raise ValueError(f"slot {bad} does not exist: the cache has slots 0 to {cache.num_slots - 1}.")
-        if spec.positions is not None:
-            longest = int((cache._lengths[slots] + lens).max())
-            if longest > spec.max_positions:
-                raise ValueError(
-                    f"a row would reach {longest} tokens and the model has {spec.max_positions} positions: "
-                    "shorten it."
-                )
+        check_length(self.limit, int((cache._lengths[slots] + lens).max()))
         return ids
+
+
+def check_length(limit: tuple[int, str] | None, longest: int) -> None:
+    """Raises ValueError for a row beyond `DecoderSpec.position_limit()`."""
+    if limit is None or longest <= limit[0]:
+        return
+    because = f" ({limit[1]})" if limit[1] else ""
+    raise ValueError(
+        f"a row would reach {longest} tokens and the model has {limit[0]} positions{because}: shorten it."
+    )
 
 
 def _passes(lens: np.ndarray, limit: int) -> Iterable[tuple[np.ndarray, np.ndarray, int]]:
@@ -501,12 +584,17 @@ def _tables(
     )
 
 
-def _named_norms(spec: DecoderSpec) -> Iterable[tuple[str, NormSpec]]:
+def _named_norms(spec: DecoderSpec) -> Iterable[tuple[str, NormSpec, int]]:
+    """(name, norm, width of a slice)"""
+    if spec.embed_norm is not None:
+        yield "embed_norm", spec.embed_norm, spec.hidden_size
+    heads = {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}
     for i, layer in enumerate(spec.layers):
-        yield f"layers.{i}.attn_norm", layer.attn_norm
-        yield f"layers.{i}.mlp_norm", layer.mlp_norm
+        for part, norm in layer.norms():
+            width = heads[part] * spec.head_dim // norm.groups if part in heads else spec.hidden_size
+            yield f"layers.{i}.{part}", norm, width
     if spec.final_norm is not None:
-        yield "final_norm", spec.final_norm
+        yield "final_norm", spec.final_norm, spec.hidden_size
 
 
 def _named_groups(spec: DecoderSpec) -> Iterable[tuple[str, list[LinearSpec], bool]]:
@@ -518,7 +606,7 @@ def _named_groups(spec: DecoderSpec) -> Iterable[tuple[str, list[LinearSpec], bo
         if single is not None:
             yield name, [single], False
     for i, layer in enumerate(spec.layers):
-        yield f"layers.{i}.qkv", [layer.q, layer.k, layer.v], False
+        yield f"layers.{i}.qkv", [p for s in (layer.q, layer.k, layer.v) for p in s.pieces()], False
         yield f"layers.{i}.o", [layer.o], False
         if layer.gate is not None:
             yield f"layers.{i}.gate_up", [layer.gate, layer.up], True
@@ -591,10 +679,6 @@ class NativeExecutor:
         d, spec = self.decoder, self.decoder.spec
         module: Any = native()
         plan = module.StepPlan(DTYPES[d.dtype], spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        if d.rope is not None and spec.rope is not None:
-            cos, sin = d.rope
-            plan.set_rope(ptr(cos), ptr(sin), spec.rope.rotary_dim, spec.rope.style == "interleaved")
-        plan.set_softcap(spec.attn_softcap or 0.0)
         index = {name: i for i, name in enumerate(self.names)}
         for name, i in index.items():
             plan.set_buffer(i, ptr(self.buffers[name]), self.buffers[name].stride(0))
@@ -621,11 +705,29 @@ class NativeExecutor:
                 index[c.input], index[c.out], index[c.residual] if c.residual else -1, ptr(p.panels),
                 ptr(p.bias), p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
             )  # fmt: skip
+        elif c.op == "scale":
+            plan.scale(index[c.input], index[c.out], d.plan.widths[c.out], factor(d, c))
+        elif c.op == "add":
+            plan.add(index[c.input], index[c.out], index[c.residual], d.plan.widths[c.out], c.scale)
+        elif c.op == "softcap":
+            plan.softcap(index[c.out], d.plan.widths[c.out], c.scale)
+        elif c.op == "head_norm":
+            n = d.norms[c.weights]
+            plan.head_norm(
+                n.spec.kind == "rms", index[c.out], c.column, n.spec.groups, ptr(n.scale), ptr(n.shift), n.stride,
+                n.width, n.spec.eps, 0 if n.spec.rounding == "llama" else 1,
+            )  # fmt: skip
         elif c.op == "rope_append":
-            plan.rope_append(index[c.input], c.layer)
+            rope = spec.layers[c.layer].rope
+            cos, sin = d.rope_of(c.layer) or (None, None)
+            rotary_dim, interleaved = (rope.rotary_dim, rope.style == "interleaved") if rope else (0, False)
+            plan.rope_append(index[c.input], c.layer, ptr(cos), ptr(sin), rotary_dim, interleaved)
         elif c.op == "attention":
             layer = spec.layers[c.layer]
-            plan.attention(index[c.input], index[c.out], c.layer, layer.scale, layer.window or 0)
+            plan.attention(
+                index[c.input], index[c.out], c.layer, layer.scale, layer.window or 0, spec.attn_softcap or 0.0,
+                ptr(d.alibi),
+            )  # fmt: skip
         else:
             plan.select_rows(index[c.input], index[c.out], d.plan.widths[c.out])
 
@@ -663,6 +765,17 @@ class PythonExecutor:
             return x[torch.from_numpy(t.selected)]
         if c.op == "norm":
             return d.norms[c.weights].apply(x, backend)
+        if c.op == "scale":
+            return x * factor(d, c)
+        if c.op == "add":
+            return buffers[c.residual] + x * c.scale
+        if c.op == "softcap":
+            return softcap(x, c.scale, backend)
+        if c.op == "head_norm":
+            norm = d.norms[c.weights]
+            end = c.column + norm.spec.groups * norm.width
+            y = norm.apply(x[:, c.column : end], backend)
+            return torch.cat([x[:, : c.column], y, x[:, end:]], dim=1)
         if c.op == "linear":
             return linear(
                 x, d.packed(c.weights), activation=c.activation,
@@ -675,7 +788,8 @@ class PythonExecutor:
         out = attention(
             x[:, : spec.num_heads * dim].reshape(-1, spec.num_heads, dim), cache.k[c.layer], cache.v[c.layer],
             cache.block_table, torch.from_numpy(t.cu_seqlens), torch.from_numpy(t.kv_lens), scale=layer.scale,
-            window=layer.window, softcap=spec.attn_softcap, slots=torch.from_numpy(t.slots), backend=backend,
+            window=layer.window, softcap=spec.attn_softcap, alibi_slopes=d.alibi, slots=torch.from_numpy(t.slots),
+            backend=backend,
         )  # fmt: skip
         return out.reshape(len(x), -1)
 
@@ -683,10 +797,9 @@ class PythonExecutor:
         d, spec = self.decoder, self.decoder.spec
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         q, k, v = x.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
-        cos, sin = d.rope if d.rope is not None else (None, None)
-        rotary: dict[str, Any] = {}
-        if spec.rope is not None:
-            rotary = {"style": spec.rope.style, "rotary_dim": spec.rope.rotary_dim}
+        cos, sin = d.rope_of(c.layer) or (None, None)
+        rope = spec.layers[c.layer].rope
+        rotary: dict[str, Any] = {} if rope is None else {"style": rope.style, "rotary_dim": rope.rotary_dim}
         q = rope_append(
             q, k, v, cos, sin, torch.from_numpy(t.positions), torch.from_numpy(t.slot_of_token),
             cache.k[c.layer], cache.v[c.layer], cache.block_table, backend=d.backend, **rotary,
@@ -694,12 +807,43 @@ class PythonExecutor:
         return torch.cat([q.reshape(len(x), heads * dim), x[:, heads * dim :]], dim=1)
 
 
+def factor(decoder: Decoder, call: OpCall) -> float:
+    """The number of a `scale` call."""
+    return decoder.embed_scale if call.weights == "embed" else call.scale
+
+
+def softcap(x: Tensor, cap: float, backend: str | None) -> Tensor:
+    """cap * tanh(x / cap) of float32 x, with the tanh of the backend's kernels."""
+    module: Any = native()
+    if backend == "reference" or module is None:
+        return cap * torch.tanh(x / cap)
+    y = (x / cap).contiguous()
+    module.vector_function(1, ptr(y), ptr(y), y.numel())  # csrc/cpu/vector_math.h: tanh
+    return y.mul_(cap)
+
+
 def apply_norm(norm: NormSpec, x: Tensor, backend: str | None = None) -> Tensor:
-    """The norm that a spec describes, on x [..., hidden]; differentiable in x and in the module's weights."""
+    """The norm that a spec describes, on x [..., width]; differentiable in x and in the module's weights."""
     return _norm(norm, *norm.tensors(), x, backend)
 
 
 def _norm(
+    spec: NormSpec, weight: Tensor | None, bias: Tensor | None, x: Tensor, backend: str | None
+) -> Tensor:
+    if spec.groups == 1:
+        weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
+        return _norm_rows(spec, weight, bias, x, backend)
+    slices = x.unflatten(-1, (spec.groups, -1))
+    if all(t is None or t.dim() == 1 for t in (weight, bias)):
+        return _norm_rows(spec, weight, bias, slices.contiguous(), backend).flatten(-2)
+    rows = []
+    for i in range(spec.groups):
+        w, b = (None if t is None else t[i] for t in (weight, bias))
+        rows.append(_norm_rows(spec, w, b, slices[..., i, :].contiguous(), backend))
+    return torch.stack(rows, dim=-2).flatten(-2)
+
+
+def _norm_rows(
     spec: NormSpec, weight: Tensor | None, bias: Tensor | None, x: Tensor, backend: str | None
 ) -> Tensor:
     if spec.kind == "layer":

@@ -18,9 +18,9 @@ from dschat_kernels.packing import LoraUpdate, PackedLinear, ResolvedLinear
 from dschat_kernels.plan import Decoder
 from tests.helpers import assert_close_to_fp64
 from tests.test_packing import lora
-from tests.tiny_models import build, stories
+from tests.tiny_models import MECHANISMS, build, stories
 
-NAMES = ("llama-bias", "qwen2-window", "mistral", "gpt2", "opt", "opt-350m")
+NAMES = MECHANISMS
 
 
 def batch(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def hf_gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     arguments = {"attention_mask": mask.long(), "use_cache": False}
-    if "opt" not in model.config.model_type:
+    if model.config.model_type not in ("opt", "bloom"):
         arguments["position_ids"] = positions
     logits = model(ids, **arguments).logits[mask]
     return gradients(model, loss_of(logits, ids[mask]))
@@ -53,7 +53,8 @@ def our_gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor, exact: bool
         decoder.refresh()
     hidden = packed.hidden(rows, decoder)
     weight, bias = packed.head_weight(decoder)
-    return gradients(model, loss_of(F.linear(hidden, weight, bias), rows.ids))
+    logits, cap = F.linear(hidden, weight, bias), packed.spec.logit_softcap
+    return gradients(model, loss_of(logits if cap is None else cap * torch.tanh(logits / cap), rows.ids))
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,7 +132,17 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", ["stories", "stories-lora", "head-lora", "gpt2-lora", "qwen2-window", "opt-350m"]
+    "name",
+    [
+        "stories",
+        "stories-lora",
+        "head-lora",
+        "gpt2-lora",
+        "neox-lora",
+        "bloom-lora",
+        "falcon-new-lora",
+        *MECHANISMS,
+    ],
 )
 @torch.no_grad()
 def test_exact_mode_has_the_bits_of_the_rollout(name: str, dtype: torch.dtype) -> None:
@@ -245,7 +256,9 @@ def test_bad_rows_get_a_sentence() -> None:
     for bounds in ([0, 5], [1, 6], [0, 7, 6]):
         with pytest.raises(ValueError, match="do not cut 6 tokens into rows: begin with 0"):
             packed_hidden(spec, ids, torch.tensor(bounds, dtype=torch.int32))
-    with pytest.raises(ValueError, match="a row has 129 tokens and the model 128 positions: shorten it"):
+    with pytest.raises(
+        ValueError, match="a row would reach 129 tokens and the model has 128 positions: shorten it"
+    ):
         packed_hidden(spec, torch.zeros(129).long(), torch.tensor([0, 129], dtype=torch.int32))
     with pytest.raises(RuntimeError, match="the decoder has no packs yet: call refresh"):
         packed_hidden(spec, ids, cu, exact=Decoder(spec))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny_models import CONFIGS, FAMILIES, build, randomise, stories
+from tiny_models import CONFIGS, MECHANISMS, build, randomise, stories
 from transformers.activations import SiLUActivation
 
 import dschat_kernels as dk
@@ -101,7 +101,7 @@ class TestGreedy:
         assert torch.equal(tokens(model, {}, bos_token_id=1), tokens(plain, {}, bos_token_id=1))
         fused_only(patch)
 
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", MECHANISMS)
     def test_padded_is_unpadded_bitwise(self, name: str) -> None:
         model, inputs = build(name), padded()
         with dk.patch(model, strict=True) as patch:
@@ -149,7 +149,7 @@ class TestOptions:
             tokens(model, inputs, do_sample=True, num_return_sequences=2)
             fused_only(patch)
 
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", MECHANISMS)
     def test_beams(self, name: str) -> None:
         """Long enough for beams to part within a page and to cross into the next."""
         model, inputs = build(name), padded()
@@ -242,7 +242,7 @@ class TestOptions:
 class TestForward:
     """model(...) without gradients, outside generate."""
 
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", MECHANISMS)
     @torch.no_grad()
     def test_logits_and_continuation(self, name: str) -> None:
         model, inputs = build(name), padded()

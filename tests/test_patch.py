@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, build, randomise
+from tiny_models import MECHANISMS, build, randomise
 from torch import nn
 
 import dschat_kernels as dk
-from dschat_kernels.models import Unsupported
+from dschat_kernels.models import Unsupported, decoder_spec
 from dschat_kernels.patch import Patch
+from dschat_kernels.plan import Decoder
+from dschat_kernels.report import Entry
 
 
 def batch(vocab: int = 67) -> dict[str, torch.Tensor]:
@@ -62,7 +65,7 @@ def assert_same(
 
 
 class TestUndo:
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", MECHANISMS)
     @torch.no_grad()
     def test_leaves_no_trace(self, name: str) -> None:
         model, inputs = build(name), batch()
@@ -158,7 +161,7 @@ class TestIdempotence:
 class TestPieces:
     """Each patched module gives what its original gave, to rounding."""
 
-    @pytest.mark.parametrize("name", [*FAMILIES, "phi3", "llama-mha-gelu", "gpt2-options"])
+    @pytest.mark.parametrize("name", [*MECHANISMS, "phi3", "llama-mha-gelu", "gpt2-options"])
     @torch.no_grad()
     def test_forward(self, name: str) -> None:
         model, inputs = build(name), batch()
@@ -191,6 +194,11 @@ class TestPieces:
         )  # fmt: skip
         model = transformers.GemmaForCausalLM(config).eval()
         randomise(model, 0)
+
+        class Odd(nn.Linear):
+            pass
+
+        model.model.layers[1].self_attn.k_proj.__class__ = Odd
         ids = torch.arange(3, 20)[None]
         with torch.no_grad():
             theirs = model(ids).logits
@@ -200,9 +208,9 @@ class TestPieces:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
             assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), greedy)
         report = patch.report()
-        assert "no adapter covers exactly" in report.decoder
+        assert "model.layers.1.self_attn.k_proj" in report.decoder and "Odd" in report.decoder
         assert {e.op for e in report.entries if e.status == "patched"} == {"rms_norm", "gated_act"}
-        with pytest.raises(Unsupported, match="no adapter covers exactly"):
+        with pytest.raises(Unsupported, match=r"k_proj is a .*Odd, and only nn\.Linear"):
             patch.undo()
             dk.patch(model, strict=True)
         assert not hasattr(type(model.model.norm), "_dschat_original")
@@ -255,7 +263,7 @@ class TestPieces:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("name", [*FAMILIES, "phi3"])
+    @pytest.mark.parametrize("name", [*MECHANISMS, "phi3"])
     def test_gradients(self, name: str) -> None:
         model, inputs = build(name).train(), batch()
         theirs = loss_and_grads(model, **inputs)
@@ -387,6 +395,13 @@ class TestCopies:
             assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes(), file.name
 
 
+def patch_bytes(model: Any) -> int:
+    """What a decoder of the model packs."""
+    decoder = Decoder(decoder_spec(model))
+    decoder.refresh()
+    return decoder.packed_bytes
+
+
 class TestReport:
     def test_names_every_module(self) -> None:
         model = build("llama")
@@ -395,9 +410,8 @@ class TestReport:
         for name, module in model.named_modules():
             if name and not list(module.children()):
                 assert name in by_name, name
-        assert by_name["model.norm"] == by_name["model.norm"].__class__(
-            "model.norm", "LlamaRMSNorm", "patched", "rms_norm", "cpu"
-        )
+        norm = Entry("model.norm", "LlamaRMSNorm", "patched", "rms_norm", "cpu", mechanism="norm.rms_llama")
+        assert by_name["model.norm"] == replace(norm, read_bytes=48 * 4)
         assert by_name["model.layers.2.mlp"].op == "gated_act"
         assert by_name["model.layers.0.self_attn.q_proj"].status == "decoder"
         assert (report.decoder, report.model) == ("fused decoder (cpu)", "LlamaForCausalLM")
@@ -407,15 +421,71 @@ class TestReport:
         lines = text.splitlines()
         assert lines[0] == "GPT2LMHeadModel: patched, backend cpu"
         (row,) = (line.split() for line in lines if line.startswith("transformer.h.*.ln_1 "))
-        assert row == ["transformer.h.*.ln_1", "3", "LayerNorm", "patched", "layer_norm", "(cpu)"]
+        size = ["1.15", "kB"]  # 3 layers, weight and bias of 48 floats
+        assert row == ["transformer.h.*.ln_1", "3", "LayerNorm", "-", "patched", *size, "layer_norm", "(cpu)"]
         assert len(lines) < 20
+
+    def test_mechanisms_and_costs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dschat_kernels.report.known_bandwidth", lambda: None)
+        model = build("gemma3", tie_word_embeddings=False)
+        with dk.patch(model, strict=True) as patch:
+            before = patch.report()
+            assert before.pack_bytes == 0 and before.decode_ms is None
+            assert "packs: made at the first generation" in str(before)
+            model.generate(torch.tensor([[1, 5]]), max_new_tokens=2, do_sample=False)
+            monkeypatch.setattr("dschat_kernels.report.read_bandwidth", lambda: 2e6)
+            report = patch.report(measure=True)
+        by_name = {e.module: e for e in report.entries}
+        attention = by_name["model.layers.1.self_attn"]
+        assert (attention.mechanism, attention.status) == ("attention.norm_heads", "decoder")
+        assert by_name["model.layers.0.input_layernorm"].mechanism == "norm.rms_gemma"
+        decoder_bytes = patch_bytes(model)
+        assert report.pack_bytes == pytest.approx(decoder_bytes, rel=0.01)
+        weights = sum(p.numel() * 4 for n, p in model.named_parameters() if "embed" not in n)
+        assert weights <= report.read_bytes <= 3 * weights  # panels of 32 columns round small weights up
+        assert report.decode_ms == pytest.approx(report.read_bytes / 2e3)
+        assert f"{report.decode_ms:.3g} ms a token at 0.0 GB/s" in str(report)
+        data = json.loads(json.dumps(report.to_dict()))
+        assert data["decode_ms"] == report.decode_ms and data["pack_bytes"] == report.pack_bytes
+
+    def test_every_module_of_a_fused_decoder_has_its_share(self) -> None:
+        """Fused projections count once; what is read adds up to the packs, the norms and a row of the embedding."""
+        for name in ("neox", "bloom", "phi3", "gpt2"):
+            model = build(name, tie_word_embeddings=False)
+            with dk.patch(model, strict=True) as patch:
+                report = patch.report()
+                weights = sum(p.numel() * 4 for n, p in model.named_parameters() if p.dim() == 2)
+                tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+                weights -= sum((m.num_embeddings - 1) * m.embedding_dim * 4 for m in tables)
+                norms = sum(4 * t.numel() for n in patch.fused.decoder.spec.norms() for t in n.sources())
+                assert report.read_bytes == weights + norms
+
+    def test_rich_table(self) -> None:
+        rich = pytest.importorskip("rich.console")
+        model = build("olmo2")
+        model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward
+        console = rich.Console(width=200, record=True, file=io.StringIO())
+        console.print(dk.patch(model).report())
+        text = console.export_text()
+        assert "attention.norm_full" in text and "instance-level forward" in text and "Olmo2RMSNorm" in text
 
     def test_dict_is_json(self) -> None:
         patch = dk.patch(build("opt"))
         patch._note("a note")
         data = json.loads(json.dumps(patch.report().to_dict()))
         assert data["active"] and data["notes"] == ["a note"]
-        assert {"module", "kind", "status", "op", "backend", "reason"} == set(data["entries"][0])
+        fields = {
+            "module",
+            "kind",
+            "status",
+            "op",
+            "backend",
+            "reason",
+            "mechanism",
+            "pack_bytes",
+            "read_bytes",
+        }
+        assert fields == set(data["entries"][0])
         assert "note: a note" in str(patch.report())
 
     def test_after_undo(self) -> None:
@@ -478,11 +548,13 @@ class TestBadInput:
             dk.patch(model)
         assert snapshot(model) == before
 
-    @pytest.mark.parametrize("backend", ["triton", "cuda", "fastest"])
-    def test_backends(self, backend: str) -> None:
+    @pytest.mark.parametrize(
+        "backend, error", [("triton", ValueError), ("cuda", RuntimeError), ("fastest", ValueError)]
+    )
+    def test_backends(self, backend: str, error: type[Exception]) -> None:
         model = build("llama")
         before = snapshot(model)
-        with pytest.raises(ValueError, match=backend):
+        with pytest.raises(error, match=backend):
             dk.patch(model, backend=backend)
         assert snapshot(model) == before
 

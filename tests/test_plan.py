@@ -17,9 +17,9 @@ from dschat_kernels.models.spec import Unsupported
 from dschat_kernels.plan import Decoder, NativeExecutor, PythonExecutor
 from tests.spec_walk import walk
 from tests.test_packing import lora
-from tests.tiny_models import build, stories
+from tests.tiny_models import CONFIGS, MECHANISMS, build, stories
 
-NAMES = ("stories", "llama-bias", "qwen2-window", "mistral", "gpt2", "opt", "opt-350m")
+NAMES = ("stories", *MECHANISMS)
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (5, 1, 17, 70)
 
@@ -105,7 +105,7 @@ def test_chunks_decode_batch_and_mixtures_have_the_bits_of_one_step(name: str, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*NAMES, "phi3", "gpt2-options", "opt-plain", "llama-yarn"])
+@pytest.mark.parametrize("name", ["stories", *CONFIGS])
 @torch.no_grad()
 def test_logits_are_as_exact_as_hf(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)
@@ -217,7 +217,11 @@ def test_every_bad_step_gets_a_sentence_and_changes_nothing() -> None:
 
 def test_bad_decoders_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = decoder_spec(build("gpt2"))
-    with pytest.raises(ValueError, match="backend is 'cuda': use None, 'cpu' or 'reference'"):
+    with pytest.raises(ValueError, match="backend is 'fastest': use None, 'cpu' or 'reference'"):
+        Decoder(spec, backend="fastest")
+    with pytest.raises(
+        RuntimeError, match="decoder: the cuda backend cannot run, because this machine has no"
+    ):
         Decoder(spec, backend="cuda")
     with pytest.raises(ValueError, match="max_tokens is 0: a pass needs at least 1 token"):
         Decoder(spec, max_tokens=0)
@@ -249,11 +253,11 @@ def changes(decoder: Decoder, model: Any) -> int:
 def test_refresh_sees_every_kind_of_change_and_nothing_else() -> None:
     model = build("llama-bias")
     decoder = decoder_of(model)
-    total = len(decoder._groups) + len(decoder.norms) + 1
+    total = len(decoder.groups) + len(decoder.norms) + 1
     assert decoder.refresh().total == total
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     q = attention.q_proj.weight
-    pointers = {name: g.packed.panels.data_ptr() for name, g in decoder._groups.items()}  # type: ignore[union-attr]
+    pointers = {name: g.packed.panels.data_ptr() for name, g in decoder.groups.items()}  # type: ignore[union-attr]
 
     q.data += 0.5
     assert changes(decoder, model) == 1
@@ -281,7 +285,7 @@ def test_refresh_sees_every_kind_of_change_and_nothing_else() -> None:
     optimizer.step()
     assert q._version == version  # a fused step goes past the version counter
     assert changes(decoder, model) == total - 1
-    assert pointers == {n: g.packed.panels.data_ptr() for n, g in decoder._groups.items()}  # type: ignore[union-attr]
+    assert pointers == {n: g.packed.panels.data_ptr() for n, g in decoder.groups.items()}  # type: ignore[union-attr]
 
 
 def test_refresh_of_tied_head_and_embedding() -> None:

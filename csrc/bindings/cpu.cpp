@@ -40,6 +40,8 @@ void spread(int64_t elements, F&& f) {
 
 #if defined(__AMX_TILE__)
 constexpr const char* kIsa = "amx";
+#elif defined(__AVX512BF16__)
+constexpr const char* kIsa = "avx512_bf16";
 #else
 constexpr const char* kIsa = DSCHAT_ISA_NAME;
 #endif
@@ -50,6 +52,8 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
   m.attr("isa") = kIsa;
   m.def("set_num_threads", &set_num_threads, py::call_guard<py::gil_scoped_release>());
   m.def("num_threads", &num_threads);
+  m.def("uses_openmp", &uses_openmp);
+  m.def("use_openmp", &use_openmp, py::call_guard<py::gil_scoped_release>());
 
   m.attr("row_block") = kRowBlock;  // scratch of a backward: ceil(rows / row_block) * columns floats a summed gradient
   m.def(

@@ -40,20 +40,26 @@ inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, i
   return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated};
 }
 
-// Whether bfloat16 products run on AMX tiles: "no", "yes", or "model" for the software model of the tests.
+// How bfloat16 products are computed: widened to float32, by dot products of pairs, or on AMX tiles; "model": by the
+// software model of the tests.
 #if defined(DSCHAT_AMX_MODEL)
-constexpr const char* kAmxTiles = "model";
+constexpr const char* kBf16Products = "amx model";
 #elif defined(DSCHAT_AMX)
-constexpr const char* kAmxTiles = "yes";
+constexpr const char* kBf16Products = "amx";
+#elif defined(DSCHAT_BF16_DOT_MODEL)
+constexpr const char* kBf16Products = "dot model";
+#elif defined(DSCHAT_BF16_DOT)
+constexpr const char* kBf16Products = "dot";
 #else
-constexpr const char* kAmxTiles = "no";
+constexpr const char* kBf16Products = "float32";
 #endif
 
 inline void bind_decoder(pybind11::module_& m) {
   namespace py = pybind11;
   using release = py::call_guard<py::gil_scoped_release>;
 
-  m.attr("amx_tiles") = kAmxTiles;
+  m.attr("bf16_products") = kBf16Products;
+  m.attr("depth_pairs") = kDepthPairs;
   m.def(
       "panel_depth",
       [](int dtype, int64_t k) {
@@ -131,12 +137,6 @@ inline void bind_decoder(pybind11::module_& m) {
         return StepPlan(DType(dtype), heads, kv_heads, head_dim);
       }))
       .def("__len__", &StepPlan::size)
-      .def("set_rope",
-           [](StepPlan& p, uintptr_t cos, uintptr_t sin, int64_t rotary_dim, bool interleaved) {
-             p.set_rope(reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotary_dim,
-                        interleaved ? RopeStyle::interleaved : RopeStyle::half);
-           })
-      .def("set_softcap", &StepPlan::set_softcap)
       .def("set_buffer",
            [](StepPlan& p, int index, uintptr_t data, int64_t stride) {
              p.set_buffer(index, reinterpret_cast<void*>(data), stride);
@@ -161,6 +161,33 @@ inline void bind_decoder(pybind11::module_& m) {
              c.weight = reinterpret_cast<const float*>(weight), c.bias = reinterpret_cast<const float*>(bias);
              p.add(c);
            })
+      .def("head_norm",
+           [](StepPlan& p, bool rms, int buffer, int64_t column, int64_t groups, uintptr_t weight, uintptr_t bias,
+              int64_t weight_stride, int64_t width, float eps, int rounding) {
+             Call c{rms ? CallKind::rms_norm : CallKind::layer_norm};
+             c.out = buffer, c.width = width, c.eps = eps, c.rounding = NormRounding(rounding);
+             c.groups = groups, c.column = column, c.weight_stride = weight_stride;
+             c.weight = reinterpret_cast<const float*>(weight), c.bias = reinterpret_cast<const float*>(bias);
+             p.add(c);
+           })
+      .def("scale",
+           [](StepPlan& p, int in, int out, int64_t width, float scale) {
+             Call c{CallKind::scale};
+             c.in = in, c.out = out, c.width = width, c.scale = scale;
+             p.add(c);
+           })
+      .def("add",
+           [](StepPlan& p, int in, int out, int residual, int64_t width, float scale) {
+             Call c{CallKind::add};
+             c.in = in, c.out = out, c.residual = residual, c.width = width, c.scale = scale;
+             p.add(c);
+           })
+      .def("softcap",
+           [](StepPlan& p, int buffer, int64_t width, float cap) {
+             Call c{CallKind::softcap};
+             c.out = buffer, c.width = width, c.cap = cap;
+             p.add(c);
+           })
       .def("linear",
            [](StepPlan& p, int in, int out, int residual, uintptr_t panels, uintptr_t bias, int64_t n, int64_t k,
               bool gated, int activation, bool float_output) {
@@ -171,15 +198,18 @@ inline void bind_decoder(pybind11::module_& m) {
              p.add(c);
            })
       .def("rope_append",
-           [](StepPlan& p, int qkv, int64_t layer) {
+           [](StepPlan& p, int qkv, int64_t layer, uintptr_t cos, uintptr_t sin, int64_t rotary_dim, bool interleaved) {
              Call c{CallKind::rope_append};
              c.in = qkv, c.layer = layer;
+             c.cos = reinterpret_cast<const float*>(cos), c.sin = reinterpret_cast<const float*>(sin);
+             c.rotary_dim = rotary_dim, c.style = interleaved ? RopeStyle::interleaved : RopeStyle::half;
              p.add(c);
            })
       .def("attention",
-           [](StepPlan& p, int qkv, int out, int64_t layer, float scale, int64_t window) {
+           [](StepPlan& p, int qkv, int out, int64_t layer, float scale, int64_t window, float cap, uintptr_t alibi) {
              Call c{CallKind::attention};
              c.in = qkv, c.out = out, c.layer = layer, c.scale = scale, c.window = window;
+             c.cap = cap, c.alibi = reinterpret_cast<const float*>(alibi);
              p.add(c);
            })
       .def("select_rows",

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "attention_core.h"
 #include "scratch.h"
@@ -23,36 +24,54 @@ constexpr int kMaxRows = 1, kMaxVecs = 2;
 // Row of scores: one chunk, padded so that rows do not fall into the same cache sets.
 constexpr int64_t kScoreStride = kChunk + kLanes;
 
-// Memory that will be needed soon, fetched a few lines at a time from inside the arithmetic.
-struct Prefetch {
-  const char* at = nullptr;
-  const char* end = nullptr;
-
-  DSCHAT_INLINE void step(int64_t bytes) {
-    if (at < end) {
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-      at += bytes;
-    }
+// Memory that will be needed soon, up to a chunk's pages, fetched into L2 a few lines at a time from inside the
+// arithmetic. A chunk ahead is far enough to hide the latency of memory, and near enough to be in L2 still.
+class Prefetch {
+ public:
+  void add(const void* page, int64_t bytes) {
+    if (count_ < int(kChunk / kPage)) pages_[count_++] = {static_cast<const char*>(page), bytes};
   }
+  DSCHAT_INLINE void step(int64_t bytes) {
+    if (at_ >= end_) {
+      if (next_ >= count_) return;
+      at_ = pages_[next_].first, end_ = at_ + pages_[next_].second, ++next_;
+    }
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at_ + i, 0, 2);
+    at_ += bytes;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  int next_ = 0, count_ = 0;
+  std::pair<const char*, int64_t> pages_[kChunk / kPage];
 };
 
-// s[r][n * 16 + lane] = dot(q_r, key n * 16 + lane) over D; k: blocks [NV][D][16].
+// s[r][n * 16 + lane] = dot(q_r, key n * 16 + lane) over D; k: blocks [NV][D][16]. A chain of multiply-adds within each
+// tile of kDotTile dimensions, the tiles' sums added in order: one chain over a head of 256 would lose too much.
+constexpr int64_t kDotTile = 64;
 template <int MR, int NV, typename K>
 DSCHAT_INLINE void scores(const float* q, const K* k, int64_t D, float* s, Prefetch& prefetch) {
-  Vec acc[MR][NV];
-  for (int r = 0; r < MR; ++r)
-    for (int n = 0; n < NV; ++n) acc[r][n] = zero();
-  for (int64_t d = 0; d < D; ++d) {
-    prefetch.step(4 * kLanes * int64_t(sizeof(K)));
-    Vec key[NV];
-    for (int n = 0; n < NV; ++n) key[n] = load(k + (n * D + d) * kLanes);
-    for (int r = 0; r < MR; ++r) {
-      const Vec x = set1(q[r * D + d]);
-      for (int n = 0; n < NV; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+  for (int64_t d0 = 0; d0 < D; d0 += kDotTile) {
+    const int64_t d1 = std::min(D, d0 + kDotTile);
+    Vec acc[MR][NV];
+    for (int r = 0; r < MR; ++r)
+      for (int n = 0; n < NV; ++n) acc[r][n] = zero();
+    for (int64_t d = d0; d < d1; ++d) {
+      prefetch.step(NV * kLanes * int64_t(sizeof(K)));
+      Vec key[NV];
+      for (int n = 0; n < NV; ++n) key[n] = load(k + (n * D + d) * kLanes);
+      for (int r = 0; r < MR; ++r) {
+        const Vec x = set1(q[r * D + d]);
+        for (int n = 0; n < NV; ++n) acc[r][n] = fma(x, key[n], acc[r][n]);
+      }
     }
+    for (int r = 0; r < MR; ++r)
+      for (int n = 0; n < NV; ++n) {
+        float* sum = s + r * kScoreStride + n * kLanes;
+        store(sum, d0 == 0 ? acc[r][n] : load(sum) + acc[r][n]);
+      }
   }
-  for (int r = 0; r < MR; ++r)
-    for (int n = 0; n < NV; ++n) store(s + r * kScoreStride + n * kLanes, acc[r][n]);
 }
 
 // o[r][0 .. NV * 16) += sum over keys of p[r][key] * v[key], in the order of the keys.
@@ -124,6 +143,18 @@ inline const int32_t* table_of(const AttentionArgs& a, const AttentionTile& t) {
   return a.block_table + (a.slots ? a.slots[t.row] : t.row) * a.block_table_stride;
 }
 
+// The pages of keys of a tile in chunk c.
+template <typename T> Prefetch keys_ahead(const AttentionArgs& a, const AttentionTile& t, int64_t c) {
+  const int64_t group = a.Hq / a.Hkv, first = first_position(a, t.row);
+  const int64_t lo = std::max(visible(a, first + t.begin / group).lo, c * kChunk);
+  const int64_t hi = std::min(visible(a, first + (t.end - 1) / group).hi, (c + 1) * kChunk);
+  Prefetch ahead;
+  for (int64_t page = lo / kPage; page * kPage < hi; ++page)
+    ahead.add(static_cast<const T*>(a.k_cache) + k_page_offset(table_of(a, t)[page], t.head, a.Hkv, a.D),
+              std::min(kPage, hi - page * kPage) * a.D * int64_t(sizeof(T)));
+  return ahead;
+}
+
 // One tile at work: query rows widened to float32 and the sums of the current chunk.
 template <typename T> class TileWorker {
  public:
@@ -154,8 +185,8 @@ template <typename T> class TileWorker {
   }
 
   // Sums of chunk c: max_of(i), sum_of(i) and o[i][Dp] of the rows that see any of its keys, live(i) of all. `after`:
-  // memory to prefetch while the last page is at work.
-  void chunk(int64_t c, float* o, const T* after) {
+  // what is needed next.
+  void chunk(int64_t c, float* o, Prefetch after) {
     const int64_t start = c * kChunk;
     for (int i = 0; i < rows_; ++i) {
       const Span seen = visible(a_, position(i));
@@ -168,11 +199,11 @@ template <typename T> class TileWorker {
     const int64_t page_begin = lo / kPage, page_end = (hi + kPage - 1) / kPage;
     const int64_t page_number = start / kPage;
 
+    Prefetch prefetch;
+    for (int64_t p = page_begin; p < page_end; ++p) 
+      prefetch.add(v_page(page_number + p), std::min(kPage, hi - p * kPage) * Dp_ * kSize);
     for (int64_t p = page_begin; p < page_end; ++p) {
       const T* k = k_page(page_number + p);
-      Prefetch prefetch;
-      if (p + 1 < page_end) prefetch = span_of(k_page(page_number + p + 1), kPage * a_.D);
-      else prefetch = span_of(v_page(page_number + page_begin), kPage * Dp_);
       const int64_t base = p * kPage, vec_end = (std::min(hi - base, kPage) + kLanes - 1) / kLanes;
       if (widen_) {
         const int64_t vec_begin = std::max<int64_t>(lo - base, 0) / kLanes;
@@ -199,9 +230,6 @@ template <typename T> class TileWorker {
     std::memset(o, 0, size_t(rows_ * Dp_) * sizeof(float));
     for (int64_t p = page_begin; p < page_end; ++p) {
       const T* v = v_page(page_number + p);
-      Prefetch prefetch;
-      if (p + 1 < page_end) prefetch = span_of(v_page(page_number + p + 1), kPage * Dp_);
-      else if (after) prefetch = span_of(after, kPage * a_.D);
       const int64_t base = p * kPage;
       if (widen_) {
         const int64_t from = std::max<int64_t>(lo - base, 0), to = std::min(hi - base, kPage);
@@ -209,8 +237,8 @@ template <typename T> class TileWorker {
       }
       for (int r = 0; r < rows_; r += kMaxRows) {
         const int rows = std::min(kMaxRows, rows_ - r);
-        if (widen_) weigh_page(r, rows, base, wide_v_, o, prefetch);
-        else weigh_page(r, rows, base, v, o, prefetch);
+        if (widen_) weigh_page(r, rows, base, wide_v_, o, after);
+        else weigh_page(r, rows, base, v, o, after);
       }
     }
   }
@@ -249,12 +277,11 @@ template <typename T> class TileWorker {
   float max_of(int i) const { return max_[i]; }
   float sum_of(int i) const { return sum_[i]; }
 
-  // First page of keys that the tile needs from chunk c on.
-  const T* first_k_page(int64_t c) const {
-    return k_page(std::max(visible(a_, position(0)).lo, c * kChunk) / kPage);
-  }
+  // The pages of keys that the tile needs of chunk c.
+  Prefetch keys_of(int64_t c) const { return keys_ahead<T>(a_, tile_, c); }
 
  private:
+  static constexpr int64_t kSize = sizeof(T);
   const T* k_page(int64_t page) const { 
     return static_cast<const T*>(a_.k_cache) + k_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
   }
@@ -264,10 +291,6 @@ template <typename T> class TileWorker {
   const T* v_page(int64_t page) const {
     return static_cast<const T*>(a_.v_cache) + v_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
   }
-  static Prefetch span_of(const T* p, int64_t n) {
-    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p + n)};
-  }
-
   // Keys that any of the rows sees, as offsets in the chunk.
   Span outer_span(int r, int rows) const {
     Span all{kChunk, 0};
@@ -357,16 +380,11 @@ template <typename T> class TileWorker {
 template <typename T>
 void run_tile(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* next) {
   TileWorker<T> worker(args, tile);
-  const T* after_tile = nullptr;
-  if (next) {
-    const int64_t first = first_position(args, next->row) + next->begin / (args.Hq / args.Hkv);
-    const int64_t page = table_of(args, *next)[visible(args, first).lo / kPage];
-    after_tile = static_cast<const T*>(args.k_cache) + k_page_offset(page, next->head, args.Hkv, args.D);
-  }
+  const Prefetch after_tile = next ? keys_ahead<T>(args, *next, next->chunk_begin) : Prefetch{};
   for (int64_t c = tile.chunk_begin; c < tile.chunk_end; ++c) {
     // The first chunk is summed in place.
     float* o = c == tile.chunk_begin ? worker.running() : worker.chunk_sums();
-    worker.chunk(c, o, c + 1 < tile.chunk_end ? worker.first_k_page(c + 1) : after_tile);
+    worker.chunk(c, o, c + 1 < tile.chunk_end ? worker.keys_of(c + 1) : after_tile);
     for (int i = 0; i < worker.rows(); ++i)
       if (worker.live(i)) worker.fold(i, worker.max_of(i), worker.sum_of(i), o + i * padded_head_dim(args.D));
   }
@@ -379,7 +397,7 @@ void run_partials(const AttentionArgs& args, const AttentionTile& tile, int64_t 
   TileWorker<T> worker(args, tile);
   const int64_t chunks = tile.chunk_end - tile.chunk_begin, size = partial_size(args.D), Dp = padded_head_dim(args.D);
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    worker.chunk(c, worker.chunk_sums(), c + 1 < chunk_end ? worker.first_k_page(c + 1) : nullptr);
+    worker.chunk(c, worker.chunk_sums(), c + 1 < chunk_end ? worker.keys_of(c + 1) : Prefetch{});
     for (int i = 0; i < worker.rows(); ++i) {
       float* to = partials + (i * chunks + c - tile.chunk_begin) * size;
       to[0] = worker.max_of(i);

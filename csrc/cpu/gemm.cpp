@@ -1,10 +1,13 @@
 #include "gemm.h"
 
+#include <type_traits>
+
 namespace dschat {
 namespace {
 
 // W: dtype of the panels.
 template <typename W> struct Job {
+  using Unit = typename Product<W>::Unit;
   DType x_type;
   const void* x;
   int64_t x_stride;
@@ -12,57 +15,67 @@ template <typename W> struct Job {
   const W* w;
   const TileSink& sink;
 
-  template <int MR, int NP> void tile(const float* a, int64_t row, int64_t panel) const {
+  int64_t panel_values() const { return panel_depth(w, k) * kPanel; }
+
+  template <int MR, int NP, bool kStream> void tile(const Unit* a, int64_t row, int64_t panel, Ahead& ahead) const {
     alignas(64) float sums[MR * NP * kPanel];
-    multiply<W, MR, NP>(a, w + panel * k * kPanel, k, sums);
+    multiply<W, MR, NP, kStream>(a, w + panel * panel_values(), k, sums, ahead);
     sink.write(sums, row, MR, panel, NP);
   }
 
-  template <int MR> void panels(const float* a, int64_t row, int64_t begin, int64_t end) const {
+  // Whole of the work of a single row block: panels come from memory, each once.
+  template <int MR> void stream(const Unit* a, int64_t row, int64_t begin, int64_t end) const {
     constexpr int NP = panels_at_once<MR>();
+    Ahead none;
     int64_t p = begin;
-    for (; p + NP <= end; p += NP) tile<MR, NP>(a, row, p);
-    for (; p < end; ++p) tile<MR, 1>(a, row, p);
+    for (; p + NP <= end; p += NP) tile<MR, NP, true>(a, row, p, none);
+    for (; p < end; ++p) tile<MR, 1, true>(a, row, p, none);
   }
 
-  // MR rows times the panels [begin, end).
-  void block(int mr, const float* a, int64_t row, int64_t begin, int64_t end) const {
-    switch (mr) {
-#define DSCHAT_CASE(N) \
-  case N: \
-    if constexpr (N <= kMaxRows) panels<N>(a, row, begin, end); \
-    break;
-      DSCHAT_CASE(1) DSCHAT_CASE(2) DSCHAT_CASE(3) DSCHAT_CASE(4) DSCHAT_CASE(5) DSCHAT_CASE(6)
-      DSCHAT_CASE(7) DSCHAT_CASE(8) DSCHAT_CASE(9) DSCHAT_CASE(10) DSCHAT_CASE(11) DSCHAT_CASE(12)
-#undef DSCHAT_CASE
+  // MR rows times one panel that other row blocks use too.
+  template <int MR> void reuse(const Unit* a, int64_t row, int64_t panel, Ahead& ahead) const {
+    tile<MR, 1, false>(a, row, panel, ahead);
+  }
+
+  // f(std::integral_constant<int, rows>) for 1 <= rows <= kMaxRows.
+  template <int MR = kMaxRows, typename F> static DSCHAT_INLINE void with_rows(int rows, F&& f) {
+    if constexpr (MR > 1) {
+      if (rows < MR) return with_rows<MR - 1>(rows, f);
     }
+    f(std::integral_constant<int, MR>{});
   }
 
-  void widen(int64_t begin, int64_t end, float* dst) const {
+  void copy(int64_t begin, int64_t end, Unit* dst) const {
     const int64_t first = begin * x_stride;
     const int rows = int(end - begin);
-    if (x_type == DType::f32) widen_rows(static_cast<const float*>(x) + first, x_stride, rows, k, dst);
-    else widen_rows(static_cast<const bf16*>(x) + first, x_stride, rows, k, dst);
+    if constexpr (std::is_same_v<Unit, float>) {
+      if (x_type == DType::f32) return copy_rows(static_cast<const float*>(x) + first, x_stride, rows, k, dst);
+    }
+    copy_rows(static_cast<const bf16*>(x) + first, x_stride, rows, k, dst);
   }
 
-  // Rows [r0, r1) times panels [p0, p1) on this thread. Rows are taken in groups whose widened copy stays in L2;
-  // within a group a few panels at a time stay in L2 while all row blocks pass over them.
+  // Rows [r0, r1) times panels [p0, p1) on this thread. Rows are taken in groups whose copy stays in L2; within a
+  // group one panel at a time stays there while all row blocks pass over it.
   void run(int64_t r0, int64_t r1, int64_t p0, int64_t p1) const {
     constexpr int64_t kGroupBytes = 512 * 1024;
-    const int64_t row_bytes = widened_size(1, k) * int64_t(sizeof(float));
+    const int64_t row_bytes = copied_size<W>(1, k) * int64_t(sizeof(Unit));
     const int64_t blocks_in_group = std::max<int64_t>(1, kGroupBytes / (row_bytes * kMaxRows));
     for (int64_t g0 = r0; g0 < r1; g0 += blocks_in_group * kMaxRows) {
       const int64_t g1 = std::min(r1, g0 + blocks_in_group * kMaxRows);
       const int64_t blocks = (g1 - g0 + kMaxRows - 1) / kMaxRows;
       auto cut = [&](int64_t b) { return g0 + (g1 - g0) * b / blocks; };  // even row blocks
-      float* a = static_cast<float*>(scratch(kScratchGemm, size_t(widened_size(g1 - g0, k)) * sizeof(float)));
-      for (int64_t b = 0; b < blocks; ++b)
-        widen(cut(b), cut(b + 1), a + widened_size(cut(b) - g0, k));
-      const int64_t step = std::max<int64_t>(1, 4 / std::max<int64_t>(1, blocks));
-      for (int64_t p = p0; p < p1; p += (blocks == 1 ? p1 - p0 : step)) {
-        const int64_t pe = blocks == 1 ? p1 : std::min(p1, p + step);
+      Unit* a = static_cast<Unit*>(scratch(kScratchGemm, size_t(copied_size<W>(g1 - g0, k)) * sizeof(Unit)));
+      auto copy_of = [&](int64_t b) { return a + copied_size<W>(cut(b) - g0, k); };
+      for (int64_t b = 0; b < blocks; ++b) copy(cut(b), cut(b + 1), copy_of(b));
+      if (blocks == 1) {
+        with_rows(int(g1 - g0), [&](auto mr) { stream<mr()>(a, g0, p0, p1); });
+        continue;
+      }
+      for (int64_t p = p0; p < p1; ++p) {
+        const char* next = reinterpret_cast<const char*>(w + (p + 1) * panel_values());
+        Ahead ahead{next, p + 1 < p1 ? next + panel_values() * int64_t(sizeof(W)) : next};
         for (int64_t b = 0; b < blocks; ++b)
-          block(int(cut(b + 1) - cut(b)), a + widened_size(cut(b) - g0, k), cut(b), p, pe);
+          with_rows(int(cut(b + 1) - cut(b)), [&](auto mr) { reuse<mr()>(copy_of(b), cut(b), p, ahead); });
       }
     }
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "amx.h"
+#include "bf16_dot.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
@@ -16,17 +17,24 @@ namespace dschat {
 constexpr int64_t kPanel = 32;  // output columns of a panel
 
 // Where column c of depth k stands in a panel, in values from its beginning, and how many depths a panel holds.
-//   float32    [k][32], columns in order
-//   bfloat16   [k][16 pairs (c, c + 16)]: one 64-byte load gives two float vectors by a shift and a mask
-//   with AMX   [k / 2][2 halves][16 columns][2 depths], k padded with zeros to whole tiles of 32
+//   float32           [k][32], columns in order
+//   bfloat16          [k][16 pairs (c, c + 16)]: one 64-byte load gives two float vectors by a shift and a mask
+//   bfloat16 by dots  [k / 2][2 halves][16 columns][2 depths], k padded with zeros to pairs; with AMX to whole tiles
 DSCHAT_INLINE int64_t panel_place(const float*, int64_t k, int64_t c) { return k * kPanel + c; }
 DSCHAT_INLINE int64_t panel_depth(const float*, int64_t k) { return k; }
+#if defined(DSCHAT_AMX) || defined(DSCHAT_BF16_DOT)
+constexpr bool kDepthPairs = true;
 #if defined(DSCHAT_AMX)
+constexpr int64_t kDepthGrain = kTileDepth;
+#else
+constexpr int64_t kDepthGrain = 2;
+#endif
 DSCHAT_INLINE int64_t panel_place(const bf16*, int64_t k, int64_t c) {
   return k / 2 * 64 + c / kLanes * 32 + c % kLanes * 2 + k % 2;
 }
-DSCHAT_INLINE int64_t panel_depth(const bf16*, int64_t k) { return (k + kTileDepth - 1) / kTileDepth * kTileDepth; }
+DSCHAT_INLINE int64_t panel_depth(const bf16*, int64_t k) { return (k + kDepthGrain - 1) / kDepthGrain * kDepthGrain; }
 #else
+constexpr bool kDepthPairs = false;
 DSCHAT_INLINE int64_t panel_place(const bf16*, int64_t k, int64_t c) {
   return k * kPanel + (c < kLanes ? 2 * c : 2 * (c - kLanes) + 1);
 }
@@ -57,10 +65,43 @@ struct Share {
 };
 Share share_of(const Team& team, int64_t rows, int64_t panels);
 
-// Rows are widened to float32 in tiles of kTileK values with a fixed row stride: the stride is a compile-time
-// constant (one address register serves all rows) and no multiple of 4096 bytes (rows fall in different sets).
+// One multiply-add of a row by a panel: how many depths it takes, what it reads of the row, and the product.
+// float32 panels, and bfloat16 ones widened to float32: one depth at a time.
+template <typename W> struct Product {
+  using Unit = float;
+  static constexpr int64_t kDepth = 1;
+  struct Weights {
+    Vec lo, hi;
+  };
+  DSCHAT_INLINE static Weights weights(const float* p) { return {load(p), load(p + kLanes)}; }
+  DSCHAT_INLINE static Weights weights(const bf16* p) {
+    Weights w;
+    load_pair(p, w.lo, w.hi);
+    return w;
+  }
+  DSCHAT_INLINE static Vec row(const Unit* a) { return set1(*a); }
+  DSCHAT_INLINE static Vec add(Vec sum, Vec row, Vec weight) { return fma(row, weight, sum); }
+};
+
+#if defined(DSCHAT_BF16_DOT)
+// bfloat16 by bfloat16, two depths at a time, rows as they are.
+template <> struct Product<bf16> {
+  using Unit = Bf16Pair;
+  static constexpr int64_t kDepth = 2;
+  struct Weights {
+    Bf16Pairs lo, hi;
+  };
+  DSCHAT_INLINE static Weights weights(const bf16* p) { return {load_pairs(p), load_pairs(p + kPanel)}; }
+  DSCHAT_INLINE static Bf16Pairs row(const Unit* a) { return set1(*a); }
+  DSCHAT_INLINE static Vec add(Vec sum, Bf16Pairs row, Bf16Pairs weight) { return dot(sum, row, weight); }
+};
+#endif
+
+// Rows are copied in tiles of kTileK depths with a fixed row stride: the stride is a compile-time constant (one address
+// register serves all rows) and no multiple of 4096 bytes (rows fall in different sets).
 constexpr int64_t kTileK = 128;
-constexpr int64_t kTileStride = kTileK + 16;
+template <typename W> constexpr int64_t kTileUnits = kTileK / Product<W>::kDepth;
+template <typename W> constexpr int64_t kTileStride = kTileUnits<W> + 16;
 
 #if DSCHAT_VEC_REGISTERS >= 32
 constexpr int kMaxRows = 12;  // 24 accumulators + 2 weight vectors + 1 broadcast
@@ -77,21 +118,16 @@ template <int MR> constexpr int panels_at_once() {
   return fit < 1 ? 1 : (fit > 4 ? 4 : fit);
 }
 
-DSCHAT_INLINE void load_panel_row(const float* p, Vec& lo, Vec& hi) {
-  lo = load(p);
-  hi = load(p + kLanes);
+// Units that copy_rows writes for `rows` rows.
+template <typename W> inline int64_t copied_size(int64_t rows, int64_t k) {
+  return rows * ((k + kTileK - 1) / kTileK) * kTileStride<W>;
 }
-DSCHAT_INLINE void load_panel_row(const bf16* p, Vec& lo, Vec& hi) { load_pair(p, lo, hi); }
 
-// Floats that widen_rows writes for `rows` rows.
-inline int64_t widened_size(int64_t rows, int64_t k) { return rows * ((k + kTileK - 1) / kTileK) * kTileStride; }
-
-// dst[tile][row][kTileStride] = x[row][tile * kTileK ...]
-template <typename T>
-inline void widen_rows(const T* x, int64_t stride, int rows, int64_t k, float* dst) {
+// dst[tile][row][kTileStride] = x[row][tile * kTileK ...], widened to float32.
+template <typename T> inline void copy_rows(const T* x, int64_t stride, int rows, int64_t k, float* dst) {
   for (int64_t k0 = 0; k0 < k; k0 += kTileK) {
     const int64_t len = std::min(kTileK, k - k0);
-    for (int r = 0; r < rows; ++r, dst += kTileStride) {
+    for (int r = 0; r < rows; ++r, dst += kTileStride<float>) {
       const T* src = x + r * stride + k0;
       int64_t i = 0;
       for (; i + kLanes <= len; i += kLanes) store(dst + i, load(src + i));
@@ -100,28 +136,58 @@ inline void widen_rows(const T* x, int64_t stride, int rows, int64_t k, float* d
   }
 }
 
-// sums[MR][NP * 32] = MR rows times NP panels over k. a: widen_rows of the rows; w: first panel, k * 32 values each.
+#if defined(DSCHAT_BF16_DOT)
+// The same without widening; an odd last depth is paired with a zero.
+inline void copy_rows(const bf16* x, int64_t stride, int rows, int64_t k, Bf16Pair* dst) {
+  for (int64_t k0 = 0; k0 < k; k0 += kTileK) {
+    const int64_t len = std::min(kTileK, k - k0);
+    for (int r = 0; r < rows; ++r, dst += kTileStride<bf16>) {
+      std::memcpy(static_cast<void*>(dst), x + r * stride + k0, size_t(len) * sizeof(bf16));
+      if (len % 2) dst[len / 2].second = bf16{0};
+    }
+  }
+}
+#endif
+
+// Memory that this thread reads soon. Where several row blocks pass over the same panels, only the first meets them in
+// memory; fetched a line a step, the next panels come in while all of them compute.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+
+  DSCHAT_INLINE void step() {
+    if (at < end) __builtin_prefetch(at, 0, 2), at += 64;
+  }
+};
+
+// sums[MR][NP * 32] = MR rows times NP panels over k. a: copy_rows of the rows; w: first panel. Weights are fetched a
+// little ahead of their use where they come from memory (kStream), else `ahead` is fetched.
 // Every element is summed the same way whatever MR and NP: a chain of multiply-adds within each tile of kTileK, the
 // tiles' sums added in order. (One chain over all of k would lose several times what PyTorch's blocked sums lose.)
-template <typename T, int MR, int NP>
-DSCHAT_INLINE void multiply(const float* a, const T* w, int64_t k, float* sums) {
-  const int64_t panel = k * kPanel;
-  constexpr int64_t kAhead = 2048 / int64_t(sizeof(T));  // prefetch distance in each stream: 2 KiB
-  for (int64_t k0 = 0; k0 < k; k0 += kTileK, a += MR * kTileStride) {
-    const int64_t len = std::min(kTileK, k - k0);
+template <typename W, int MR, int NP, bool kStream>
+DSCHAT_INLINE void multiply(const typename Product<W>::Unit* a, const W* w, int64_t k, float* sums, Ahead& ahead) {
+  using P = Product<W>;
+  const int64_t panel = panel_depth(w, k) * kPanel;
+  constexpr int64_t kStep = P::kDepth * kPanel;           // values of a panel that one product reads
+  constexpr int64_t kAhead = 2048 / int64_t(sizeof(W));  // prefetch distance in each stream: 2 KiB
+  for (int64_t k0 = 0; k0 < k; k0 += kTileK, a += MR * kTileStride<W>) {
+    const int64_t units = (std::min(kTileK, k - k0) + P::kDepth - 1) / P::kDepth;
     Vec acc[MR][NP][2];
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = zero();
-    for (int64_t i = 0; i < len; ++i) {
-      const T* row = w + (k0 + i) * kPanel;
+    for (int64_t i = 0; i < units; ++i) {
+      const W* at = w + k0 * kPanel + i * kStep;
+      if (!kStream)
+        for (int64_t line = 0; line < kStep * int64_t(sizeof(W)); line += 128) ahead.step();
       for (int p = 0; p < NP; ++p) {
-        __builtin_prefetch(row + p * panel + kAhead);
-        Vec lo, hi;
-        load_panel_row(row + p * panel, lo, hi);
+        if (kStream)
+          for (int64_t line = 0; line < kStep; line += 64 / int64_t(sizeof(W)))
+            __builtin_prefetch(at + p * panel + kAhead + line);
+        const auto weights = P::weights(at + p * panel);
         for (int r = 0; r < MR; ++r) {
-          Vec x = set1(a[r * kTileStride + i]);
-          acc[r][p][0] = fma(x, lo, acc[r][p][0]);
-          acc[r][p][1] = fma(x, hi, acc[r][p][1]);
+          const auto x = P::row(a + r * kTileStride<W> + i);
+          acc[r][p][0] = P::add(acc[r][p][0], x, weights.lo);
+          acc[r][p][1] = P::add(acc[r][p][1], x, weights.hi);
         }
       }
     }

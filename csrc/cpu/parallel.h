@@ -1,9 +1,12 @@
 // Threads of the native kernels: single program, multiple data.
 //
-// parallel(fn) runs fn(team) once on every thread of one persistent pool; a kernel takes its share of the work
-// from team.rank and team.size, and team.barrier() separates dependent kernels. A whole decoder step is one
-// parallel(), so threads are woken once a step, not once an op. OpenMP is avoided on purpose: torch brings its
-// own copy of the runtime, and two pools that spin on two cores fight each other.
+// parallel(fn) runs fn(team) once on every thread of a team; a kernel takes its share of the work from team.rank and
+// team.size, and team.barrier() separates dependent kernels. A whole decoder step is one parallel(), so threads are woken
+// once a step, not once an op.
+//
+// The threads are those of the OpenMP runtime that torch has loaded, found by name at run time: after each of its own
+// ops torch's threads spin for milliseconds in wait of the next one, and a second pool on the same cores would run
+// against them. Where no such runtime is (or in a forked child, whose runtime has lost its threads) a pool of our own does it.
 #pragma once
 
 #include <atomic>
@@ -16,7 +19,8 @@ struct Range {
   int64_t begin, end;
 };
 
-// Spins briefly, then gives up its time slice, so that a busy machine makes it slower but never stuck.
+// Spins for about as long as threads of a quiet machine wait for each other, then sleeps: the thread that is late may
+// need the core. (Yielding instead would hand a whole time slice to any other program, at every barrier.)
 class Barrier {
  public:
   void wait(int size);
@@ -24,6 +28,7 @@ class Barrier {
  private:
   std::atomic<int> arrived_{0};
   std::atomic<uint32_t> phase_{0};
+  std::atomic<int> sleepers_{0};
 };
 
 struct Team {
@@ -42,11 +47,16 @@ struct Team {
   }
 };
 
-// Runs fn on num_threads() threads, the caller being rank 0. Calls from several Python threads take turns.
-// The first exception thrown by rank 0 is passed on; other ranks must not throw.
+// Runs fn on num_threads() threads, the caller being rank 0; fn must work for a smaller team too. Calls from several
+// Python threads take turns. The first exception thrown by rank 0 is passed on; other ranks must not throw.
 void parallel(const std::function<void(const Team&)>& fn);
 
-void set_num_threads(int n);  // 1 <= n <= 256, else std::invalid_argument
+// 1 <= n <= 256, else std::invalid_argument; 0: as many as torch uses, or one a core.
+void set_num_threads(int n);
 int num_threads();
+
+// Whether torch's OpenMP threads are used; use_openmp(false) and (true) switch, where there are any.
+bool uses_openmp();
+void use_openmp(bool yes);
 
 }  // namespace dschat

@@ -29,6 +29,59 @@ void add_positions(const Team& team, const Call& call, const int32_t* positions,
   }
 }
 
+// y = round(scale * x), or with a residual round(residual + round(scale * x))
+template <typename T>
+void scale_add(const Team& team, const Call& call, int64_t rows, const Buffer& x, const Buffer& residual,
+               const Buffer& y) {
+  const Range mine = team.range(rows);
+  const Vec factor = set1(call.scale);
+  for (int64_t t = mine.begin; t < mine.end; ++t) {
+    const T* from = static_cast<const T*>(x.data) + t * x.stride;
+    const T* r = residual.data ? static_cast<const T*>(residual.data) + t * residual.stride : nullptr;
+    T* to = static_cast<T*>(y.data) + t * y.stride;
+    for (int64_t i = 0; i < call.width; i += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, call.width - i));
+      Vec v = load(from + i, n) * factor;
+      if (r) v = load(r + i, n) + round_to<T>(v);
+      store(to + i, v, n);
+    }
+  }
+}
+
+// x = cap tanh(x / cap), the form of token_logprobs
+void softcap(const Team& team, const Call& call, int64_t rows, const Buffer& x) {
+  const Range mine = team.range(rows);
+  const Vec cap = set1(call.cap);
+  for (int64_t t = mine.begin; t < mine.end; ++t) {
+    float* row = static_cast<float*>(x.data) + t * x.stride;
+    for (int64_t i = 0; i < call.width; i += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, call.width - i));
+      store(row + i, cap * tanh(load(row + i, n) / cap), n);
+    }
+  }
+}
+
+// A norm of slices of every row, in place: the heads of q or k.
+void head_norm(const Team& team, DType dtype, const Call& call, int64_t rows, const Buffer& x) {
+  const Range mine = team.range(rows);
+  const Team alone{0, 1, nullptr};
+  const int64_t element = dtype == DType::f32 ? 4 : 2;
+  // Slices that share a weight are the rows of one call.
+  const int64_t calls = call.weight_stride ? call.groups : 1, slices = call.groups / calls;
+  for (int64_t t = mine.begin; t < mine.end; ++t)
+    for (int64_t g = 0; g < calls; ++g) {
+      void* at = static_cast<char*>(x.data) + (t * x.stride + call.column + g * call.width) * element;
+      const float* weight = call.weight ? call.weight + g * call.weight_stride : nullptr;
+      const float* bias = call.bias ? call.bias + g * call.weight_stride : nullptr;
+      if (call.kind == CallKind::rms_norm)
+        rms_norm(alone, dtype, dtype, at, nullptr, weight, at, nullptr, nullptr, slices, call.width, call.width,
+                 call.eps, call.rounding);
+      else
+        layer_norm(alone, dtype, at, nullptr, weight, bias, at, nullptr, nullptr, nullptr, slices, call.width,
+                   call.width, call.eps);
+    }
+}
+
 template <typename T>
 void select_rows(const Team& team, const Call& call, const StepInputs& in, const Buffer& x, const Buffer& out) {
   const Range mine = team.range(in.selected);
@@ -57,10 +110,17 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
                  : add_positions<bf16>(team, call, in.positions, rows, y);
     case CallKind::select_rows:
       return f32 ? select_rows<float>(team, call, in, x, y) : select_rows<bf16>(team, call, in, x, y);
+    case CallKind::scale:
+    case CallKind::add:
+      return f32 ? scale_add<float>(team, call, rows, x, residual, y) : scale_add<bf16>(team, call, rows, x, residual, y);
+    case CallKind::softcap:
+      return softcap(team, call, rows, y);
     case CallKind::rms_norm:
+      if (call.groups) return head_norm(team, dtype_, call, rows, y);
       return rms_norm(team, dtype_, dtype_, x.data, nullptr, call.weight, y.data, nullptr, nullptr, rows, call.width,
                       x.stride, call.eps, call.rounding);
     case CallKind::layer_norm:
+      if (call.groups) return head_norm(team, dtype_, call, rows, y);
       return layer_norm(team, dtype_, x.data, nullptr, call.weight, call.bias, y.data, nullptr, nullptr, nullptr, rows, call.width, x.stride, call.eps);
     case CallKind::linear: {
       LinearEpilogue e;
@@ -78,8 +138,8 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
       a.v = qkv + (num_heads_ + num_kv_heads_) * head_dim_ * element;
       a.q_out = qkv;
       a.q_stride = a.k_stride = a.v_stride = a.q_out_stride = x.stride;
-      a.cos = cos_;
-      a.sin = sin_;
+      a.cos = call.cos;
+      a.sin = call.sin;
       a.positions = in.positions;
       a.seq_of_token = in.slot_of_token;
       a.block_table = in.block_table;
@@ -87,8 +147,8 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
       a.k_cache = in.k_cache + call.layer * in.k_layer_bytes;
       a.v_cache = in.v_cache + call.layer * in.v_layer_bytes;
       a.T = rows, a.Hq = num_heads_, a.Hkv = num_kv_heads_, a.D = head_dim_;
-      a.rotary_dim = rotary_dim_;
-      a.style = rope_style_;
+      a.rotary_dim = call.rotary_dim;
+      a.style = call.style;
       return rope_append(team, dtype_, a);
     }
     case CallKind::attention: {
@@ -105,7 +165,8 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
       a.rows = in.rows, a.Hq = num_heads_, a.Hkv = num_kv_heads_, a.D = head_dim_;
       a.scale = call.scale;
       a.window = call.window;
-      a.softcap = softcap_;
+      a.softcap = call.cap;
+      a.alibi_slopes = call.alibi;
       return attention(team, dtype_, a);
     }
   }

@@ -19,7 +19,9 @@ struct Buffer {
   int64_t stride = 0;  // elements from row to row
 };
 
-enum class CallKind : int { embed, add_positions, rms_norm, layer_norm, linear, rope_append, attention, select_rows };
+enum class CallKind : int {
+  embed, add_positions, scale, add, rms_norm, layer_norm, linear, rope_append, attention, select_rows, softcap
+};
 
 struct Call {
   CallKind kind;
@@ -28,15 +30,24 @@ struct Call {
   Activation activation = Activation::none;
   bool float_output = false;
   const void* table = nullptr;  // embed, add_positions: [entries, width] of the model's dtype
-  int64_t width = 0;            // row width of embed, add_positions, norms, select_rows
+  int64_t width = 0;            // row width of embed, add_positions, scale, add, norms, select_rows, softcap
   int64_t offset = 0;           // add_positions: added to the position
   const float* weight = nullptr;  // norms: float32
   const float* bias = nullptr;
   float eps = 0;
   NormRounding rounding = NormRounding::llama;
-  int64_t layer = 0;  // rope_append, attention
-  float scale = 1;
-  int64_t window = 0;
+  int64_t groups = 0;  // norms: > 0 normalises `groups` slices of `width` from `column` on, in place
+  int64_t column = 0;
+  int64_t weight_stride = 0;      // from the weight (and bias) of a slice to the next; 0: all share one
+  int64_t layer = 0;              // rope_append, attention
+  const float* cos = nullptr;     // rope_append: float32 [max_positions, rotary_dim / 2]; null: no rotation
+  const float* sin = nullptr;
+  int64_t rotary_dim = 0;
+  RopeStyle style = RopeStyle::half;
+  float scale = 1;                // scale, add, attention
+  int64_t window = 0;             // attention
+  float cap = 0;                  // attention, softcap
+  const float* alibi = nullptr;   // attention: [query heads]
 };
 
 // What a step reads besides the plan.
@@ -63,11 +74,6 @@ class StepPlan {
   StepPlan(DType dtype, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) noexcept
       : dtype_(dtype), num_heads_(num_heads), num_kv_heads_(num_kv_heads), head_dim_(head_dim) {}
 
-  // Rotary tables, float32 [max_positions, rotary_dim / 2]; not set: no rotation.
-  void set_rope(const float* cos, const float* sin, int64_t rotary_dim, RopeStyle style) {
-    cos_ = cos, sin_ = sin, rotary_dim_ = rotary_dim, rope_style_ = style;
-  }
-  void set_softcap(float softcap) { softcap_ = softcap; }
   void set_buffer(int index, void* data, int64_t stride);
   void add(const Call& call) { calls_.push_back(call); }
   int64_t size() const { return int64_t(calls_.size()); }
@@ -80,11 +86,6 @@ class StepPlan {
 
   DType dtype_;
   int64_t num_heads_, num_kv_heads_, head_dim_;
-  const float* cos_ = nullptr;
-  const float* sin_ = nullptr;
-  int64_t rotary_dim_ = 0;
-  RopeStyle rope_style_ = RopeStyle::half;
-  float softcap_ = 0;
   std::vector<Buffer> buffers_;
   std::vector<Call> calls_;
 };

@@ -153,10 +153,10 @@ class HybridEngine:
                     f"prompt {i} holds token {bad}, outside the vocabulary of {self.spec.vocab_size}: "
                     "check the tokenizer."
                 )
-            if len(prompt) + sampling.max_new_tokens > self.spec.max_positions:
+            if len(prompt) + sampling.max_new_tokens > self.spec.context:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {sampling.max_new_tokens}, "
-                    f"more than the model's context of {self.spec.max_positions}: shorten the prompt or lower "
+                    f"more than the model's context of {self.spec.context}: shorten the prompt or lower "
                     "max_new_tokens."
                 )
 

@@ -9,10 +9,12 @@ depend only on the weights, the prompt, the sampling and the seed.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -199,10 +201,11 @@ class RolloutRun:
 
     def run(self) -> None:
         """Runs until every row is done."""
-        while self.queue or self.open or self.active_rows:
-            self._admit()
-            if self.active_rows:
-                self._decode()
+        with _no_garbage_collection():
+            while self.queue or self.open or self.active_rows:
+                self._admit()
+                if self.active_rows:
+                    self._decode()
         self.stats.completion_tokens = int(self.counts.sum())
 
     # ------------------------------------------------------------------------------------------------ admission
@@ -307,6 +310,18 @@ class RolloutRun:
             torch.from_numpy(self.logprobs[:, :width].copy()),
             torch.from_numpy(self.finished),
         )
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Steps make no reference cycles, and a search for some among a model's many objects takes as long as a step."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _streams(prompts: Iterable[Tensor], n: int) -> np.ndarray:

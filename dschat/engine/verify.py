@@ -111,12 +111,12 @@ class _Verifier:
         spec = self.engine.spec
         if prompts is None:
             generator = torch.Generator().manual_seed(seed)
-            lengths = [n for n in (23, 9, 17, 1) if n + new <= spec.max_positions]
+            lengths = [n for n in (23, 9, 17, 1) if n + new <= spec.context]
             prompts = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in lengths]
         self.prompts = list(prompts)
         if not self.prompts:
             raise ValueError(
-                f"there is no prompt to verify with (max_new_tokens {new}, context {spec.max_positions}): "
+                f"there is no prompt to verify with (max_new_tokens {new}, context {spec.context}): "
                 "give prompts or lower max_new_tokens."
             )
         self.ids, self.mask = left_pad(self.prompts)
@@ -280,8 +280,7 @@ class _Probe:
         count = len(prompt)
         cache.prepare_append([0], count)
         decoder = reference.decoder
-        if decoder.spec.rope is not None:
-            decoder.rope_tables(count)
+        decoder.rope_tables(count)
         self.reference, self.cache, self.found = reference, cache, ""
         self.buffers: dict[str, Tensor] = {}
         places = np.arange(count)

@@ -1,4 +1,4 @@
-"""What a PPO run changed: held-out prompts before and after, paired, with an interval; and how fast the
+"""What a run changed: held-out prompts before and after, paired, with an interval; and how fast the
 rollout was.
 """
 
@@ -16,18 +16,18 @@ from . import data, losses, models
 from .rewards import prompt_text
 
 if TYPE_CHECKING:
-    from .ppo import PPO
+    from .online import Trainer
 
 
-def evaluate(ppo: PPO, examples: Sequence[data.Example], seed: int) -> dict[str, Any]:
+def evaluate(trainer: Trainer, examples: Sequence[data.Example], seed: int) -> dict[str, Any]:
     """Sample held-out prompts, always with the same random streams: scores, KL and texts."""
-    samples = ppo.config.eval_samples
-    rollout = ppo.generate(examples, samples, seed)
-    texts = ppo.texts(rollout)
-    scores, valid = ppo.score(rollout, examples, texts)
+    samples = trainer.config.eval_samples
+    rollout = trainer.generate(examples, samples, seed)
+    texts = trainer.texts(rollout)
+    scores, valid = trainer.score(rollout, examples, texts)
     scores = torch.where(valid, scores, torch.zeros_like(scores))
     mask = rollout.completion_mask.bool()
-    gap = losses.kl(rollout.logprobs, ppo.reference_logprobs(rollout), "k1", mask)
+    gap = losses.kl(rollout.logprobs, trainer.reference_logprobs(rollout), "k1", mask)
     return {
         "scores": scores.view(len(examples), -1).mean(1).tolist(),
         "kl": float(losses.masked_sum(gap, mask, dim=-1).mean()),
@@ -76,7 +76,7 @@ def table(
     ]
 
 
-def compare_with_hf(ppo: PPO, examples: Sequence[data.Example], seed: int) -> dict[str, float]:
+def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: int) -> dict[str, float]:
     """Tokens a second of the rollout and of Hugging Face generate: same prompts and sampling, one batch,
     warmed up.
 
@@ -85,14 +85,14 @@ def compare_with_hf(ppo: PPO, examples: Sequence[data.Example], seed: int) -> di
     """
     import transformers
 
-    config, encoder = ppo.config, ppo.encoder
+    config, encoder = trainer.config, trainer.encoder
     ids, mask = data.pad([e.prompt_ids for e in examples], encoder.pad_id, "left")
-    ppo.generate(examples[:2], 1, seed)
+    trainer.generate(examples[:2], 1, seed)
     start = time.perf_counter()
-    rollout = ppo.generate(examples, 1, seed)
+    rollout = trainer.generate(examples, 1, seed)
     ours = rollout.stats.completion_tokens / (time.perf_counter() - start)
 
-    plain: Any = copy.deepcopy(ppo.engine.model)
+    plain: Any = copy.deepcopy(trainer.engine.model)
     plain = plain.merge_and_unload() if models.is_peft(plain) else plain
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -123,7 +123,7 @@ def compare_with_hf(ppo: PPO, examples: Sequence[data.Example], seed: int) -> di
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """What a PPO run did, for people."""
+    """What a PPO, GRPO or RLOO run did, for people."""
     out = []
     if held := result.get("held_out"):
         clear = held["low"] > 0 or held["high"] < 0

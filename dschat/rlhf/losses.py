@@ -8,6 +8,8 @@ tensors that a logger may average by token count.
 Aggregation is named, because it decides what is optimised:
     "token"     sum over all real tokens of the batch / their number    (default: every token counts alike)
     "sequence"  mean over sequences of each sequence's token mean       (short answers weigh as much as long)
+    "constant"  sum over all real tokens / a number that does not depend on the answers' lengths, such as rows
+                times the longest length allowed                         (no bias towards any length: Dr. GRPO)
 A caller that accumulates gradients passes `normalizer`, the token (or sequence) count of the *whole* batch,
 so that the sum of the micro-batch losses is the loss of the batch whatever the split.
 
@@ -23,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Aggregation = Literal["token", "sequence"]
+Aggregation = Literal["token", "sequence", "constant"]
+RatioLevel = Literal["token", "sequence", "answer"]
+GroupScale = Literal["group", "batch", "none"]
 KLKind = Literal["k1", "k2", "k3"]
 Metrics = dict[str, Tensor]
 
@@ -54,8 +58,8 @@ def aggregate(
 ) -> Tensor:
     """One number from per-token losses [B, T].
 
-    normalizer: token count ("token") or count of non-empty sequences ("sequence") to divide by; None: those
-    of this batch.
+    normalizer: token count ("token"), count of non-empty sequences ("sequence") or whatever constant
+    ("constant") to divide by; None: those of this batch, and for "constant" all its places, B * T.
     """
     if aggregation not in get_args(Aggregation):
         raise ValueError(
@@ -64,6 +68,8 @@ def aggregate(
     keep = _check(x, mask, "x")
     if aggregation == "token":
         total, count = masked_sum(x, keep), keep.sum()
+    elif aggregation == "constant":
+        total, count = masked_sum(x, keep), torch.tensor(keep.numel(), device=x.device)
     else:
         total, count = masked_mean(x, keep, dim=-1).sum(), keep.any(dim=-1).sum()
     return total / (count.clamp(min=1) if normalizer is None else normalizer)
@@ -169,6 +175,8 @@ def policy_loss(
     *,
     cliprange_high: float | None = None,
     dual_clip: float | None = None,
+    level: RatioLevel = "token",
+    weights: Tensor | None = None,
     aggregation: Aggregation = "token",
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
@@ -177,30 +185,139 @@ def policy_loss(
 
     cliprange_high: upper half-width if it differs from `cliprange`.
     dual_clip: c > 1 bounds the loss of a negative advantage at -c * A (Ye et al. 2020); None leaves it out.
+    level: what the ratio is of, see `log_ratios`. weights: constants [B, T] that multiply each token's loss
+    (truncated importance weights). ratio_max_deviation is that of single tokens whatever the level.
     """
     keep = _check(logp, mask, "logp")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip is {dual_clip}; it must be greater than 1, or None to leave it out")
     high = cliprange if cliprange_high is None else cliprange_high
     zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
-    log_ratio = torch.where(keep, logp - old_logp, zero)
+    log_ratio = log_ratios(logp, old_logp, keep, level)
     advantages = torch.where(keep, advantages, zero)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - cliprange, 1 + high)
     losses = torch.maximum(-advantages * ratio, -advantages * clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    if weights is not None:
+        losses = losses * weights.detach()
     with torch.no_grad():
+        single = torch.where(keep, logp - old_logp, zero).exp()
         hit = (-advantages * clipped > -advantages * ratio).to(logp.dtype)
         metrics = {
             "ratio": masked_mean(ratio, keep),
-            "ratio_max_deviation": masked_max((ratio - 1).abs(), keep),
+            "ratio_max_deviation": masked_max((single - 1).abs(), keep),
             "clip_fraction": masked_mean(hit, keep),
             "approx_kl": masked_mean(
                 torch.expm1(log_ratio) - log_ratio, keep
             ),  # k3 of KL(old || new): never negative
         }
     return aggregate(losses, keep, aggregation, normalizer), metrics
+
+
+def log_ratios(logp: Tensor, old_logp: Tensor, mask: Tensor, level: RatioLevel = "token") -> Tensor:
+    """Log of the importance ratio that stands at each real token [B, T], 0 elsewhere, d = logp - old_logp:
+
+    token     d_t
+    sequence  mean of d over the answer's tokens, the same at each of them (GSPO, Zheng et al. 2025)
+    answer    sum of d over the answer: the ratio of the whole answer's probabilities (RLOO, REINFORCE)
+    """
+    keep = _check(logp, mask, "logp")
+    d = torch.where(keep, logp - old_logp, torch.zeros((), dtype=logp.dtype, device=logp.device))
+    if level == "token":
+        return d
+    if level == "sequence":
+        row = masked_mean(d, keep, dim=-1)
+    elif level == "answer":
+        row = d.sum(-1)
+    else:
+        raise ValueError(f"ratio level {level!r} is unknown; use one of {', '.join(get_args(RatioLevel))}")
+    return torch.where(keep, row.unsqueeze(-1), torch.zeros_like(d))
+
+
+def truncated_importance(
+    logp: Tensor, rollout_logp: Tensor, mask: Tensor, cap: float, level: RatioLevel = "token"
+) -> tuple[Tensor, Metrics]:
+    """Weights min(exp(logp - rollout_logp), cap) [B, T] without gradient, 1 where masked.
+
+    They correct for a rollout whose log-probs are not those of the training forward: quantised or otherwise
+    approximate kernels wrote the tokens (Yao et al. 2025, truncated importance sampling).
+    """
+    if not cap > 0:
+        raise ValueError(f"cap is {cap}; it must be greater than 0, such as 2")
+    keep = _check(logp, mask, "logp")
+    with torch.no_grad():
+        raw = log_ratios(logp, rollout_logp, keep, level).exp()
+        weights = torch.where(keep, raw.clamp(max=cap), torch.ones_like(raw))
+        share = masked_mean((raw > cap).to(raw.dtype), keep)
+        return weights, {"weight": masked_mean(weights, keep), "truncated": share}
+
+
+def kl_loss(
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    kind: KLKind = "k3",
+    *,
+    old_logp: Tensor | None = None,
+    aggregation: Aggregation = "token",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Aggregated estimate of KL(policy || reference) as a loss; see `kl` for what the kinds' gradients are.
+
+    old_logp: of the policy that wrote the tokens. With it each term is weighted by exp(logp - old_logp), with
+    gradient, so that value and gradient are those of the present policy's KL for k1 and k3, also off-policy.
+    """
+    if old_logp is None and kind == "k1":
+        raise ValueError("k1 as a loss has expected gradient 0; use k2 or k3, or give old_logp")
+    terms = kl(logp, ref_logp, kind, mask)
+    if old_logp is not None:
+        terms = terms * log_ratios(logp, old_logp, mask).exp()
+    return aggregate(terms, mask, aggregation, normalizer)
+
+
+def group_advantages(
+    scores: Tensor, valid: Tensor, size: int, *, baseline: Literal["mean", "others"] = "mean",
+    scale: GroupScale = "group", eps: float = 1e-4,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(advantages [B], flat [B] bool) of scores [B] whose neighbours, `size` at a time, answer one prompt.
+
+    mean    A = score - mean of the group                                  (GRPO, Shao et al. 2024)
+    others  A = score - mean of the group's other answers                  (RLOO, Ahmadian et al. 2024)
+    scale: A / (s + eps), s being the sample deviation of the group's or of all valid scores, or no division
+    (Dr. GRPO, Liu et al. 2025). Only valid scores count; a group with fewer than two of them, or whose scores
+    are all equal, teaches nothing: its advantages are exactly 0 and `flat` marks its rows.
+    """
+    if size < 2:
+        raise ValueError(f"the group size is {size}; a group baseline needs 2 answers of a prompt or more")
+    if scores.dim() != 1 or scores.shape != valid.shape or len(scores) % size:
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)} and valid {tuple(valid.shape)}; give both [groups * {size}]"
+        )
+    if scale not in get_args(GroupScale):
+        raise ValueError(f"scale {scale!r} is unknown; use one of {', '.join(get_args(GroupScale))}")
+    keep = valid.view(-1, size)
+    rows = torch.where(keep, scores.view(-1, size), torch.zeros((), dtype=scores.dtype))
+    count = keep.sum(1, keepdim=True)
+    centred = torch.where(keep, rows - masked_mean(rows, keep, dim=-1).unsqueeze(1), torch.zeros_like(rows))
+    high = torch.where(keep, rows, -torch.inf).amax(1, keepdim=True)
+    low = torch.where(keep, rows, torch.inf).amin(1, keepdim=True)
+    flat = (count < 2) | (high <= low)
+    advantages = centred
+    if baseline == "others":
+        advantages = centred * count / (count - 1).clamp(min=1)
+    elif baseline != "mean":
+        raise ValueError(f"baseline {baseline!r} is unknown; use mean or others")
+    if scale == "group":
+        advantages = advantages / (
+            (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + eps
+        )
+    elif scale == "batch":
+        chosen = rows[keep]
+        advantages = advantages / ((chosen.std() if len(chosen) > 1 else chosen.new_zeros(())) + eps)
+    flat = flat.expand_as(keep).reshape(-1)
+    return torch.where(flat | ~valid, torch.zeros_like(scores), advantages.reshape(-1)), flat
 
 
 def masked_max(x: Tensor, mask: Tensor) -> Tensor:
@@ -282,6 +399,43 @@ def bradley_terry_loss(
     # A tie counts half, so a model that gives every answer one score has accuracy 0.5 and not 0.
     accuracy = (detached > 0).to(gap.dtype) + 0.5 * (detached == 0).to(gap.dtype)
     return loss, {"accuracy": _mean(accuracy), "margin": _mean(detached)}
+
+
+def per_token_pair_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    start: Tensor,
+    *,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """DeepSpeed-Chat's reward loss: mean of -log sigmoid(chosen_t - rejected_t) over t = start .. end of the
+    longer answer, then the mean over pairs (or the sum divided by `normalizer`).
+
+    chosen, rejected: scores at every token [B, T], masks true for each answer's tokens, which begin in column
+    0; start [B]: the first column where the two answers differ. An answer that has ended keeps its last score.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(
+            f"chosen has shape {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}; they go in pairs"
+        )
+    sides = []
+    for scores, mask in ((chosen, chosen_mask), (rejected, rejected_mask)):
+        keep = _check(scores, mask, "scores")
+        last = (keep.sum(-1, keepdim=True) - 1).clamp(min=0)
+        columns = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        sides.append(
+            torch.where(keep, scores, torch.zeros_like(scores)).gather(1, torch.minimum(columns, last))
+        )
+    columns = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    counted = ((chosen_mask != 0) | (rejected_mask != 0)) & (columns >= start.unsqueeze(-1))
+    losses = masked_mean(-F.logsigmoid(sides[0] - sides[1]), counted, dim=-1)
+    loss = losses.sum() / (max(losses.numel(), 1) if normalizer is None else normalizer)
+    with torch.no_grad():
+        gap = sides[0][:, -1] - sides[1][:, -1]
+        accuracy = (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+        return loss, {"accuracy": _mean(accuracy), "margin": _mean(gap)}
 
 
 def _mean(x: Tensor) -> Tensor:

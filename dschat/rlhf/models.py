@@ -105,7 +105,7 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
+def loading(what: str, name: str) -> Iterator[None]:
     """Turn whatever loading raises into one sentence, and keep progress bars of a second's work quiet."""
     import transformers
 
@@ -122,7 +122,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
 def load_tokenizer(name: str) -> Any:
     import transformers
 
-    with _loading("tokenizer of", name):
+    with loading("tokenizer of", name):
         return transformers.AutoTokenizer.from_pretrained(resolve(name))
 
 
@@ -133,7 +133,7 @@ def load_policy(name: str, dtype: torch.dtype) -> Any:
     import transformers
 
     path = resolve(name)
-    with _loading("model", name):
+    with loading("model", name):
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             import peft
 
@@ -152,7 +152,7 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "r
     import transformers
 
     path = resolve(name)
-    with _loading("reward model", name):
+    with loading("reward model", name):
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             import peft
 
@@ -368,6 +368,14 @@ class Scorer:
         masked.
         """
         return scatter(self.read(self.hidden(batch)[1]), batch.completion_mask)
+
+    def token_scores(self, batch: Any) -> Tensor:
+        """Score as if the answer ended at each completion token, float32 [B, C], with gradient; 0 where
+        masked.
+        """
+        hidden, _ = sequence_hidden(self.packed, batch.input_ids, batch.attention_mask)
+        own, _, _ = packed_positions(batch.attention_mask, batch.prompt_ids.shape[1])
+        return scatter(self.read(hidden[own]), batch.completion_mask)
 
     @torch.no_grad()
     def rate(self, batch: Any) -> Tensor:

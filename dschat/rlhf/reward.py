@@ -40,7 +40,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         scorer = models.Scorer(model)
         parameters = models.trainable(model)
-        optimizer = make_optimizer(parameters, config, config.learning_rate)
+        optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
 
         per_step = config.batch_size * config.gradient_accumulation_steps
         schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
@@ -57,17 +57,14 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             with metrics.phase("update"):
                 values = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
                 for piece in data.chunks(examples, config.batch_size):
-                    chosen, rejected = pair_scores(scorer, piece, encoder.pad_id)
-                    loss, found = losses.bradley_terry_loss(
-                        chosen, rejected, _margins(piece, config.margin), normalizer=len(examples)
-                    )
+                    loss, found = _loss(scorer, piece, encoder.pad_id, config, len(examples))
                     loss.backward()
                     values["loss"] += float(loss.detach())
                     for name in ("accuracy", "margin"):
                         values[name] += float(found[name]) * len(piece) / len(examples)
                 values["grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
-                run.check_finite(values["grad_norm"], "gradient", step + 1)
+                run.check_finite(values["grad_norm"], "gradient", step + 1, examples)
                 set_lr(optimizer, values["lr"])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -107,13 +104,40 @@ def _margins(examples: Sequence[data.Example], column: str) -> torch.Tensor | No
     return torch.tensor([float(e.columns[column]) for e in examples]) if column else None
 
 
+def _loss(
+    scorer: models.Scorer,
+    examples: Sequence[data.Example],
+    pad_id: int,
+    config: RewardConfig,
+    normalizer: int,
+) -> tuple[torch.Tensor, losses.Metrics]:
+    """The configured loss of some pairs, summed and divided by `normalizer`."""
+    if config.loss == "last":
+        chosen, rejected = pair_scores(scorer, examples, pad_id)
+        return losses.bradley_terry_loss(
+            chosen, rejected, _margins(examples, config.margin), normalizer=normalizer
+        )
+    batch = _both(examples, pad_id)
+    tokens, mask, n = scorer.token_scores(batch), batch.completion_mask, len(examples)
+    same = (batch.completion_ids[:n] == batch.completion_ids[n:]) & mask[:n] & mask[n:]
+    start = same.long().cumprod(1).sum(1)
+    return losses.per_token_pair_loss(
+        tokens[:n], tokens[n:], mask[:n], mask[n:], start, normalizer=normalizer
+    )
+
+
+def _both(examples: Sequence[data.Example], pad_id: int) -> data.Sequences:
+    """Chosen answers, then rejected ones."""
+    prompts = [e.prompt_ids for e in examples]
+    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
+    return data.Sequences.of(prompts * 2, answers, pad_id)
+
+
 def pair_scores(
     scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of chosen and rejected, each [B], from one packed forward over both."""
-    prompts = [e.prompt_ids for e in examples]
-    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
-    scores = scorer.scores(data.Sequences.of(prompts * 2, answers, pad_id))
+    scores = scorer.scores(_both(examples, pad_id))
     return scores[: len(examples)], scores[len(examples) :]
 
 

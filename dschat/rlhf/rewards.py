@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..config import ConfigError, OnlineConfig
+from . import data, models
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -151,8 +152,17 @@ class Rewards:
         valid = torch.zeros(len(completions), dtype=torch.bool)
         parts: dict[str, Tensor] = {}
         for (name, source), weight in zip(self.sources, self.weights, strict=True):
-            if hasattr(source, "rate"):
-                scores = source.rate(batch).float().cpu()
+            model: Any = source
+            if hasattr(source, "rate") or hasattr(source, "rate_texts"):
+                own = hasattr(source, "rate_texts")
+                scores = model.rate_texts(batch, prompts, completions) if own else model.rate(batch)
+                scores = scores.float().cpu()
+                if not bool(torch.isfinite(scores).all()):
+                    row = int((~torch.isfinite(scores)).nonzero()[0])
+                    raise RewardError(
+                        f"reward model {name} gives {float(scores[row])} for completion {row}; load it in "
+                        "float32, or train it again with a lower learning rate"
+                    )
             else:
                 scores = call_function(source, prompts, completions, columns)
             said = ~torch.isnan(scores)
@@ -160,3 +170,69 @@ class Rewards:
             valid |= said
             parts[name] = scores
         return total, valid, parts
+
+
+def load_sources(
+    config: OnlineConfig,
+    dtype: torch.dtype,
+    functions: Sequence[RewardFunction] = (),
+    encoder: data.Encoder | None = None,
+) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """(all reward sources by name, functions first; the frozen reward models among them by name).
+
+    encoder: the policy's; with it a reward model whose tokenizer is another one becomes an OwnTokenizer.
+    """
+    loaded: dict[str, Any] = {}
+    sources: list[tuple[str, Any]] = [(getattr(f, "__name__", "function"), f) for f in functions]
+    for name in config.reward:
+        if is_function_name(name):
+            sources.append((name.rpartition(":")[2], load_function(name)))
+        else:
+            loaded[name] = models.load_scorer(name, dtype, config.seed).requires_grad_(False)
+            own = other_tokenizer(name, encoder.tokenizer) if encoder is not None else None
+            if own is None:
+                sources.append((name, loaded[name]))
+            else:
+                scorer = models.Scorer(loaded.pop(name))
+                sources.append((name, OwnTokenizer(scorer, data.Encoder(own, config.system_prompt, name))))
+    return sources, loaded
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers
+
+
+class OwnTokenizer:
+    """A reward model that reads with its own tokenizer: prompts and answers are encoded anew from their text."""
+
+    def __init__(self, scorer: models.Scorer, encoder: data.Encoder) -> None:
+        self.scorer, self.encoder = scorer, encoder
+
+    def rate_texts(self, batch: Any, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
+        """Scores float32 [B]; an answer that did not end has no end-of-turn token here either."""
+        finished = getattr(batch, "finished", torch.ones(len(completions), dtype=torch.bool)).tolist()
+        answers = [
+            ids if done or len(ids) < 2 else ids[:-1]
+            for ids, done in zip(map(self.encoder.completion, completions), finished, strict=True)
+        ]
+        rows = data.Sequences.of([self.encoder.prompt(p) for p in prompts], answers, self.encoder.pad_id)
+        return self.scorer.rate(rows)
+
+
+def other_tokenizer(name: str, tokenizer: Any) -> Any:
+    """The tokenizer of model `name` if it has one that is not `tokenizer`, else None."""
+    path = models.resolve(name)
+    if os.path.isdir(path) and not any(f.startswith("tokenizer") for f in os.listdir(path)):
+        return None
+    own = models.load_tokenizer(name)
+    same = own.get_vocab() == tokenizer.get_vocab() and own.eos_token_id == tokenizer.eos_token_id
+    return None if same else own
+
+
+def require_same_tokenizer(
+    name: str, tokenizer: Any, key: str = "reference", why: str = "log-probs are compared token by token"
+) -> None:
+    """Raise ConfigError where model `name` has another tokenizer than the policy."""
+    if other_tokenizer(name, tokenizer) is not None:
+        raise ConfigError(
+            f"{key} {name} has another tokenizer than the policy, but {why}; name a model with the same one"
+        )

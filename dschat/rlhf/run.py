@@ -9,6 +9,7 @@ newest checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -16,17 +17,18 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import config as configs
 from ..config import ConfigError, StageConfig
-from . import checkpoint
+from . import checkpoint, data
 from .metrics import Metrics, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept, never what is computed.
@@ -42,6 +44,12 @@ FREE_KEYS = {
 }
 
 
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A seed for one purpose and step, 0 .. 2^63 - 1."""
+    text = ":".join(str(p) for p in (seed, *parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that numbers depend on."""
     import importlib.metadata
@@ -54,25 +62,49 @@ def versions() -> dict[str, str]:
 
 
 def learning_rate(config: StageConfig, peak: float, step: int, total: int) -> float:
-    """Learning rate of step 0 .. total - 1: linear warm-up to `peak`, then constant, or linear or cosine
-    down to 0.
+    """Learning rate of step 0 .. total - 1: linear warm-up to `peak`, then constant, or linearly, by a cosine
+    or exponentially down to lr_final * peak.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    if config.lr_schedule == "linear":
-        return peak * (1 - progress)
-    if config.lr_schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak
+    if config.lr_schedule == "exponential":
+        return peak * config.lr_final**progress
+    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    share = falls[config.lr_schedule]
+    return peak * (config.lr_final + (1 - config.lr_final) * share if config.lr_final else share)
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: StageConfig, lr: float) -> torch.optim.AdamW:
-    if not parameters:
+def make_optimizer(
+    module: nn.Module,
+    config: StageConfig,
+    lr: float,
+    lora_lr: float | None = None,
+    weight_decay: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of a module.
+
+    Biases and norms (everything with one dimension) do not decay. lora_lr: peak of the adapter's matrices, if
+    it differs from `lr`; a group's `lr_scale` keeps the ratio while a schedule moves both. weight_decay: None is
+    the config's.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            scale = lora_lr / lr if lora_lr is not None and lr and "lora_" in name else 1.0
+            decay = config.weight_decay if weight_decay is None else weight_decay
+            decay = decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
+    if not groups:
         raise ConfigError("no parameter is trainable; set lora_r, or 0 to train all weights")
-    betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(
-        parameters, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
+        [
+            {"params": parameters, "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()
+        ],
+        lr=lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
     )
 
 
@@ -84,7 +116,7 @@ def require_data(config: StageConfig) -> None:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
@@ -224,12 +256,28 @@ class Run:
         every = self.config.eval_every
         return step == total or bool(every and step % every == 0)
 
-    def check_finite(self, value: float, what: str, step: int) -> None:
-        """Stop before anything is saved when training has blown up."""
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"
-            )
+    def check_finite(self, value: float, what: str, step: int, rows: Sequence[data.Example] = ()) -> None:
+        """Stop before a checkpoint is written when training has blown up; `rows`, those of the step, are kept."""
+        if math.isfinite(value):
+            return
+        where = ""
+        if rows:
+            kept = [{"where": e.where, "prompt_ids": e.prompt_ids, "answers": e.answers} for e in rows]
+            where = f"; the batch is in {self.save_failed(step, {}, {'rows': kept})}"
+        raise ConfigError(
+            f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate{where}"
+        )
+
+    def save_failed(self, step: int, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> Path:
+        """Keep what a step failed on, for replay: `failed-step-000003/` with tensors and texts."""
+        where = self.folder / f"failed-step-{step:06d}"
+        with checkpoint.atomic_folder(where) as temporary:
+            plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            if plain:
+                save_file(plain, temporary / "batch.safetensors")
+            content = {"step": step, "stage": self.stage, **texts}
+            (temporary / "batch.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return where
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json, the sign that the run is done."""

@@ -31,7 +31,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
         model = model or models.load_policy(config.model, models.pick_dtype(config.dtype))
         model = models.make_trainable(model, config, "CAUSAL_LM")
-        optimizer = make_optimizer(models.trainable(model), config, config.learning_rate)
+        optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
         engine = HybridEngine(model, optimizer)
 
         per_step = config.batch_size * config.gradient_accumulation_steps
@@ -50,8 +50,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 loss, tokens = _accumulate(engine, examples, encoder.pad_id, config)
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(optimizer, lr)
-                norm = engine.step(config.max_grad_norm)
-            run.check_finite(norm, "gradient", step + 1)
+                norm = engine.step(config.max_grad_norm or None)
+            run.check_finite(norm, "gradient", step + 1, examples)
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import config as configs
 from ..config import TrainConfig
-from . import evaluate, ppo, report, reward, sft
+from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
 from .metrics import read_lines
 
@@ -41,22 +41,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
     """What the run did, stage by stage."""
-    out = []
-    if found := results.get("sft"):
-        loss = f", held-out loss {found['eval_loss']:.3f}" if "eval_loss" in found else ""
-        out.append(f"SFT: {found['steps']} steps in {found['seconds']:.0f} s{loss}.")
-    if found := results.get("reward"):
-        accuracy = ""
-        if "eval_accuracy" in found:
-            accuracy = (
-                f", accuracy {found['eval_accuracy']:.3f} on {found['eval_pairs']} held-out pairs "
-                f"(the longer answer is the better one in {found['eval_longer_wins']:.3f})"
-            )
-        out.append(f"Reward model: {found['steps']} steps in {found['seconds']:.0f} s{accuracy}.")
-    if found := results.get("ppo"):
-        out.append(f"PPO: {found['steps']} steps in {found['seconds']:.0f} s.")
-        out += evaluate.sentences(found)
-    return out
+    return [s for stage, result in results.items() for s in report.sentences(stage, result)]
 
 
 def _table(folder: Path) -> list[dict[str, Any]]:

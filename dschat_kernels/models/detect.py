@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from . import gpt2, opt, parts, sequential
+from . import parts
+from . import trunk as trunks
 from .source import mechanism
-from .spec import DecoderSpec, LinearSpec, Unsupported
-
-Adapter = Callable[[Any, Any, LinearSpec | None, str], DecoderSpec]
-
-ADAPTERS: dict[str, Adapter] = {
-    "trunk.causal": sequential.describe,
-    "trunk.window": sequential.describe,
-    "trunk.layer_types": sequential.describe,
-    "trunk.gpt2": gpt2.describe,
-    "trunk.opt": opt.describe,
-}
+from .spec import DecoderSpec, Unsupported
 
 
 def hf_model(model: Any) -> Any:
@@ -56,6 +46,12 @@ def describe(model: Any) -> DecoderSpec:
         raise Unsupported(
             f"config.is_encoder_decoder=True: {parts.class_name(inner)} is not a decoder-only model"
         )
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            raise Unsupported(
+                f"config.{part} is set: {parts.class_name(inner)} takes more than text, and only decoders of text are "
+                "fused (load the text model by itself)"
+            )
     if getattr(inner, "_use_kernels", False):
         raise Unsupported(
             "the model was loaded with use_kernels=True, which rewrites forwards at every train() or eval(); "
@@ -65,22 +61,33 @@ def describe(model: Any) -> DecoderSpec:
         raise Unsupported("some weights are on the meta device; load them before fusing")
 
     trunk: Any = inner
-    if mechanism(trunk) not in ADAPTERS:
+    if mechanism(trunk) not in trunks.TRUNKS:
         trunk = getattr(inner, getattr(inner, "base_model_prefix", "") or "", inner)
     if mechanism(trunk) == "wrapper.opt":
         trunk = trunk.decoder
     kind = mechanism(trunk)
     if "forward" in vars(trunk):
         parts.unhooked(trunk, _path(model, trunk).rstrip(".") or "the model")
-    if kind not in ADAPTERS:
+    if kind not in trunks.TRUNKS:
         raise Unsupported(
             f"{parts.class_name(trunk)} (model_type={getattr(config, 'model_type', None)!r}) is built "
             "in a way that no adapter covers exactly"
         )
 
-    lm_head = None
+    lm_head, logits = None, {}
     head = inner.get_output_embeddings() if trunk is not inner else None
     if head is not None:
-        parts.require(inner, ("head.plain",), parts.class_name(inner), "its logits")
+        logits = _logits(inner, config)
         lm_head = parts.linear(head, _path(model, head).rstrip("."))
-    return ADAPTERS[kind](trunk, config, lm_head, _path(model, trunk))
+    return trunks.describe(kind, trunk, config, lm_head, _path(model, trunk), **logits)
+
+
+def _logits(model: Any, config: Any) -> dict[str, float | None]:
+    """What a causal language model does to its logits, as fields of `DecoderSpec`."""
+    kinds = ("head.plain", "head.softcap", "head.logit_scale", "head.logits_scaling")
+    kind = parts.require(model, kinds, parts.class_name(model), "its logits")
+    if kind == "head.softcap":
+        return {"logit_softcap": config.final_logit_softcapping}
+    if kind == "head.logit_scale":
+        return {"logit_scale": float(model.logit_scale)}
+    return {"logit_scale": 1.0 / float(config.logits_scaling)} if kind == "head.logits_scaling" else {}

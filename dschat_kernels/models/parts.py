@@ -49,7 +49,7 @@ def base_linear(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
-def linear(module: Any, name: str, rows: tuple[int, int] | None = None) -> LinearSpec:
+def linear(module: Any, name: str, rows: Any = None) -> LinearSpec:
     """A projection: exactly `nn.Linear`, exactly `Conv1D`, or plain LoRA around one of them."""
     from transformers.pytorch_utils import Conv1D
 
@@ -68,7 +68,7 @@ def linear(module: Any, name: str, rows: tuple[int, int] | None = None) -> Linea
         base = unhooked(module.get_base_layer(), name + ".base_layer")
     else:
         base = module
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
+    if type(base) is not nn.Linear and type(base) is not Conv1D and mechanism(base) != "linear.falcon":
         raise Unsupported(
             f"{name} is a {type(base).__module__}.{class_name(base)}, and only nn.Linear, Conv1D and plain "
             "LoRA around them are fused (quantised and wrapped linears stay with HF)"
@@ -77,17 +77,28 @@ def linear(module: Any, name: str, rows: tuple[int, int] | None = None) -> Linea
 
 
 def embedding(module: Any, name: str) -> Any:
-    """A token embedding: exactly `nn.Embedding`, not renormalising."""
+    """A token embedding: exactly `nn.Embedding` (or one that multiplies by its `embed_scale`), not
+    renormalising."""
     unhooked(module, name)
-    if type(module) is not nn.Embedding:
+    if type(module) is not nn.Embedding and mechanism(module) != "embedding.scaled":
         raise Unsupported(f"{name} is a {class_name(module)}; only a plain nn.Embedding is fused")
     if module.max_norm is not None:
         raise Unsupported(f"{name} has max_norm={module.max_norm}, which rewrites its weight in the forward")
     return module
 
 
-def norm(module: Any, name: str) -> NormSpec:
-    """An RMS norm of the Llama or Gemma rounding, or `nn.LayerNorm` over one dimension."""
+_NORMS: dict[str, dict[str, Any]] = {
+    "norm.rms_llama": {"kind": "rms"},
+    "norm.rms_gemma": {"kind": "rms", "weight_offset": 1.0, "rounding": "gemma"},
+    "norm.rms_wide": {"kind": "rms", "rounding": "gemma"},
+    "norm.layer_cohere": {"kind": "layer"},
+    "norm.layer_plain": {"kind": "layer", "weight": None, "eps": 1e-5},
+}
+
+
+def norm(module: Any, name: str, width: int | None = None, groups: int = 1) -> NormSpec:
+    """A norm over one dimension, of `width` elements where that is given: `nn.LayerNorm`, or one whose forward is
+    known. `groups`: how many slices of a row it normalises one by one."""
     unhooked(module, name)
     if original_class(module) is nn.LayerNorm:
         if len(module.normalized_shape) != 1:
@@ -96,13 +107,37 @@ def norm(module: Any, name: str) -> NormSpec:
             )
         weight = "weight" if module.weight is not None else None
         bias = "bias" if module.bias is not None else None
-        return NormSpec("layer", module, weight, bias, float(module.eps))
-    kind = mechanism(module)
-    if kind == "norm.rms_llama":
-        return NormSpec("rms", module, "weight", None, float(module.variance_epsilon))
-    if kind == "norm.rms_gemma" and recognise(original_class(module)._norm) == "norm.rms_gemma_inner":
-        return NormSpec("rms", module, "weight", None, float(module.eps), weight_offset=1.0, rounding="gemma")
-    raise Unsupported(f"{name} is a {class_name(module)}, whose forward is no norm that the kernels know")
+        spec = NormSpec("layer", module, weight, bias, float(module.eps), groups=groups)
+    else:
+        kind = mechanism(module)
+        if kind == "norm.layer_per_head":
+            return _norm_per_head(module, name, width, groups)
+        inner = getattr(original_class(module), "_norm", None)
+        if kind not in _NORMS or (inner is not None and recognise(inner) != f"{kind}._norm"):
+            raise Unsupported(
+                f"{name} is a {class_name(module)}, whose forward is no norm that the kernels know"
+            )
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", 0.0))
+        fields: dict[str, Any] = {"weight": "weight", "bias": None, "eps": float(eps), **_NORMS[kind]}
+        spec = NormSpec(module=module, groups=groups, **fields)
+    for weights in spec.sources():
+        rows = weights.shape[-1] if width is None else width
+        if tuple(weights.shape) not in {(rows,), *([] if width is None else [(groups, rows)])}:
+            raise Unsupported(
+                f"{name} has weights of shape {tuple(weights.shape)} where rows of {rows} are normalised"
+            )
+    return spec
+
+
+def _norm_per_head(module: Any, name: str, width: int | None, groups: int) -> NormSpec:
+    """One LayerNorm a head."""
+    members = [norm(member, f"{name}.norms.{i}", width) for i, member in enumerate(module.norms)]
+    kinds = {(m.eps, m.weight, m.bias) for m in members}
+    if len(kinds) != 1 or len(members) != groups:
+        raise Unsupported(f"{name} has {len(members)} norms of {len(kinds)} kinds for {groups} heads")
+    first = members[0]
+    weight, bias = (None if leaf is None else f"norms.*.{leaf}" for leaf in (first.weight, first.bias))
+    return NormSpec("layer", module, weight, bias, first.eps, groups=groups)
 
 
 def activation(module: Any, name: str) -> str:
@@ -123,6 +158,12 @@ def activation(module: Any, name: str) -> str:
     cls = original_class(module)
     if cls is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    if mechanism(module) == "activation.bloom":
+        if (
+            recognise(global_of(module, "bloom_gelu_forward") or (lambda: None))
+            == "activation.bloom.function"
+        ):
+            return "gelu_tanh"
     if cls not in names or "forward" in getattr(module, "__dict__", {}):
         raise Unsupported(f"{name} is {cls.__name__}, an activation that the kernels do not have")
     return names[cls]
@@ -159,19 +200,27 @@ def attention_call(module: Any, config: Any, name: str) -> None:
     if getattr(module, "is_causal", True) is not True or getattr(config, "is_causal", None) is False:
         raise Unsupported(f"{name} is not causal (is_causal=False)")
     eager = global_of(module, "eager_attention_forward")
-    if eager is None or recognise(eager) != "eager":
+    if eager is None or recognise(eager) not in ("eager", "eager.softcap"):
         raise Unsupported(f"{name} ({class_name(module)}) has an attention formula of its own")
 
 
-def rotation(module: Any, name: str) -> str:
-    """Which `apply_rotary_pos_emb` the attention sees: "rotate.half" or "rotate.half_partial"."""
-    kind = recognise(global_of(module, "apply_rotary_pos_emb") or (lambda: None))
-    inner = recognise(global_of(module, "rotate_half") or (lambda: None))
-    if kind not in ("rotate.half", "rotate.half_partial") or inner != "rotate_half":
-        raise Unsupported(
-            f"{name} ({class_name(module)}) rotates q and k in a way that no adapter covers exactly"
-        )
-    return kind
+def require_helpers(module: Any, name: str, kind: str, helpers: tuple[str, ...]) -> None:
+    """The methods that a forward of `kind` calls are the known ones too."""
+    for helper in helpers:
+        method = getattr(original_class(module), helper, None)
+        if helper in vars(module) or method is None or recognise(method) != f"{kind}.{helper}":
+            raise Unsupported(
+                f"{name}.{helper} ({class_name(module)}) is not the code that the adapter describes"
+            )
+
+
+def require_globals(module: Any, name: str, **wanted: str) -> None:
+    """The functions that a forward finds in its module are the known ones."""
+    for function, kind in wanted.items():
+        if recognise(global_of(module, function) or (lambda: None)) != kind:
+            raise Unsupported(
+                f"{name} ({class_name(module)}) calls a {function} that no adapter covers exactly"
+            )
 
 
 class DropoutLog(dict[str, float]):

@@ -1,24 +1,28 @@
 """What a decoder is, independent of who wrote it: the vocabulary between adapters and the planner.
 
-An adapter (one file a layout, in this package) reads a Hugging Face model's modules, config fields and the
+An adapter (one file a mechanism, in this package) reads a Hugging Face model's modules, config fields and the
 code of its forwards, and returns a `DecoderSpec`. The planner and the packed training forward read nothing
 else of the model. A spec holds the modules themselves, never copies of their weights: weights may change
 under it at any time.
 
 One layer computes, with x the residual stream [T, hidden] and every product rounded to the model's dtype:
 
-    pre:   x = x + o(attention(rope(q(n)), rope(k(n)), v(n)))       n = attn_norm(x)
-           x = x + down(act(gate(m)) * up(m))                       m = mlp_norm(x)
-           (without a gate: down(act(up(m))))
-    post:  x = attn_norm(x + o(attention(q(x), k(x), v(x))))        (OPT-350m)
-           x = mlp_norm(x + down(act(up(x))))
+    A(n) = attn_out_norm(o(attention(rope(q_norm(q(n))), rope(k_norm(k(n))), v(n))))
+    M(m) = mlp_out_norm(down(act(gate(m)) * up(m)))          without a gate: down(act(up(m)))
+
+    pre:       n = attn_norm(x),  x = r + s A(n),  m = mlp_norm(x),  x = r + s M(m)
+               r: what the norm read, or (residual_from_norm) what it gave; s: residual_scale
+    post:      x = attn_norm(x + A(x)),  x = mlp_norm(x + M(x))                  (OPT-350m)
+    parallel:  n = attn_norm(x),  m = mlp_norm(x),  x = (x + s A(n)) + s M(m)
+
+A norm that is None leaves its input as it is; in a parallel layer without mlp_norm the MLP reads n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,9 +35,12 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class NormSpec:
-    """A normalisation over the hidden size, in the words of `ops.rms_norm` and `ops.layer_norm`.
+    """A normalisation of rows, in the words of `ops.rms_norm` and `ops.layer_norm`.
 
-    `weight` and `bias` are attribute names on `module` (None: the norm has none).
+    `weight` and `bias` are attribute names on `module` (None: the norm has none); "norms.*.weight" is one row
+    for every member of the list `module.norms`. `groups`: a row is cut into so many equal slices, each
+    normalised by itself (the heads of q or k); the weight is [width of a slice] for all of them, or [groups,
+    width].
     """
 
     kind: Literal["rms", "layer"]
@@ -43,12 +50,28 @@ class NormSpec:
     eps: float
     weight_offset: float = 0.0
     rounding: Literal["llama", "gemma"] = "llama"
+    groups: int = 1
+
+    def sources(self) -> list[torch.Tensor]:
+        """The parameters that the norm is computed from, as they are now."""
+        return [t for name in (self.weight, self.bias) for t in self._parameters(name)]
 
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(weight, bias) as they are now."""
-        weight = getattr(self.module, self.weight) if self.weight else None
-        bias = getattr(self.module, self.bias) if self.bias else None
-        return weight, bias
+        weight, bias = (self._parameters(name) for name in (self.weight, self.bias))
+        return _one(weight), _one(bias)
+
+    def _parameters(self, name: str | None) -> list[torch.Tensor]:
+        if name is None:
+            return []
+        if ".*." not in name:
+            return [getattr(self.module, name)]
+        members, leaf = name.split(".*.")
+        return [getattr(member, leaf) for member in getattr(self.module, members)]
+
+
+def _one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.stack(tensors) if len(tensors) > 1 else next(iter(tensors), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +80,31 @@ class LinearSpec:
     or a PEFT LoRA layer around one of them; training calls `module(x)`, so adapters and hooks stay in play.
 
     `rows` is the slice of *output* features that this projection owns when the module is fused (qkv,
-    gate/up); None: all of them."""
+    gate/up), or several slices that follow each other (qkv interleaved by heads); None: all of them."""
 
     module: nn.Module
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
+
+    def pieces(self) -> list[LinearSpec]:
+        """The projection as projections of one slice each."""
+        if self.rows is None or isinstance(self.rows[0], int):
+            return [self]
+        slices: Any = self.rows
+        return [LinearSpec(self.module, piece) for piece in slices]
 
 
 @dataclass(frozen=True, eq=False)
 class RopeSpec:
     """Rotary positions: angle = position * inv_freq, cos and sin multiplied by `scaling`; the first
-    `rotary_dim` features of a head rotate. inv_freq: fp32 [rotary_dim / 2]."""
+    `rotary_dim` features of a head rotate. inv_freq: fp32 [rotary_dim / 2]. `limit`: how many positions these
+    frequencies hold for (None: all); `limit_reason` says why no more."""
 
     inv_freq: torch.Tensor
     scaling: float
     style: Literal["half", "interleaved"]
     rotary_dim: int
+    limit: int | None = None
+    limit_reason: str = ""
 
     def tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the positions 0 .. positions - 1, float32 [positions, rotary_dim / 2] on the CPU."""
@@ -82,11 +115,11 @@ class RopeSpec:
 @dataclass(frozen=True, eq=False)
 class LayerSpec:
     """One decoder layer (formula in the module docstring). `window`: a query sees itself and the window - 1
-    keys before it; None: all. `scale` multiplies q.k. `name` is the layer's path in the model that was
-    given."""
+    keys before it; None: all. `scale` multiplies q.k. `rope` None: q and k do not rotate. `name` is the
+    layer's path in the model that was given."""
 
-    attn_norm: NormSpec
-    mlp_norm: NormSpec
+    attn_norm: NormSpec | None
+    mlp_norm: NormSpec | None
     q: LinearSpec
     k: LinearSpec
     v: LinearSpec
@@ -97,20 +130,37 @@ class LayerSpec:
     activation: str
     scale: float
     window: int | None
-    norm_position: Literal["pre", "post"] = "pre"
+    order: Literal["pre", "post", "parallel"] = "pre"
+    rope: RopeSpec | None = None
+    q_norm: NormSpec | None = None
+    k_norm: NormSpec | None = None
+    attn_out_norm: NormSpec | None = None
+    mlp_out_norm: NormSpec | None = None
+    residual_scale: float = 1.0
+    residual_from_norm: bool = False
     name: str = ""
     module: nn.Module | None = None
+
+    def norms(self) -> Iterator[tuple[str, NormSpec]]:
+        """(name of the field, norm) of every norm there is, in the order of execution."""
+        for part in ("attn_norm", "q_norm", "k_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm"):
+            if (norm := getattr(self, part)) is not None:
+                yield part, norm
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderSpec:
     """A decoder-only transformer.
 
-    Input is `project_in(embed(ids)) + positions.weight[position + position_offset]` (each part where
-    present), output `lm_head(project_out(final_norm(x)))`. `positions` is only a weight holder: its own
-    forward may take other arguments. `max_positions` is how many positions exist: a hard limit for learned
-    positions, the trained context for rotary. `dropout` lists every probability above zero by its place
-    ("layers.0.attn.attn_dropout": 0.1): active in training mode only, and not part of the fused decoder."""
+    Input is `embed_norm(project_in(embed_scale * embed(ids)) + positions.weight[position + position_offset])`,
+    output `softcap(lm_head(logit_scale * project_out(final_norm(x))))` (each part where present).
+    `scale_in_embed`: the embedding module multiplies by embed_scale itself, rounded to the dtype of its
+    weight. `positions` is only a weight holder: its own forward may take other arguments. `max_positions` is
+    how many positions exist: a hard limit for learned positions and fixed tables (`positions_end`), the
+    trained context for rotary. `alibi`: slope of every query head, added as slope * (key - query) to the
+    scores. `cache_repeats`: how often the model's own code repeats every kv head in its cache. `dropout` lists
+    every probability above zero by its place ("layers.0.attn.attn_dropout": 0.1): active in training mode
+    only, and not part of the fused decoder."""
 
     model_type: str
     hidden_size: int
@@ -125,19 +175,42 @@ class DecoderSpec:
     position_offset: int
     project_in: LinearSpec | None
     project_out: LinearSpec | None
-    rope: RopeSpec | None
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec | None
     lm_head: LinearSpec | None
     embed_norm: NormSpec | None = None
+    embed_scale: float = 1.0
+    scale_in_embed: bool = False
+    positions_end: bool = False
     attn_softcap: float | None = None
+    alibi: tuple[float, ...] | None = None
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
+    cache_repeats: int = 1
     dropout: Mapping[str, float] = field(default_factory=dict)
     trunk: nn.Module | None = None
 
+    def ropes(self) -> list[RopeSpec]:
+        """The different rotary tables, in the order of the layers that use them first."""
+        return list({id(rope): rope for layer in self.layers if (rope := layer.rope) is not None}.values())
+
+    def position_limit(self) -> tuple[int, str] | None:
+        """(how many positions a row may have, why no more) where there is such a limit."""
+        limits = [(rope.limit, rope.limit_reason) for rope in self.ropes() if rope.limit is not None]
+        if self.positions is not None or self.positions_end:
+            limits.append((self.max_positions, ""))
+        return min(limits, default=None)
+
+    @property
+    def context(self) -> int:
+        """How many tokens a row should have at most: the trained context, or less where positions end before."""
+        limit = self.position_limit()
+        return self.max_positions if limit is None else min(self.max_positions, limit[0])
+
     def norms(self) -> list[NormSpec]:
         """Every norm, in the order of execution."""
-        found = [n for layer in self.layers for n in (layer.attn_norm, layer.mlp_norm)]
+        found = [self.embed_norm] if self.embed_norm is not None else []
+        found += [norm for layer in self.layers for _, norm in layer.norms()]
         return found + ([self.final_norm] if self.final_norm is not None else [])
 
     def linears(self) -> list[LinearSpec]:

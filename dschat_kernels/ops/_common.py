@@ -1,17 +1,20 @@
 """What every op shares: argument checks, the choice of a backend, and the way to the native kernels.
 
 A public op checks its arguments, asks `resolve_backend`, and then either runs its `*_reference` (plain
-PyTorch, any dtype and device, differentiable by autograd) or calls `torch.ops.dschat.<op>`, whose CPU
-implementation is native. On CUDA tensors the same implementation runs with the CUDA kernels (`on_cuda`).
+PyTorch, any dtype and device, differentiable by autograd) or what `implementation` gives for the backend.
+
+Every backend has the same ops with the same schemas in a torch.library namespace of its own: `dschat` is the
+CPU's, `dschat_<backend>` another's. So a choice of backend lasts through torch.compile and into the backward.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -84,14 +87,32 @@ def native() -> ModuleType | None:
 
 
 def kernels() -> Any:
-    """The compiled kernels of the backend that runs: inside `on_cuda` the CUDA ones on the current stream, else
-    the CPU ones; raises RuntimeError where there are none."""
+    """The compiled kernels of the backend that runs: within `cuda_kernels` those, else the CPU's; raises RuntimeError
+    where there are none."""
     if (active := _cuda_kernels.get()) is not None:
         return active
     module = native()
     if module is None:
         raise RuntimeError(_why_no_native())
     return module
+
+
+_cuda_kernels: ContextVar[Any] = ContextVar("cuda_kernels", default=None)
+
+
+@contextmanager
+def cuda_kernels(kernels: Any) -> Iterator[None]:
+    """`kernels()` are these within."""
+    token = _cuda_kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _cuda_kernels.reset(token)
+
+
+def runs_on_cuda() -> bool:
+    """Whether `kernels()` are CUDA's, which take some arguments more (scratch memory)."""
+    return _cuda_kernels.get() is not None
 
 
 def _why_no_native() -> str:
@@ -114,7 +135,6 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or any(tensor is not None and not tensor.is_cpu for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
     ):
@@ -160,76 +180,82 @@ def no_tensor(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-# ----------------------------------------------------------------------------------------------------- cuda
-
-_cuda_kernels: ContextVar[Any] = ContextVar("cuda_kernels", default=None)
+# ------------------------------------------------------------------------------------------ torch.library
 
 
-class CudaKernels:
-    """The functions of a compiled CUDA module (csrc/bindings/cuda.cpp), launching on one stream."""
+@dataclass(frozen=True)
+class _Op:
+    """What is the same on every backend: shapes and dtypes of the results, and the gradient."""
 
-    def __init__(self, module: ModuleType, stream: int) -> None:
-        self.module = module
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        return partial(self._launch, value) if callable(value) else value
-
-    def _launch(self, function: Callable[..., None], *arguments: Any) -> None:
-        function(*arguments, self.stream)
+    fake: Callable[..., Any]
+    save: Callable[..., None] | None
+    grad: Callable[..., Any] | None
 
 
-def runs_on_cuda() -> bool:
-    """Whether `kernels()` are the CUDA ones."""
-    return _cuda_kernels.get() is not None
+_OPS: dict[str, _Op] = {}
+_IMPLEMENTATIONS: dict[str, Mapping[str, Callable[..., Any]]] = {"cpu": {}}
+_LIBRARIES = {"cpu": LIBRARY}
 
 
-@contextmanager
-def cuda_kernels(kernels: Any) -> Iterator[None]:
-    """`kernels()` are these within."""
-    token = _cuda_kernels.set(kernels)
-    try:
-        yield
-    finally:
-        _cuda_kernels.reset(token)
+def register(
+    op: str,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    grad: Callable[..., Any] | None = None,
+) -> None:
+    """Completes an op that LIBRARY defines: its CPU implementation, its fake, and what its gradient saves and
+    computes. `grad` finds the ops of the forward's backend as `ctx.ops`."""
+    _OPS[op] = _Op(fake, save, grad)
+    _IMPLEMENTATIONS["cpu"] = {**_IMPLEMENTATIONS["cpu"], op: cpu}
+    LIBRARY.impl(op, cpu, "CPU")
+    _describe(op, "dschat", LIBRARY)
 
 
-def on_cuda(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's native implementation for CUDA tensors: new tensors and kernels go to their device and its current
-    stream."""
+def _describe(op: str, namespace: str, library: torch.library.Library) -> None:
+    """Tells torch.library the fake and the gradient of an op."""
+    parts = _OPS[op]
+    torch.library.register_fake(f"{namespace}::{op}", parts.fake, lib=library)
+    if parts.grad is None or parts.save is None:
+        return
+    save = parts.save
 
-    def run(*arguments: Any) -> Any:
-        from dschat_kernels import build
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.ops = getattr(torch.ops, namespace)
+        save(ctx, inputs, output)
 
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
-        module = build.load_cuda(torch.cuda.get_device_capability(device))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with torch.cuda.device(device), device, cuda_kernels(CudaKernels(module, stream)):
-            return implementation(*arguments)
-
-    return run
+    torch.library.register_autograd(
+        f"{namespace}::{op}", parts.grad, setup_context=setup_context, lib=library
+    )
 
 
-@torch.compiler.assume_constant_result
-def why_not_cuda() -> str | None:
-    """Why no CUDA kernel can run in this process, or None."""
-    from dschat_kernels import build
+def offered(backend: str) -> Mapping[str, Callable[..., Any]]:
+    """The implementations of a backend by op; its namespace is made at the first call.
 
-    if runs_on_cuda():
-        return None
-    if not torch.cuda.is_available():
-        built = (
-            ""
-            if torch.backends.cuda.is_built()
-            else f", and PyTorch {torch.__version__} is built without CUDA"
-        )
-        return f"this machine has no CUDA GPU{built}"
-    try:
-        build.load_cuda(torch.cuda.get_device_capability())
-    except build.BuildError as error:
-        return error.sentence.rstrip(".")
-    return None
+    The package dschat_kernels.<backend> lists them in `implementations()`, with the arguments of the schema.
+    """
+    if backend not in _IMPLEMENTATIONS:
+        found = importlib.import_module(f"dschat_kernels.{backend}").implementations()
+        namespace = f"dschat_{backend}"
+        library = _LIBRARIES[backend] = torch.library.Library(namespace, "DEF")
+        for op, function in found.items():
+            importlib.import_module(f"dschat_kernels.ops.{function.__module__.rpartition('.')[2]}")
+            schema = getattr(torch.ops.dschat, op).default._schema
+            library.define(str(schema).removeprefix("dschat::"))
+            library.impl(op, function, "CompositeExplicitAutograd")
+            _describe(op, namespace, library)
+        _IMPLEMENTATIONS[backend] = found
+    return _IMPLEMENTATIONS[backend]
+
+
+def implementation(op: str, backend: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """What runs `op` on `backend` (not "reference") for these tensors: the kernels' own function where torch need
+    not see the call, else the op of torch.library."""
+    functions = offered(backend)
+    if runs_directly(*tensors):
+        return functions[op]
+    namespace = torch.ops.dschat if backend == "cpu" else getattr(torch.ops, f"dschat_{backend}")
+    return getattr(namespace, op)
 
 
 # ---------------------------------------------------------------------------------------------- the choice
@@ -259,28 +285,39 @@ def _why_not_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _why_not_cuda(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[str | None, bool]:
-    """(why the cuda backend cannot run `op`, or None; whether that is the machine's fault)."""
-    if reason := why_not_cuda():
-        return f"{op}: the cuda backend cannot run, because {reason}", True
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            have = "float32, bfloat16 and float16"
-            return f"{op}: the cuda backend has {have}, not {_name(tensor.dtype)}", False
-        if not tensor.is_cuda and not runs_on_cuda():
-            return f"{op}: the cuda backend needs tensors on a CUDA GPU, not on {tensor.device.type}", False
-    return None, False
+def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    from dschat_kernels import triton
+
+    return triton.why_not(op, tensors)
+
+
+def _why_not_cuda(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    from dschat_kernels import cuda
+
+    return cuda.why_not(op, tensors)
+
+
+def _why_not(backend: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why `backend` cannot run `op` on these tensors, or None."""
+    if backend == "cuda":
+        return _why_not_cuda(op, tensors)
+    return _why_not_triton(op, tensors) if backend == "triton" else _why_not_cpu(op, tensors)
+
+
+def _is_missing(backend: str) -> bool:
+    """Whether this machine cannot run `backend` at all."""
+    from dschat_kernels import cuda
+
+    return cuda.unavailable() is not None if backend == "cuda" else backend == "cpu" and not _have_native()
 
 
 def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors: "reference", "cpu" or "cuda".
+    """The backend that runs `op` on these tensors: "reference", "cpu", "triton" or "cuda".
 
-    None chooses: "cpu" for float32 and bfloat16 on the CPU where the native kernels can be had, "cuda" for
-    float32, bfloat16 and float16 on a CUDA GPU likewise, otherwise "reference", with one warning a process and
-    reason. A named backend that cannot run raises ValueError (or RuntimeError where the GPU or the native
-    kernels are missing) with the reason.
+    None chooses: on the CPU "cpu" for float32 and bfloat16 where the native kernels can be had; on a GPU, for float32,
+    float16 and bfloat16, "cuda" where the CUDA kernels can be had, else "triton" where Triton is installed; otherwise
+    "reference", with one warning a process and reason. A named backend that cannot run raises ValueError (or
+    RuntimeError where the GPU or the native kernels are missing) with the reason.
     """
     if backend == "reference":
         return "reference"
@@ -288,22 +325,18 @@ def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> st
         backend is None or backend in BACKENDS,
         f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}, or None for automatic.",
     )
-    if backend == "triton":
-        raise ValueError(f"{op}: the {backend} backend is not in this version; use backend='cpu' or None.")
-    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
-    if backend == "cuda" or (backend is None and on_gpu):
-        reason, missing = _why_not_cuda(op, tensors)
+    if backend is not None:
+        reason = _why_not(backend, op, tensors)
         if reason is None:
-            return "cuda"
-        if backend == "cuda":
-            raise (RuntimeError if missing else ValueError)(f"{reason}; use backend=None or 'reference'.")
-        say_once(f"{reason}; the PyTorch reference runs instead.")
-        return "reference"
-    reason = _why_not_cpu(op, tensors)
-    if reason is None:
-        return "cpu"
-    if backend == "cpu":
-        error: type[Exception] = ValueError if _have_native() else RuntimeError
+            return backend
+        error: type[Exception] = RuntimeError if _is_missing(backend) else ValueError
         raise error(f"{reason.rstrip('.')}; use backend=None or 'reference'.")
-    say_once(f"{reason.rstrip('.')}; the PyTorch reference runs instead.")
+    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+    reasons = []
+    for name in ("cuda", "triton") if on_gpu else ("cpu",):
+        reason = _why_not(name, op, tensors)
+        if reason is None:
+            return name
+        reasons.append(reason.rstrip("."))
+    say_once(f"{'; '.join(reasons)}; the PyTorch reference runs instead.")
     return "reference"

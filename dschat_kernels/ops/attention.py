@@ -31,11 +31,11 @@ from dschat_kernels.ops._common import (
     check,
     check_device,
     check_tensor,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
-    runs_directly,
     runs_on_cuda,
 )
 from dschat_kernels.ops.rope_append import (
@@ -139,7 +139,8 @@ def run(
     )
     used = torch.arange(block_table.shape[1], device=table.device) * PAGE < kv_lens.to(table.device)[:, None]
     check_pages(op, table[used], k_cache)
-    if resolve_backend(op, backend, q, k_cache) == "reference":
+    backend = resolve_backend(op, backend, q, k_cache)
+    if backend == "reference":
         return attention_reference(
             q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale=scale, window=window,
             softcap=softcap, alibi_slopes=alibi_slopes, slots=slots,
@@ -158,11 +159,8 @@ def run(
         softcap,
         alibi_slopes,
     )
-    if runs_directly(q, k_cache, v_cache):
-        return attention_cpu(*arguments, num_splits)
-    if op == "attention_decode":
-        return torch.ops.dschat.attention_decode(*arguments, num_splits)
-    return torch.ops.dschat.attention(*arguments)
+    split = (num_splits,) if op == "attention_decode" else ()
+    return implementation(op, backend, q, k_cache, v_cache)(*arguments, *split)
 
 
 def attention_reference(
@@ -272,12 +270,13 @@ def packed_attention(
         check_device(op, name, tensor, q)
     _check_options(op, q, k.shape[1], scale, window, softcap, alibi_slopes)
     _check_cu_seqlens(op, cu_seqlens, q.shape[0])
-    if resolve_backend(op, backend, q, k, v) == "reference":
+    backend = resolve_backend(op, backend, q, k, v)
+    if backend == "reference":
         return packed_attention_reference(
             q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
         )
     check_head_dim(op, q.shape[2])
-    call = _packed_cpu if runs_directly(q, k, v) else torch.ops.dschat.packed_attention
+    call = implementation("packed_attention", backend, q, k, v)
     return call(q, k, v, cu_seqlens, float(scale), window, softcap, alibi_slopes)
 
 
@@ -524,21 +523,12 @@ def _packed_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _packed_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens, alibi_slopes = ctx.saved_tensors
-    dq, dk, dv = torch.ops.dschat.packed_attention_backward(
+    dq, dk, dv = ctx.ops.packed_attention_backward(
         dout, q, k, v, cu_seqlens, ctx.scale, ctx.window, ctx.softcap, alibi_slopes
     )
     return dq, dk, dv, None, None, None, None, None
 
 
-LIBRARY.impl("attention", attention_cpu, "CPU")
-LIBRARY.impl("attention", on_cuda(attention_cpu), "CUDA")
-LIBRARY.impl("packed_attention", _packed_cpu, "CPU")
-LIBRARY.impl("packed_attention", on_cuda(_packed_cpu), "CUDA")
-LIBRARY.impl("packed_attention_backward", _packed_backward_cpu, "CPU")
-LIBRARY.impl("packed_attention_backward", on_cuda(_packed_backward_cpu), "CUDA")
-torch.library.register_fake("dschat::attention", _attention_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::packed_attention", _packed_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::packed_attention_backward", _packed_backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "dschat::packed_attention", _packed_grad, setup_context=_packed_save, lib=LIBRARY
-)
+register("attention", attention_cpu, _attention_fake)
+register("packed_attention", _packed_cpu, _packed_fake, _packed_save, _packed_grad)
+register("packed_attention_backward", _packed_backward_cpu, _packed_backward_fake)

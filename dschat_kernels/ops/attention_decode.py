@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dschat_kernels.ops._common import LIBRARY, check, on_cuda
+from dschat_kernels.ops._common import LIBRARY, check, register
 from dschat_kernels.ops.attention import _CACHE, _OPTIONS, attention_cpu, attention_reference, run
 
 
@@ -65,6 +65,4 @@ def _fake(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-LIBRARY.impl("attention_decode", attention_cpu, "CPU")
-LIBRARY.impl("attention_decode", on_cuda(attention_cpu), "CUDA")
-torch.library.register_fake("dschat::attention_decode", _fake, lib=LIBRARY)
+register("attention_decode", attention_cpu, _fake)

@@ -25,12 +25,12 @@ from dschat_kernels.ops._common import (
     check_choice,
     check_tensor,
     check_vector,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
     row_scratch,
-    runs_directly,
     widen,
 )
 
@@ -50,9 +50,10 @@ def bias_act(
     check_choice("bias_act", "activation", activation, ACTIVATIONS)
     if bias is not None:
         check_vector("bias_act", "bias", bias, x, x.shape[-1])
-    if resolve_backend("bias_act", backend, x, bias) == "reference":
+    backend = resolve_backend("bias_act", backend, x, bias)
+    if backend == "reference":
         return bias_act_reference(x, bias, activation)
-    op = _forward_cpu if runs_directly(x, bias) else torch.ops.dschat.bias_act
+    op = implementation("bias_act", backend, x, bias)
     return op(x, bias, activation)
 
 
@@ -143,14 +144,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     bias_grad = ctx.needs_input_grad[1]
-    dx, dbias = torch.ops.dschat.bias_act_backward(dy, x, bias, ctx.activation, bias_grad)
+    dx, dbias = ctx.ops.bias_act_backward(dy, x, bias, ctx.activation, bias_grad)
     return dx, dbias.to(bias.dtype) if bias_grad else None, None
 
 
-LIBRARY.impl("bias_act", _forward_cpu, "CPU")
-LIBRARY.impl("bias_act", on_cuda(_forward_cpu), "CUDA")
-LIBRARY.impl("bias_act_backward", _backward_cpu, "CPU")
-LIBRARY.impl("bias_act_backward", on_cuda(_backward_cpu), "CUDA")
-torch.library.register_fake("dschat::bias_act", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::bias_act_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::bias_act", _grad, setup_context=_save, lib=LIBRARY)
+register("bias_act", _forward_cpu, _forward_fake, _save, _grad)
+register("bias_act_backward", _backward_cpu, _backward_fake)

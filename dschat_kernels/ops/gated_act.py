@@ -22,12 +22,12 @@ from dschat_kernels.ops._common import (
     check_device,
     check_tensor,
     check_vector,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
     row_scratch,
-    runs_directly,
     widen,
 )
 from dschat_kernels.ops.bias_act import activate
@@ -75,9 +75,10 @@ def gated_act(
     for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias)):
         if bias is not None:
             check_vector("gated_act", name, bias, gate, columns)
-    if resolve_backend("gated_act", backend, gate, gate_bias, up_bias) == "reference":
+    backend = resolve_backend("gated_act", backend, gate, gate_bias, up_bias)
+    if backend == "reference":
         return gated_act_reference(gate, up, activation, gate_bias=gate_bias, up_bias=up_bias)
-    op = _forward_cpu if runs_directly(gate, up, gate_bias, up_bias) else torch.ops.dschat.gated_act
+    op = implementation("gated_act", backend, gate, up, gate_bias, up_bias)
     return op(gate, up, gate_bias, up_bias, activation)
 
 
@@ -201,7 +202,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, up, gate_bias, up_bias = ctx.saved_tensors
     _, _, gate_bias_grad, up_bias_grad, _ = ctx.needs_input_grad
-    dgate, dup, dgate_bias, dup_bias = torch.ops.dschat.gated_act_backward(
+    dgate, dup, dgate_bias, dup_bias = ctx.ops.gated_act_backward(
         dy, gate, up, gate_bias, up_bias, ctx.activation, gate_bias_grad, up_bias_grad
     )
     return (
@@ -213,10 +214,5 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-LIBRARY.impl("gated_act", _forward_cpu, "CPU")
-LIBRARY.impl("gated_act", on_cuda(_forward_cpu), "CUDA")
-LIBRARY.impl("gated_act_backward", _backward_cpu, "CPU")
-LIBRARY.impl("gated_act_backward", on_cuda(_backward_cpu), "CUDA")
-torch.library.register_fake("dschat::gated_act", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::gated_act_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::gated_act", _grad, setup_context=_save, lib=LIBRARY)
+register("gated_act", _forward_cpu, _forward_fake, _save, _grad)
+register("gated_act_backward", _backward_cpu, _backward_fake)

@@ -20,13 +20,13 @@ from dschat_kernels.ops._common import (
     LIBRARY,
     as_rows,
     check_vector,
+    implementation,
     kernels,
     no_tensor,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
     row_scratch,
-    runs_directly,
     widen,
 )
 from dschat_kernels.ops.rms_norm import check_arguments
@@ -53,9 +53,10 @@ def layer_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             check_vector("layer_norm", name, vector, x, x.shape[-1])
-    if resolve_backend("layer_norm", backend, x, weight, bias) == "reference":
+    backend = resolve_backend("layer_norm", backend, x, weight, bias)
+    if backend == "reference":
         return layer_norm_reference(x, weight, bias, eps, residual=residual)
-    op = _forward_cpu if runs_directly(x, weight, bias, residual) else torch.ops.dschat.layer_norm
+    op = implementation("layer_norm", backend, x, weight, bias, residual)
     y, residual_out, _, _ = op(x, weight, bias, residual, eps)
     return y if residual is None else (y, residual_out)
 
@@ -175,7 +176,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, mean, rstd = ctx.saved_tensors
     _, weight_grad, bias_grad, *_ = ctx.needs_input_grad
-    dx, dweight, dbias = torch.ops.dschat.layer_norm_backward(
+    dx, dweight, dbias = ctx.ops.layer_norm_backward(
         dy, d_residual_out if ctx.has_residual else None, h, weight, mean, rstd, weight_grad, bias_grad
     )
     return (
@@ -187,10 +188,5 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, *_: Tensor) -> tuple[Ten
     )
 
 
-LIBRARY.impl("layer_norm", _forward_cpu, "CPU")
-LIBRARY.impl("layer_norm", on_cuda(_forward_cpu), "CUDA")
-LIBRARY.impl("layer_norm_backward", _backward_cpu, "CPU")
-LIBRARY.impl("layer_norm_backward", on_cuda(_backward_cpu), "CUDA")
-torch.library.register_fake("dschat::layer_norm", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::layer_norm_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::layer_norm", _grad, setup_context=_save, lib=LIBRARY)
+register("layer_norm", _forward_cpu, _forward_fake, _save, _grad)
+register("layer_norm_backward", _backward_cpu, _backward_fake)

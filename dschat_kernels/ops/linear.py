@@ -23,9 +23,10 @@ from dschat_kernels.ops._common import (
     check_choice,
     check_device,
     check_tensor,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
 )
 from dschat_kernels.ops.bias_act import bias_act_reference
@@ -82,16 +83,18 @@ def linear(
         not float_output or (activation == "none" and residual is None and not packed.gated),
         "linear: float_output returns the bare sums; give it without activation, residual or gate.",
     )
-    chosen = resolve_backend("linear", backend, x)
-    if chosen == "reference" or (chosen == "cpu" and packed.panels is None):
+    backend = resolve_backend("linear", backend, x)
+    held = packed.panels if backend == "cpu" else packed.dense
+    if backend == "reference" or (backend == "cpu" and held is None):
         return linear_reference(
             x, packed, activation=activation, residual=residual, float_output=float_output
         )
-    weight, bias = packed.panels, packed.bias
-    if chosen == "cuda":
-        weight, bias = packed.dense_weight(), packed.plain_bias()
-    return torch.ops.dschat.linear(
-        x, weight, bias, packed.n, packed.k, packed.gated, activation, residual, float_output
+    if held is None:
+        raise ValueError(
+            f"linear: packed is in the cpu's layout; pack with dense=True for backend {backend!r}."
+        )
+    return implementation("linear", backend, x)(
+        x, held, packed.bias, packed.n, packed.k, packed.gated, activation, residual, float_output
     )
 
 
@@ -119,16 +122,22 @@ def linear_reference(
     return y if residual is None else residual + y
 
 
-def linear_sums(x: Tensor, packed: PackedLinear) -> tuple[Tensor, ...]:
+def linear_sums(x: Tensor, packed: PackedLinear, backend: str | None = None) -> tuple[Tensor, ...]:
     """round(x W_p^T + b_p) of every part of a pack, one [T, n_p] each, x [T, k]; a gated pack's halves unmultiplied.
 
     The bits are those that `linear` and its epilogues start from.
     """
     if packed.panels is None:
+        parts = [n for n, _ in packed.shapes]
+        chosen = resolve_backend("linear", backend, x)
+        if chosen not in ("reference", "cpu"):
+            op = implementation("linear", chosen, x)
+            z = op(x, packed.dense, packed.bias, packed.total, packed.k, False, "none", None, False)
+            return z.split(parts, dim=-1)
         z = x.float() @ packed.to_dense().float().t()
         bias = packed.plain_bias()
         z = (z if bias is None else z + bias).to(x.dtype)
-        return z.split([n for n, _ in packed.shapes], dim=-1)
+        return z.split(parts, dim=-1)
     columns = packed.num_panels * PANEL if packed.gated else packed.n
     y = torch.ops.dschat.linear(x, packed.panels, packed.bias, columns, packed.k, False, "none", None, False)
     if not packed.gated:
@@ -181,6 +190,4 @@ def _forward_fake(
     return torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype, device=x.device)
 
 
-LIBRARY.impl("linear", _forward_cpu, "CPU")
-LIBRARY.impl("linear", on_cuda(_forward_cpu), "CUDA")
-torch.library.register_fake("dschat::linear", _forward_fake, lib=LIBRARY)
+register("linear", _forward_cpu, _forward_fake)

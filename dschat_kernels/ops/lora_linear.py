@@ -21,9 +21,10 @@ from dschat_kernels.ops._common import (
     check_device,
     check_tensor,
     check_vector,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
     runs_on_cuda,
     widen,
@@ -66,9 +67,11 @@ def lora_linear(
         not (weight.requires_grad or (bias is not None and bias.requires_grad)),
         "lora_linear: weight or bias requires a gradient; freeze the base (requires_grad_(False)) or use F.linear.",
     )
-    if resolve_backend("lora_linear", backend, x, weight, lora_a, lora_b) == "reference":
+    backend = resolve_backend("lora_linear", backend, x, weight, lora_a, lora_b)
+    if backend == "reference":
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale)
-    return torch.ops.dschat.lora_linear(x, weight, bias, lora_a, lora_b, scale)
+    op = implementation("lora_linear", backend, x, weight, lora_a, lora_b)
+    return op(x, weight, bias, lora_a, lora_b, scale)
 
 
 def lora_linear_reference(
@@ -91,9 +94,11 @@ def fuse_lora(
     weight [n, k] (any strides), lora_a [rank, k], lora_b [n, rank]. Forward only.
     """
     _check_lora("fuse_lora", weight, lora_a, lora_b)
-    if resolve_backend("fuse_lora", backend, weight, lora_a, lora_b) == "reference":
+    backend = resolve_backend("fuse_lora", backend, weight, lora_a, lora_b)
+    if backend == "reference":
         return fuse_lora_reference(weight, lora_a, lora_b, scale)
-    return torch.ops.dschat.fuse_lora(weight, lora_a, lora_b, scale)
+    op = implementation("fuse_lora", backend, weight, lora_a, lora_b)
+    return op(weight, lora_a, lora_b, scale)
 
 
 def fuse_lora_reference(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -209,10 +214,5 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype), None
 
 
-LIBRARY.impl("lora_linear", _lora_linear_cpu, "CPU")
-LIBRARY.impl("lora_linear", on_cuda(_lora_linear_cpu), "CUDA")
-LIBRARY.impl("fuse_lora", _fuse_lora_cpu, "CPU")
-LIBRARY.impl("fuse_lora", on_cuda(_fuse_lora_cpu), "CUDA")
-torch.library.register_fake("dschat::lora_linear", _lora_linear_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::fuse_lora", _fuse_lora_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::lora_linear", _grad, setup_context=_save, lib=LIBRARY)
+register("lora_linear", _lora_linear_cpu, _lora_linear_fake, _save, _grad)
+register("fuse_lora", _fuse_lora_cpu, _fuse_lora_fake)

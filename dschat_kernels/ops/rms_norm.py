@@ -27,13 +27,13 @@ from dschat_kernels.ops._common import (
     check_device,
     check_tensor,
     check_vector,
+    implementation,
     kernels,
     no_tensor,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
     row_scratch,
-    runs_directly,
 )
 
 ROUNDINGS = {"llama": 0, "gemma": 1}  # csrc/cpu/rms_norm.h NormRounding
@@ -61,12 +61,12 @@ def rms_norm(
     check_arguments("rms_norm", x, eps, residual)
     check_vector("rms_norm", "weight", weight, x, x.shape[-1])
     check_choice("rms_norm", "rounding", rounding, ROUNDINGS)
-    if resolve_backend("rms_norm", backend, x, weight) == "reference":
+    backend = resolve_backend("rms_norm", backend, x, weight)
+    if backend == "reference":
         return rms_norm_reference(
             x, weight, eps, residual=residual, weight_offset=weight_offset, rounding=rounding
         )
-    direct = runs_directly(x, weight, residual)
-    op = _forward_cpu if direct else torch.ops.dschat.rms_norm
+    op = implementation("rms_norm", backend, x, weight, residual)
     y, residual_out, _ = op(x, weight, residual, eps, weight_offset, rounding)
     return y if residual is None else (y, residual_out)
 
@@ -214,7 +214,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, rstd = ctx.saved_tensors
     weight_grad = ctx.needs_input_grad[1]
-    dx, dweight = torch.ops.dschat.rms_norm_backward(
+    dx, dweight = ctx.ops.rms_norm_backward(
         dy,
         d_residual_out if ctx.has_residual else None,
         h,
@@ -228,10 +228,5 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, _: Tensor) -> tuple[Tens
     return dx, dweight, dx if ctx.has_residual else None, None, None, None
 
 
-LIBRARY.impl("rms_norm", _forward_cpu, "CPU")
-LIBRARY.impl("rms_norm", on_cuda(_forward_cpu), "CUDA")
-LIBRARY.impl("rms_norm_backward", _backward_cpu, "CPU")
-LIBRARY.impl("rms_norm_backward", on_cuda(_backward_cpu), "CUDA")
-torch.library.register_fake("dschat::rms_norm", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::rms_norm_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::rms_norm", _grad, setup_context=_save, lib=LIBRARY)
+register("rms_norm", _forward_cpu, _forward_fake, _save, _grad)
+register("rms_norm_backward", _backward_cpu, _backward_fake)

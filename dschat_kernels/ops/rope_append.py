@@ -29,11 +29,11 @@ from dschat_kernels.ops._common import (
     check_choice,
     check_device,
     check_tensor,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
-    runs_directly,
 )
 
 STYLES = {"half": 0, "interleaved": 1}  # csrc/cpu/rope_append.h RopeStyle
@@ -57,9 +57,10 @@ def rope(
     outside the tables.
     """
     rotary_dim = _check_rotary("rope", "x", x, cos, sin, positions, style, rotary_dim)
-    if resolve_backend("rope", backend, x) == "reference":
+    backend = resolve_backend("rope", backend, x)
+    if backend == "reference":
         return rope_reference(x, cos, sin, positions, style=style, rotary_dim=rotary_dim)
-    op = _rope_cpu if runs_directly(x) else torch.ops.dschat.rope
+    op = implementation("rope", backend, x)
     return op(x, cos, sin, positions, rotary_dim, style, False)
 
 
@@ -146,7 +147,8 @@ def rope_append(
             "block table; make the cache with more pages per slot.",
         )
         check_pages(op, block_table[slots.long(), place], k_cache)
-    if resolve_backend(op, backend, q, k_cache) == "reference":
+    backend = resolve_backend(op, backend, q, k_cache)
+    if backend == "reference":
         return rope_append_reference(
             q,
             k,
@@ -162,7 +164,7 @@ def rope_append(
             rotary_dim=rotary_dim,
         )
     check_head_dim(op, q.shape[2])
-    run = _rope_append_cpu if runs_directly(q, k, v) else torch.ops.dschat.rope_append
+    run = implementation("rope_append", backend, q, k, v)
     return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, block_table, rotary_dim, style)
 
 
@@ -372,7 +374,7 @@ def _rope_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rope_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin, positions = ctx.saved_tensors  # a rotation's transpose is the rotation back
-    dx = torch.ops.dschat.rope(dy, cos, sin, positions, ctx.rotary_dim, ctx.style, not ctx.inverse)
+    dx = ctx.ops.rope(dy, cos, sin, positions, ctx.rotary_dim, ctx.style, not ctx.inverse)
     return dx, None, None, None, None, None, None
 
 
@@ -421,10 +423,5 @@ def _rope_append_fake(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-LIBRARY.impl("rope", _rope_cpu, "CPU")
-LIBRARY.impl("rope", on_cuda(_rope_cpu), "CUDA")
-LIBRARY.impl("rope_append", _rope_append_cpu, "CPU")
-LIBRARY.impl("rope_append", on_cuda(_rope_append_cpu), "CUDA")
-torch.library.register_fake("dschat::rope", _rope_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::rope_append", _rope_append_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::rope", _rope_grad, setup_context=_rope_save, lib=LIBRARY)
+register("rope", _rope_cpu, _rope_fake, _rope_save, _rope_grad)
+register("rope_append", _rope_append_cpu, _rope_append_fake)

@@ -30,11 +30,11 @@ from dschat_kernels.ops._common import (
     check,
     check_device,
     check_tensor,
+    implementation,
     kernels,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
-    runs_directly,
 )
 
 _NOT_FINITE, _ALL_MASKED = -1, -2  # csrc/cpu/sample.h, in place of a token
@@ -93,12 +93,13 @@ def sample(
         )
         check_device("sample", name, numbers, logits)
     logits = logits.detach()
-    if resolve_backend("sample", backend, logits) == "reference":
+    backend = resolve_backend("sample", backend, logits)
+    if backend == "reference":
         return sample_reference(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
             streams=streams, positions=positions,
         )  # fmt: skip
-    op = _forward_cpu if runs_directly(logits, streams, positions) else torch.ops.dschat.sample
+    op = implementation("sample", backend, logits, streams, positions)
     return op(logits, temperature, top_k, top_p, min_p, seed, streams, positions)
 
 
@@ -225,6 +226,4 @@ def _forward_fake(
     return tokens, torch.empty(rows, dtype=torch.float32, device=logits.device)
 
 
-LIBRARY.impl("sample", _forward_cpu, "CPU")
-LIBRARY.impl("sample", on_cuda(_forward_cpu), "CUDA")
-torch.library.register_fake("dschat::sample", _forward_fake, lib=LIBRARY)
+register("sample", _forward_cpu, _forward_fake)

@@ -28,12 +28,12 @@ from dschat_kernels.ops._common import (
     check,
     check_device,
     check_tensor,
+    implementation,
     kernels,
     no_tensor,
-    on_cuda,
     ptr,
+    register,
     resolve_backend,
-    runs_directly,
     runs_on_cuda,
 )
 
@@ -151,7 +151,8 @@ def token_logprobs(
             f"padding out "
             "before the call.",
         )
-    if resolve_backend(op, backend, hidden, weight) == "reference":
+    backend = resolve_backend(op, backend, hidden, weight)
+    if backend == "reference":
         return token_logprobs_reference(
             hidden,
             weight,
@@ -161,7 +162,7 @@ def token_logprobs(
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
         )
-    call = _forward_cpu if runs_directly(hidden, weight, bias) else torch.ops.dschat.token_logprobs
+    call = implementation("token_logprobs", backend, hidden, weight, bias)
     logprob, _, entropy = call(
         hidden, weight, targets, bias, float(temperature), logit_softcap, return_entropy
     )
@@ -342,7 +343,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    grads = torch.ops.dschat.token_logprobs_backward(
+    grads = ctx.ops.token_logprobs_backward(
         dlogprob,
         dentropy if ctx.with_entropy else None,
         hidden,
@@ -359,10 +360,5 @@ def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tens
     return dh, dw, None, db, None, None, None
 
 
-LIBRARY.impl("token_logprobs", _forward_cpu, "CPU")
-LIBRARY.impl("token_logprobs", on_cuda(_forward_cpu), "CUDA")
-LIBRARY.impl("token_logprobs_backward", _backward_cpu, "CPU")
-LIBRARY.impl("token_logprobs_backward", on_cuda(_backward_cpu), "CUDA")
-torch.library.register_fake("dschat::token_logprobs", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dschat::token_logprobs_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("dschat::token_logprobs", _grad, setup_context=_save, lib=LIBRARY)
+register("token_logprobs", _forward_cpu, _forward_fake, _save, _grad)
+register("token_logprobs_backward", _backward_cpu, _backward_fake)

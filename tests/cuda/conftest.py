@@ -8,9 +8,12 @@ from types import ModuleType
 import pytest
 from emulated import Order, emulated_cuda
 
+from dschat_kernels.ops._common import offered
+
 
 @pytest.fixture
 def cuda() -> Iterator[ModuleType]:
-    """`backend="cuda"` runs within the test."""
+    """`backend="cuda"` runs within the test, and torch.ops.dschat_cuda is there."""
+    offered("cuda")
     with emulated_cuda(Order.RANDOM, seed=1) as module:
         yield module

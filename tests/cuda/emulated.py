@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+import dschat_kernels.cuda
 from dschat_kernels.build import Compiler, KernelBuild, isa_flags, runnable_isas
-from dschat_kernels.ops._common import CudaKernels, cuda_kernels
+from dschat_kernels.cuda import CudaKernels
+from dschat_kernels.ops._common import cuda_kernels
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
@@ -83,11 +85,27 @@ def emulated_module(checking: bool = False) -> ModuleType:
 
 
 @contextlib.contextmanager
+def replacing(kernels: CudaKernels) -> Iterator[None]:
+    """The cuda backend takes CPU tensors and launches with `kernels` within."""
+    backend: Any = dschat_kernels.cuda
+    held = backend.DEVICES, backend.launching, backend.unavailable
+    backend.DEVICES, backend.launching, backend.unavailable = (
+        {"cpu"},
+        lambda device: cuda_kernels(kernels),
+        lambda: None,
+    )
+    try:
+        yield
+    finally:
+        backend.DEVICES, backend.launching, backend.unavailable = held
+
+
+@contextlib.contextmanager
 def emulated_cuda(order: Order = Order.ASCENDING, seed: int = 0) -> Iterator[ModuleType]:
     """`backend="cuda"` runs on the CPU within."""
     module = emulated_module()
     module.set_order(order.value, seed)
-    with cuda_kernels(CudaKernels(module, 0)):
+    with replacing(CudaKernels(module, 0)):
         yield module
 
 
@@ -159,5 +177,5 @@ def checked_cuda(
     module.set_order(order.value, seed)
     recorder = _Recorder(tensors)
     checked = _CheckedKernels(module, recorder)
-    with recorder.recording(), cuda_kernels(checked):
+    with recorder.recording(), replacing(checked):
         yield checked

@@ -64,5 +64,5 @@ def test_layouts_and_no_rows() -> None:
 
 def test_registered_ops_pass_opcheck() -> None:
     x, b = torch.randn(3, 6, requires_grad=True), torch.randn(6, requires_grad=True)
-    torch.library.opcheck(torch.ops.dschat.bias_act.default, (x, b, "gelu"))
-    torch.library.opcheck(torch.ops.dschat.gated_act.default, (x, None, None, None, "silu"))
+    torch.library.opcheck(torch.ops.dschat_cuda.bias_act.default, (x, b, "gelu"))
+    torch.library.opcheck(torch.ops.dschat_cuda.gated_act.default, (x, None, None, None, "silu"))

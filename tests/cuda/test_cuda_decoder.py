@@ -42,5 +42,7 @@ def test_greedy_tokens_are_hfs(cuda: Any, stories_model: Any, stories_tokenizer:
 def test_without_a_gpu_the_reason_is_given(stories_model: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(RuntimeError, match="backend is 'cuda', but this machine has no CUDA GPU"):
+    with pytest.raises(
+        RuntimeError, match="decoder: the cuda backend cannot run, because this machine has no CUDA GPU"
+    ):
         Decoder(decoder_spec(stories_model), backend="cuda")

@@ -91,5 +91,5 @@ def test_rows_do_not_depend_on_batch_layout_or_order(dtype: torch.dtype, hidden:
 
 def test_registered_ops_pass_opcheck() -> None:
     x, w = torch.randn(3, 9, requires_grad=True), torch.randn(9, requires_grad=True)
-    torch.library.opcheck(torch.ops.dschat.layer_norm.default, (x, w, None, None, 1e-5))
-    torch.library.opcheck(torch.ops.dschat.rms_norm.default, (x, w, None, 1e-5, 0.0, "llama"))
+    torch.library.opcheck(torch.ops.dschat_cuda.layer_norm.default, (x, w, None, None, 1e-5))
+    torch.library.opcheck(torch.ops.dschat_cuda.rms_norm.default, (x, w, None, 1e-5, 0.0, "llama"))

@@ -10,7 +10,7 @@ import torch
 from resources import ARCHS, TABLE, compile_source, nvcc_or_reason, sources
 
 from dschat_kernels import build
-from dschat_kernels.ops._common import CudaKernels
+from dschat_kernels.cuda import CudaKernels
 
 NVCC, REASON = nvcc_or_reason()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason=REASON)

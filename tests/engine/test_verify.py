@@ -14,7 +14,7 @@ from dschat.engine.verify import Certificate, Check, first_divergence, verify
 from dschat_kernels import plan
 from dschat_kernels.packing import PackedLinear
 from tests.test_packing import lora
-from tests.tiny_models import build, stories
+from tests.tiny_models import MECHANISMS, build, stories
 
 NEW = 4
 
@@ -24,7 +24,7 @@ def failed(certificate: Certificate) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama-bias", "qwen2-window", "mistral", "gpt2", "opt-350m"])
+@pytest.mark.parametrize("name", MECHANISMS)
 def test_good_models_pass(name: str, dtype: torch.dtype) -> None:
     certificate = verify(build(name).to(dtype), max_new_tokens=NEW)
     assert certificate.passed, str(certificate)
@@ -102,7 +102,7 @@ def test_a_broken_native_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def wrong(self: Any, p: Any, c: Any, index: Any) -> None:
         if c.op == "attention" and c.layer == 1:
-            p.attention(index[c.input], index[c.out], c.layer, 2.0, 0)
+            p.attention(index[c.input], index[c.out], c.layer, 2.0, 0, 0.0, 0)
         elif c.op == "norm" and c.weights == "layers.2.mlp_norm":
             n = self.decoder.norms[c.weights]
             p.norm(True, index[c.input], index[c.out], n.scale.data_ptr(), 0, n.width, 0.5, 0)
@@ -129,7 +129,7 @@ def test_a_wrong_rotary_table_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Any, positions: int) -> Any:
         tables = rope_tables(self, positions)
         if self.backend == "cpu":
-            tables[0][3] = 0.0
+            tables[0][0][3] = 0.0
         return tables
 
     rope_tables = plan.Decoder.rope_tables

@@ -141,7 +141,7 @@ def records(*rows) -> list[D.Record]:
 
 
 def test_end_of_answer_is_learnt(encoder, plain):
-    """checklist 2.1 #10 (user asks), N+ details: every reference ends with EOS, and only complete ones do."""
+    """checklist 2.1 #1; 2.2 plus 1: every reference ends with EOS, and only complete ones do."""
     (example,) = D.sft_examples(
         records({"prompt": "Once upon a time", "completion": "there was a cat"}), encoder, D.DataStats()
     )
@@ -260,7 +260,7 @@ def test_tokenizer_without_eos(plain):
 
 
 def test_masks_come_from_lengths():
-    """checklist 2.1 #1, #2: prompts left-padded, answers right-padded, and a pad id inside a row stays
+    """checklist 2.1 #1, #2; 2.2 plus 6: prompts left-padded, answers right-padded, and a pad id inside a row stays
     real.
     """
     s = D.Sequences.of([[7], [0, 5, 0]], [[0, 0], [4]], pad_id=0)

@@ -1,7 +1,7 @@
 """The maths of the loop against references written as loops over single numbers, in float64.
 
 Each test names the row of the correctness checklist that it covers (research notes on RLHF frameworks,
-section 2.1), so that a reader can see which known mistakes are guarded against.
+section 2.1 and 2.2; docs/checklist.md lists them), so that a reader can see which known mistakes are guarded against.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_masked_mean_and_aggregation():
 
 
 def test_whiten_biased_variance():
-    """checklist 2.1 #12: masked mean and biased variance; rewards keep their mean."""
+    """checklist 2.1 #12; 2.2 policy 9: masked mean and biased variance; rewards keep their mean."""
     d = batch()
     x, m = d["adv"], d["mask"]
     values = [float(x[b, t]) for b, t in real(m)]
@@ -260,7 +260,7 @@ def test_policy_gradient_on_policy_is_minus_advantage():
 
 @pytest.mark.parametrize("clip", [0.2, None])
 def test_value_loss(clip):
-    """checklist 2.1 #17: value clipping takes the larger of the two errors."""
+    """checklist 2.1 #17; 2.2 policy 10: value clipping takes the larger of the two errors."""
     d = batch()
     loss, metrics = L.value_loss(d["values"], d["old_values"], d["returns"], d["mask"], clip)
     terms = []
@@ -387,7 +387,7 @@ def test_gradcheck(mode):
 
 
 def test_adaptive_kl_controller():
-    """checklist 2.1 #18: error clipped to +-0.2, proportional, and saved."""
+    """checklist 2.1 #18; 2.2 policy 11: error clipped to +-0.2, proportional, and saved."""
     c = L.AdaptiveKLController(0.15, target=6.0, horizon=10_000)
     value = 0.15
     for current in (0.0, 5.9, 6.0, 7.0, 100.0):

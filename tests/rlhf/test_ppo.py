@@ -89,8 +89,8 @@ def pieces(base, stories_tokenizer, tmp_path):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_exact_mode_has_ratio_one(base, tmp_path, temperature, lora_r):
-    """checklist 2.1 #3, #5, #6, #10: bit for bit in every step, also after updates and away from temperature
-    1.
+    """checklist 2.1 #3, #5, #6, #10; 2.2 policy 1: bit for bit in every step, also after updates
+    and away from temperature 1.
     """
     run(base, exact=True, temperature=temperature, lora_r=lora_r, ppo_epochs=2)
     lines = numbers(tmp_path / "run")
@@ -158,7 +158,7 @@ def test_generator_sees_every_update(pieces):
 
 
 def test_shaped_scores():
-    """checklist 2.1 #14, #20: scale, clip, then the penalty for answers that did not end."""
+    """checklist 2.1 #14, #20; 2.2 policy 5, 2.2 plus 2: scale, clip, then the penalty for answers that did not end."""
     scores, finished = torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.tensor([True, False, True, True])
     valid = torch.ones(4, dtype=torch.bool)
     moments = losses.RunningMoments()
@@ -172,9 +172,24 @@ def test_shaped_scores():
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     assert batch == pytest.approx([(float(s) - mean) / std for s in scores], rel=1e-5)
     assert moments.count == 0
+    group = shape(reward_norm="group", samples_per_prompt=2, missing_eos_penalty=0, reward_clip=40)
+    assert group == [-0.5, 0.5, -40.0, 40.0]
+    assert moments.count == 0
+    with pytest.raises(ConfigError, match="samples_per_prompt 1, so every score would become 0; sample 2"):
+        PPOConfig(reward_norm="group").validate()
     shape(reward_norm="running")
     shape(reward_norm="running")
     assert moments.count == 8 and moments.mean == pytest.approx(mean)
+
+
+def test_a_critic_head_that_starts_at_zero_values_everything_at_zero(pieces):
+    p = pieces(functions=(lambda prompts, completions, **k: [3.0] * len(completions),), critic_head="zero",
+               critic_update="head")  # fmt: skip
+    experience, _ = p.collect()
+    assert float(experience.values.abs().max()) == 0.0
+    update = p.ppo.update(experience, 0, 10)
+    assert update["value/loss"] > 0
+    assert float(p.ppo.critic.values(experience.rollout, experience.features).detach().abs().max()) > 0
 
 
 def test_penalty_and_score_reach_the_last_token(pieces, monkeypatch):
@@ -192,7 +207,7 @@ def test_penalty_and_score_reach_the_last_token(pieces, monkeypatch):
 
 
 def test_kl_penalty_in_the_reward(pieces, monkeypatch):
-    """checklist 2.1 #8: the return of the first token is the score less beta times the KL of the whole
+    """checklist 2.1 #8; 2.2 policy 8: the return of the first token is the score less beta times the KL of the whole
     answer.
     """
     zero = lambda prompts, completions, **k: [0.0] * len(completions)  # noqa: E731
@@ -278,7 +293,7 @@ def test_accumulation_in_a_minibatch(pieces):
 def test_critic_starts_from_the_reward_model(
     reward_model, stories_dir, base, stories_tokenizer, tmp_path, update
 ):
-    """checklist 2.1 #17: the value before the token is the reward model's own output there; training it
+    """checklist 2.1 #17; 2.2 plus 3: the value before the token is the reward model's own output there; training it
     leaves the reward model's scores as they were, though head and lora share its weights."""
     p = Pieces(base, stories_tokenizer, tmp_path, functions=(), reward=[reward_model], critic_update=update)
     experience, _ = p.collect()
@@ -436,7 +451,7 @@ def test_paired_bootstrap():
 
 
 def test_seeds_are_a_function_of_purpose_and_step():
-    """checklist 2.1 #24."""
+    """checklist 2.1 #24; 2.2 general 6."""
     seeds = [
         ppo.derive_seed(s, what, step)
         for s in (0, 1)

@@ -42,7 +42,9 @@ def rows_of(s: data.Sequences) -> list[torch.Tensor]:
 
 
 def test_scores_and_values_are_read_at_the_right_tokens(scorer, stories_tokenizer):
-    """checklist 2.1 #2, #13: equal to Hugging Face on each row alone, whatever the padding is and holds."""
+    """checklist 2.1 #2, #13; 2.2 general 1, 2.2 reward 1: equal to Hugging Face on each row
+    alone, whatever the padding is and holds.
+    """
     expected_scores, expected_values = [], []
     s = batch(stories_tokenizer)
     for row, prompt in zip(rows_of(s), s.prompt_mask.sum(1).tolist(), strict=True):
@@ -97,7 +99,9 @@ def test_packed_positions_and_scatter(stories_tokenizer):
 
 
 def test_new_heads(stories_dir):
-    """checklist 2.1 #17: N(0, 1 / (h + 1)) for a reward model, by seed; zero for a critic."""
+    """checklist 2.1 #17; 2.2 reward 2, 2.2 policy 2: N(0, 1 / (h + 1)) for a reward model, by
+    seed; zero for a critic.
+    """
     one, same, other = (models.load_scorer(str(stories_dir), F32, seed).score.weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert 0.5 < float(one.detach().std()) * (65**0.5) < 1.5
@@ -153,7 +157,7 @@ def test_adapter_starts_as_the_base_and_merges(tmp_path, stories_dir, stories_to
 
 
 def test_dropout_is_off(new_stories_model):
-    """checklist 2.1 #7: also after somebody calls train()."""
+    """checklist 2.1 #7; 2.2 policy 4: also after somebody calls train()."""
     model = new_stories_model()
     model.model.layers[0].mlp.extra = torch.nn.Dropout(0.5)
     model.model.layers[0].self_attn.attention_dropout = 0.5

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
 import torch
 from helpers_rlhf import Killed, numbers, same_weights
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat.config import ConfigError, RewardConfig, SFTConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, models, reward, sft
+from dschat.rlhf import data, losses, models, reward, sft
 from dschat.rlhf.checkpoint import CheckpointError, latest
-from dschat.rlhf.run import learning_rate
+from dschat.rlhf.run import learning_rate, make_optimizer, set_lr
 
 STAGES = {"sft": (SFTConfig, sft.train), "reward": (RewardConfig, reward.train)}
 
@@ -105,8 +107,8 @@ def test_sft_learns_and_loads(base, tmp_path):
 
 
 def test_reward_learns_is_normalised_and_loads(base, tmp_path):
-    """checklist 2.1 #20: scores of training answers have mean 0 and deviation 1 after the stored ones are
-    taken out.
+    """checklist 2.1 #20; 2.2 reward 3, 2.2 plus 4: scores of training answers have mean 0 and
+    deviation 1 after the stored ones are taken out.
     """
     result = run("reward", base, lora_r=4, learning_rate=1e-2, epochs=4, eval_data=base["data"])
     assert result["eval_accuracy"] == 1.0 and result["eval_loss"] < 0.3 and result["eval_pairs"] == 12
@@ -202,10 +204,13 @@ def test_bad_settings(base, tmp_path):
     with pytest.raises(ConfigError, match="data is empty; name at least one file"):
         run("sft", base, data=[])
     with pytest.raises(
-        ConfigError, match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate"
+        ConfigError,
+        match=r"the gradient is (nan|inf) at step 2 of sft; lower the learning rate; the batch is in",
     ):
         run("sft", base, learning_rate=1e30, output_dir=str(tmp_path / "nan"))
     assert latest(tmp_path / "nan" / "checkpoints").name == "step-000001", "the broken weights are not saved"
+    kept = json.loads((tmp_path / "nan" / "failed-step-000002" / "batch.json").read_text())
+    assert len(kept["rows"]) == 4 and all("pairs.jsonl line" in row["where"] for row in kept["rows"])
 
 
 @pytest.mark.parametrize(
@@ -214,8 +219,96 @@ def test_bad_settings(base, tmp_path):
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 2 / 3, 1 / 3]),
         ("cosine", [0.5, 1.0, 1.0, 0.75, 0.25]),
+        ("linear 0.1", [0.5, 1.0, 1.0, 0.7, 0.4]),
+        ("cosine 0.2", [0.5, 1.0, 1.0, 0.8, 0.4]),
+        ("exponential 0.001", [0.5, 1.0, 1.0, 0.1, 0.01]),
     ],
 )
 def test_learning_rate(schedule, expected):
-    config = SFTConfig(warmup_steps=2, lr_schedule=schedule)
+    """checklist 2.2 general 5: annealed to lr_final, which is 0 by default."""
+    name, _, final = schedule.partition(" ")
+    config = SFTConfig(warmup_steps=2, lr_schedule=name, lr_final=float(final or 0))
     assert [learning_rate(config, 1.0, s, 5) for s in range(5)] == pytest.approx(expected)
+
+
+def test_weight_decay_and_lora_groups():
+    """Biases and norms do not decay; an adapter may have its own rate, and the schedule moves both."""
+    module = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(3, 2), "score": torch.nn.Linear(2, 1)})
+    config = SFTConfig(weight_decay=0.1, learning_rate=1e-3)
+    optimizer = make_optimizer(module, config, 1e-3, 4e-3)
+    named = {id(p): n for n, p in module.named_parameters()}
+    found = {named[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found == {
+        "lora_A.weight": (4e-3, 0.1), "lora_A.bias": (4e-3, 0.0),
+        "score.weight": (1e-3, 0.1), "score.bias": (1e-3, 0.0),
+    }  # fmt: skip
+    set_lr(optimizer, 5e-4)
+    assert {g["lr"] for g in optimizer.param_groups} == {5e-4, 2e-3}
+    assert len(make_optimizer(module, SFTConfig(), 1e-3).param_groups) == 1
+
+
+def test_lora_learning_rate_is_used(base, tmp_path, stories_dir):
+    """The head of a reward model trains at learning_rate, its adapter at lora_learning_rate."""
+    moved = {}
+    for rate in (1e-6, 1e-2):
+        folder = tmp_path / str(rate)
+        run("reward", base, lora_r=2, lora_learning_rate=rate, max_steps=1, output_dir=str(folder))
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        moved[rate] = max(float(v.abs().max()) for k, v in tensors.items() if "lora_B" in k)
+    assert moved[1e-6] < 1e-5 and moved[1e-2] > 5e-3
+
+
+# --------------------------------------------------------------------------------- DeepSpeed-Chat's reward loss
+
+
+def test_per_token_loss_is_a_loop_over_prefixes(stories_dir, stories_tokenizer):
+    """-log sigmoid of the difference of scores as if both answers ended at t, from where they part; an answer
+    that is over keeps its score.
+    """
+    scorer = models.Scorer(models.load_scorer(str(stories_dir), torch.float32, seed=3))
+    encoder = data.Encoder(stories_tokenizer)
+    texts = [
+        ("Once", "there was a happy dog.", "there was a mad man who cried."),
+        ("Tom", "ran.", "sat down."),
+    ]
+    examples = [
+        data.Example(encoder.prompt(p), [encoder.completion(c), encoder.completion(r)], p)
+        for p, c, r in texts
+    ]
+    loss, found = reward._loss(scorer, examples, 0, RewardConfig(loss="per_token"), normalizer=2)
+    total, wins = 0.0, 0.0
+    for e in examples:
+        chosen, rejected = e.answers
+        same = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+        terms = []
+        for t in range(same, max(len(chosen), len(rejected))):
+            pair = [a[: t + 1] for a in (chosen, rejected)]
+            c, r = scorer.rate(data.Sequences.of([e.prompt_ids] * 2, pair, 0)).tolist()
+            terms.append(math.log1p(math.exp(r - c)))
+        total += sum(terms) / len(terms)
+        wins += c > r
+    assert len(examples[0].answers[0]) != len(examples[0].answers[1]) and same == 0
+    assert float(loss.detach()) == pytest.approx(total / 2, rel=1e-4)
+    assert float(found["accuracy"]) == wins / 2
+
+
+def test_per_token_loss_ignores_padding():
+    """checklist 2.1 #1: garbage in masked places changes neither loss nor gradient."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(6)[None] < torch.tensor([3, 6, 1])[:, None]
+    other = torch.arange(6)[None] < torch.tensor([5, 2, 1])[:, None]
+    chosen, rejected = (torch.randn(3, 6, generator=g) for _ in range(2))
+    results = []
+    for garbage in (0.0, float("nan")):
+        c = torch.where(mask, chosen, garbage).requires_grad_()
+        r = torch.where(other, rejected, garbage).requires_grad_()
+        loss, _ = losses.per_token_pair_loss(c, r, mask, other, torch.tensor([1, 0, 0]))
+        results.append((loss.detach(), *torch.autograd.grad(loss, (c, r))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_per_token_reward_model_learns(base):
+    result = run(
+        "reward", base, lora_r=4, learning_rate=1e-2, epochs=4, loss="per_token", eval_data=base["data"]
+    )
+    assert result["eval_accuracy"] > 0.9

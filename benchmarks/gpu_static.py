@@ -1,0 +1,374 @@
+"""What can be said of the GPU kernels without a GPU: compiled code, its resources, and a bound on time.
+
+    python -m benchmarks.gpu_static                  the table and the roofline
+    python -m benchmarks.gpu_static --check [--arch sm_80] [--only rms_norm]     compile, compare with the table
+    python -m benchmarks.gpu_static --write          compile everything and write the table anew
+
+Every kernel is compiled ahead of time exactly as its default launch would compile it: the ops are called on tensors of
+realistic widths, and what they would have launched is recorded. The table (results/gpu_static.json) holds per kernel
+and architecture: registers, spills, shared memory, accesses of 128 bits, tensor-core instructions. The roofline divides
+an op's bytes and operations by data-sheet rates: no kernel can be faster. It is a bound, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).parent / "results" / "gpu_static.json"
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+OTHER_DTYPES = ("sm_80", "gfx942")
+"""Where float32 and float16 are compiled too; bfloat16 is compiled for all."""
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+"""Bytes of shared memory that one program can have."""
+
+
+# ------------------------------------------------------------------------------------------------- specimens
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One call of an op: `call` runs it on freshly made tensors; bytes and operations are the least it needs."""
+
+    name: str
+    call: Callable[[], Any]
+    bytes: int
+    operations: int
+    dtype: str
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype)
+
+
+def specimens() -> list[Specimen]:
+    """The ops at the widths of a Llama of 8 B parameters: 16 rows of decoding, or 512 tokens of prefill."""
+    made = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        made += _specimens(dtype)
+    return made
+
+
+def _specimens(dtype: torch.dtype) -> list[Specimen]:
+    from dschat_kernels.cache import CHUNK, LANES, PAGE
+    from dschat_kernels.triton import (
+        attention,
+        attention_decode,
+        bias_act,
+        gated_act,
+        layer_norm,
+        linear,
+        lora_linear,
+        rms_norm,
+        rope_append,
+        sample,
+        token_logprobs,
+    )
+
+    size, kind = dtype.itemsize, str(dtype).removeprefix("torch.")
+    rows, hidden, mid, heads, kv_heads, dim, vocab, keys, rank = 16, 4096, 14336, 32, 8, 128, 32000, 1024, 16
+    tokens, pages = 512, 1024 // PAGE
+
+    def t(*shape: int) -> Tensor:
+        return _empty(*shape, dtype=dtype)
+
+    def f(*shape: int) -> Tensor:
+        return _empty(*shape, dtype=torch.float32)
+
+    def i(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.int32)
+
+    qkv = (tokens, heads + 2 * kv_heads, dim)
+    cache = (t(pages, kv_heads, PAGE // LANES, dim, LANES), t(pages, kv_heads, PAGE, dim))
+    table = torch.arange(pages, dtype=torch.int32)[None].repeat(rows, 1)
+    kv = 2 * keys * kv_heads * dim * size
+    prefill = torch.tensor([0, tokens], dtype=torch.int32)
+    one_each = torch.arange(rows + 1, dtype=torch.int32)
+    split = qkv[1] * dim
+    found = [
+        ("rms_norm", lambda: rms_norm.rms_norm(t(rows, hidden), t(hidden), t(rows, hidden), 1e-6, 0.0, "llama"),
+         4 * rows * hidden * size, 6 * rows * hidden),
+        ("rms_norm_backward",
+         lambda: rms_norm.rms_norm_backward(t(tokens, hidden), None, t(tokens, hidden), t(hidden), f(tokens), 0.0,
+                                            "llama", True), 3 * tokens * hidden * size, 12 * tokens * hidden),
+        ("layer_norm", lambda: layer_norm.layer_norm(t(rows, hidden), t(hidden), t(hidden), t(rows, hidden), 1e-5),
+         4 * rows * hidden * size, 8 * rows * hidden),
+        ("layer_norm_backward",
+         lambda: layer_norm.layer_norm_backward(t(tokens, hidden), None, t(tokens, hidden), t(hidden), f(tokens),
+                                                f(tokens), True, True),
+         3 * tokens * hidden * size, 14 * tokens * hidden),
+        ("bias_act", lambda: bias_act.bias_act(t(rows, mid), t(mid), "gelu_tanh"), 2 * rows * mid * size,
+         20 * rows * mid),
+        ("bias_act_backward",
+         lambda: bias_act.bias_act_backward(t(tokens, mid), t(tokens, mid), t(mid), "gelu_tanh", True),
+         3 * tokens * mid * size, 40 * tokens * mid),
+        ("gated_act", lambda: gated_act.gated_act(t(rows, 2 * mid), None, None, None, "silu"),
+         3 * rows * mid * size, 8 * rows * mid),
+        ("gated_act_backward",
+         lambda: gated_act.gated_act_backward(t(tokens, mid), t(tokens, mid), t(tokens, mid), None, None, "silu",
+                                              False, False), 5 * tokens * mid * size, 16 * tokens * mid),
+        ("rope", lambda: rope_append.rope(t(tokens, heads, dim), f(keys, dim // 2), f(keys, dim // 2), i(tokens), dim,
+                                          "half", False), 2 * tokens * heads * dim * size, 6 * tokens * heads * dim),
+        ("rope_append",
+         lambda: rope_append.rope_append(*t(*qkv).split([heads, kv_heads, kv_heads], 1), f(keys, dim // 2),
+                                         f(keys, dim // 2), i(tokens), i(tokens), *cache, table, dim, "half"),
+         2 * tokens * split * size, 6 * tokens * split),
+        ("attention", lambda: attention.attention(t(tokens, heads, dim), *cache, table[:1], prefill, prefill[1:], None,
+                                                  0.1, None, None, None),
+         (2 * tokens * heads * dim + 2 * tokens * kv_heads * dim) * size, 2 * tokens * tokens * heads * dim),
+        ("attention_backward",
+         lambda: attention.packed_attention_backward(t(tokens, heads, dim), t(tokens, heads, dim),
+                                                     t(tokens, kv_heads, dim), t(tokens, kv_heads, dim), prefill,
+                                                     0.1, None, None, None),
+         (3 * tokens * heads * dim + 4 * tokens * kv_heads * dim) * size, 5 * tokens * tokens * heads * dim),
+        ("attention_decode",
+         lambda: attention_decode.attention_decode(t(rows, heads, dim), *cache, table, one_each,
+                                                   torch.full((rows,), keys, dtype=torch.int32), None, 0.1, None, None,
+                                                   None, 0),
+         rows * (kv + 2 * heads * dim * size), 4 * rows * keys * heads * dim),
+        ("linear", lambda: linear.linear(t(rows, hidden), t(hidden, hidden), None, hidden, hidden, False, "none",
+                                         t(rows, hidden), False),
+         (hidden * hidden + 3 * rows * hidden) * size, 2 * rows * hidden * hidden),
+        ("linear_gated", lambda: linear.linear(t(rows, hidden), t(2 * mid, hidden), None, mid, hidden, True, "silu",
+                                               None, False),
+         (2 * mid * hidden + rows * (hidden + mid)) * size, 4 * rows * hidden * mid),
+        ("lora_linear", lambda: lora_linear.lora_linear(t(tokens, hidden), t(hidden, hidden), None, f(rank, hidden),
+                                                        f(hidden, rank), 1.0),
+         (hidden * hidden + 2 * tokens * hidden) * size, 2 * tokens * hidden * (hidden + 2 * rank)),
+        ("fuse_lora", lambda: lora_linear.fuse_lora(t(hidden, hidden), f(rank, hidden), f(hidden, rank), 1.0),
+         2 * hidden * hidden * size, 2 * hidden * hidden * rank),
+        ("sample", lambda: sample.sample(t(rows, vocab), 1.0, 50, 0.9, 0.01, 2**40, torch.zeros(rows).long(),
+                                         torch.zeros(rows).long()), rows * vocab * size, 4 * rows * vocab),
+        ("sample_all", lambda: sample.sample(t(rows, vocab), 1.0, 0, 1.0, 0.0, 2**40, torch.zeros(rows).long(),
+                                             torch.zeros(rows).long()), rows * vocab * size, 4 * rows * vocab),
+        ("token_logprobs",
+         lambda: token_logprobs.token_logprobs(t(tokens, hidden), t(vocab, hidden), torch.zeros(tokens).long(), None,
+                                               1.0, None, True),
+         (vocab * hidden + tokens * hidden) * size, 2 * tokens * hidden * vocab),
+        ("token_logprobs_backward",
+         lambda: token_logprobs.token_logprobs_backward(f(tokens), None, t(tokens, hidden), t(4096, hidden),
+                                                        torch.zeros(tokens).long(), None, f(tokens), f(tokens), 1.0,
+                                                        None, [True, True, False]),
+         2 * (4096 * hidden + tokens * hidden) * size, 6 * tokens * hidden * 4096),
+    ]  # fmt: skip
+    assert CHUNK % PAGE == 0
+    return [Specimen(f"{name}.{kind}", call, moved, work, kind) for name, call, moved, work in found]
+
+
+def launches(specimen: Specimen) -> dict[str, Any]:
+    """What a call launches, by the name of the kernel; each kernel once."""
+    from dschat_kernels.triton import _launch, sample
+
+    found: dict[str, Any] = {}
+    before, _launch.run = _launch.run, lambda this: found.setdefault(this.kernel.fn.__name__, this)
+    raises, sample._raise_for_bad_rows = sample._raise_for_bad_rows, lambda tokens, temperature: None
+    try:
+        specimen.call()
+    finally:
+        _launch.run, sample._raise_for_bad_rows = before, raises
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- compile
+
+_POINTEE = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+
+
+def source(launch: Any) -> Any:
+    """What triton.compile takes: types, constants, and what a launch would specialise on."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    values = {**launch.arguments, **launch.config.blocks}
+    for parameter in launch.kernel.params:
+        value, place = values[parameter.name], (parameter.num,)
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            signature[parameter.name], constants[place] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _POINTEE[value.dtype]
+            attributes[place] = [["tt.divisibility", 16]] if value.data_ptr() % 16 == 0 else []
+        elif type(value) is int:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_for(launch: Any, arch: str) -> dict[str, Any]:
+    """Resources of a launch's kernel compiled for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = {
+        "num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages,
+        "enable_fp_fusion": launch.config.fp_fusion,
+    }  # fmt: skip
+    kernel = triton.compile(source(launch), target=target, options=options)
+    found = {"warps": launch.config.num_warps, "shared": kernel.metadata.shared}
+    return {**found, **(_of_amdgcn(kernel.asm["amdgcn"]) if amd else _of_cubin(kernel.asm["cubin"]))}
+
+
+def _of_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers and stack from the resource section; instructions from the disassembly."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = {
+            flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        }
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text["-res-usage"])
+    assert usage is not None
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text["-sass"], re.M)
+    count = collections.Counter(code)
+
+    def number(*starts: str, having: str = "") -> int:
+        return sum(n for name, n in count.items() if name.startswith(starts) and having in name)
+
+    return {
+        "registers": int(usage[1]),
+        "spills": number("STL", "LDL") + int(usage[2]),
+        "wide": number("LDG.", "STG.", "LDGSTS.", having=".128"),
+        "tensor": number("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "QMMA"),
+    }
+
+
+def _of_amdgcn(text: str) -> dict[str, Any]:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "wide": len(re.findall(r"\b(?:global|buffer)_(?:load|store)_dwordx4\b", text)),
+        "tensor": len(re.findall(r"\bv_mfma_", text)),
+    }
+
+
+def archs_of(specimen: Specimen, archs: tuple[str, ...] = ARCHS) -> list[str]:
+    """Those of `archs` that the specimen is compiled for."""
+    return [arch for arch in archs if specimen.dtype == "bfloat16" or arch in OTHER_DTYPES]
+
+
+def measure(archs: tuple[str, ...], only: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(specimen/kernel/architecture, resources), of the specimens whose name starts with `only`."""
+    for specimen in specimens():
+        if not specimen.name.startswith(only):
+            continue
+        for name, launch in launches(specimen).items():
+            for arch in archs_of(specimen, archs):
+                yield f"{specimen.name}/{name.strip('_')}/{arch}", compile_for(launch, arch)
+
+
+def problems(key: str, found: dict[str, Any], table: dict[str, Any]) -> list[str]:
+    """What is worse than the table says, or never allowed."""
+    expected = table.get(key)
+    if expected is None:
+        return [f"{key} is not in {TABLE.name}: run python -m benchmarks.gpu_static --write"]
+    wrong = []
+    if found["spills"]:
+        wrong.append(f"{key} has {found['spills']} spills")
+    if found["shared"] > min(expected["shared"], SHARED_LIMIT[key.rpartition("/")[2]]):
+        wrong.append(f"{key} takes {found['shared']} bytes of shared memory, {expected['shared']} before")
+    if found["registers"] > expected["registers"] + 8:
+        wrong.append(f"{key} takes {found['registers']} registers, {expected['registers']} before")
+    for name, what in (("wide", "128-bit accesses"), ("tensor", "tensor-core instructions")):
+        if expected[name] and not found[name]:
+            wrong.append(f"{key} has lost its {what}")
+    return wrong
+
+
+# -------------------------------------------------------------------------------------------------- roofline
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet rates, dense: memory in GB/s, matrix products in TFLOP/s by dtype."""
+
+    name: str
+    memory: float
+    narrow: float
+    wide: float
+
+
+GPUS = (
+    Gpu("A100 SXM 80GB", 2039, 312, 19.5),
+    Gpu("H100 SXM", 3350, 989, 67),
+    Gpu("H200 SXM", 4800, 989, 67),
+    Gpu("B200", 8000, 2250, 75),
+    Gpu("MI300X", 5300, 1307, 163),
+)
+
+
+def bound(specimen: Specimen, gpu: Gpu) -> float:
+    """Microseconds below which the op cannot run: its bytes, or its operations, at the data sheet's rate."""
+    rate = gpu.wide if specimen.dtype == "float32" else gpu.narrow
+    return max(specimen.bytes / gpu.memory / 1e3, specimen.operations / rate / 1e6)
+
+
+def print_table(table: dict[str, Any]) -> None:
+    columns = ("registers", "spills", "shared", "wide", "tensor", "warps")
+    print(f"{'kernel':56}" + "".join(f"{name:>10}" for name in columns))
+    for key, row in table.items():
+        print(f"{key:56}" + "".join(f"{row[name]:>10}" for name in columns))
+    print("\nLower bounds on time in microseconds, from data-sheet rates: not measured, on any GPU.")
+    print(f"{'op':34}" + "".join(f"{gpu.name:>16}" for gpu in GPUS))
+    for specimen in specimens():
+        print(f"{specimen.name:34}" + "".join(f"{bound(specimen, gpu):>16.2f}" for gpu in GPUS))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compile and compare with the table")
+    parser.add_argument("--write", action="store_true", help="compile everything and write the table")
+    parser.add_argument(
+        "--arch", choices=ARCHS, action="append", help="architecture to compile for; default all"
+    )
+    parser.add_argument("--only", default="", help="specimens whose name starts so")
+    given = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if not (given.check or given.write):
+        print_table(table)
+        return 0
+    wrong, done = [], 0
+    for key, found in measure(tuple(given.arch or ARCHS), given.only):
+        done += 1
+        if given.write:
+            table[key] = found
+            TABLE.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
+        wrong += problems(key, found, table)
+    print(f"{done} kernels compiled, {len(wrong)} problems", *wrong, sep="\n")
+    return 1 if wrong or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""DeepSpeed-Chat's flags, in one table: what each is called here, why it has become pointless, or what replaces it.
+
+`dschat.config` reads the table for flags and YAML keys alike; docs/deepspeed_chat.md shows it (`markdown()`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Translate = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Flags of one meaning; exactly one of same, to, note, instead is given.
+
+    names: of DeepSpeed-Chat, spaces between. same: the key has that name here too. to: the key here. note: why
+    it has no effect. instead: why it is refused, and what replaces it. harmless: values of a refused flag that
+    ask for what happens here anyway. values: texts of values that are called something else here.
+    """
+
+    names: str
+    same: bool = False
+    to: str = ""
+    note: str = ""
+    instead: str = ""
+    harmless: tuple[str, ...] = ()
+    values: Mapping[str, Any] | Translate = field(default_factory=dict)
+
+
+def _targets(value: str) -> str:
+    """DeepSpeed-Chat matches parts of names, and its scripts give the layers: every linear module in them."""
+    return "all-linear" if value.endswith(".") else value
+
+
+OFF = ("false", "0", "0.0", "none")
+TABLE = (
+    Flag("learning_rate critic_learning_rate lora_learning_rate critic_lora_learning_rate weight_decay", same=True),
+    Flag("critic_weight_decay gradient_accumulation_steps ppo_epochs unsup_coef beta label_smoothing", same=True),
+    Flag("seed output_dir", same=True),
+    Flag("dtype", same=True, values={"bf16": "bfloat16", "fp32": "float32"}),
+    Flag("model_name_or_path actor_model_name_or_path", to="model"),
+    Flag("critic_model_name_or_path", to="reward"),  # the critic starts from the reward model, as it does there
+    Flag("data_path sft_only_data_path", to="data"),
+    Flag("unsupervised_dataset_name", to="unsup_data"),
+    Flag("per_device_train_batch_size per_device_training_batch_size", to="batch_size"),
+    Flag("per_device_generation_batch_size", to="prompts_per_step"),
+    Flag("num_train_epochs", to="epochs"),
+    Flag("max_train_steps test_stop_step", to="max_steps"),
+    Flag("lr_scheduler_type", to="lr_schedule", values={"constant_with_warmup": "constant"}),
+    Flag("num_warmup_steps", to="warmup_steps"),
+    Flag("max_seq_len", to="max_length"),
+    Flag("max_prompt_seq_len", to="max_prompt_length"),
+    Flag("max_answer_seq_len", to="max_new_tokens"),
+    Flag("lora_dim actor_lora_dim", to="lora_r"),
+    Flag("critic_lora_dim", to="critic_lora_r"),
+    Flag("lora_module_name actor_lora_module_name", to="lora_targets", values=_targets),
+    Flag("actor_learning_rate", to="learning_rate"),
+    Flag("actor_lora_learning_rate", to="lora_learning_rate"),
+    Flag("actor_weight_decay", to="weight_decay"),
+    Flag("enable_ema", to="ema_decay", values={"true": 0.992, "false": 0.0}),
+    Flag("enable_tensorboard", to="tensorboard"),
+    Flag("eval_interval", to="eval_every"),
+    Flag("num_padding_at_beginning", note="masks are explicit here, so leading padding needs no number"),
+    Flag("enable_hybrid_engine", note="the hybrid engine is always on"),
+    Flag("unpin_actor_parameters", note="no parameter is pinned"),
+    Flag("release_inference_cache", note="the cache is freed by itself"),
+    Flag("tp_gather_partition_size", note="nothing is gathered"),
+    Flag("align_overflow", note="there is no loss scale that could overflow"),
+    Flag("compute_fp32_loss", note="losses are float32 always"),
+    Flag("add_eot_token", note="the end-of-turn token is appended always"),
+    Flag("eot_token", note="the end of a turn is the chat template's, or EOS"),
+    Flag("data_output_path", note="nothing is cached on disk"),
+    Flag("per_device_eval_batch_size", note="evaluation runs in pieces of batch_size, which changes no result"),
+    Flag("print_loss", note="the loss is always shown"),
+    Flag("print_answers print_answers_interval", note="completions are always logged"),
+    Flag("tensorboard_path", note="TensorBoard files lie in output_dir"),
+    Flag("enable_test_mode", note="test_stop_step, here max_steps, is what ends a run early"),
+    Flag("only_optimize_lora", note="with lora_r the adapter trains alone"),
+    Flag("critic_lora_module_name", note="lora_targets names the critic's modules too"),
+    Flag("local_rank", note="there is one process"),
+    Flag("deepspeed", note="this version runs without DeepSpeed"),
+    Flag("offload offload_reference_model offload_reward_model", note="everything is in the CPU's memory"),
+    Flag("disable_dropout disable_actor_dropout disable_critic_dropout", note="dropout is always off"),
+    Flag("zero_stage actor_zero_stage critic_zero_stage",
+         instead="this version trains in one process without ZeRO; leave it out, or set it to 0", harmless=OFF),
+    Flag("deepspeed_config", instead="this version trains in one process without ZeRO; give its settings as keys here"),
+    Flag("inference_tp_size", instead="this version runs on one device; leave it out, or set it to 1", harmless=("1",)),
+    Flag("generation_batches", instead="raise prompts_per_step instead", harmless=("1",)),
+    Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
+    Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
+    Flag("data_split", instead="give the files of each stage in its own data key"),
+    Flag("eval_iters", instead="max_eval_rows counts rows: give eval_iters times the batch size there"),
+    Flag("enable_mixed_precision_lora", instead="the frozen weights keep their dtype; leave it out", harmless=OFF),
+    Flag("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
+         instead="lower batch_size and raise gradient_accumulation_steps instead", harmless=OFF),
+)  # fmt: skip
+
+FLAGS: dict[str, Flag] = {name: flag for flag in TABLE for name in flag.names.split()}
+ALIASES = {name: flag.to for name, flag in FLAGS.items() if flag.to}
+IGNORED = {name: flag.note for name, flag in FLAGS.items() if flag.note}
+NOT_HERE = {name: flag.instead for name, flag in FLAGS.items() if flag.instead}
+
+
+def text_of(value: Any) -> str | None:
+    """A flag's or YAML key's single value as lower-case text; None for several."""
+    if isinstance(value, (list, tuple)):
+        return text_of(value[0]) if len(value) == 1 else None
+    return "none" if value is None else str(value).lower()
+
+
+def translate(flag: Flag, value: Any) -> Any:
+    """The value of a flag under its name here."""
+    text = text_of(value)
+    if callable(flag.values):
+        single = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        return flag.values(single) if isinstance(single, str) else value
+    return value if text is None else flag.values.get(text, value)
+
+
+def markdown() -> str:
+    """The table of docs/deepspeed_chat.md."""
+    lines = ["| DeepSpeed-Chat | here |", "| --- | --- |"]
+    for flag in TABLE:
+        names = ", ".join(f"`{n}`" for n in flag.names.split())
+        if flag.same:
+            what = "the same name"
+        elif flag.to:
+            what = f"`{flag.to}`"
+        else:
+            what = f"no effect: {flag.note}" if flag.note else f"refused: {flag.instead}"
+            if flag.harmless:
+                what += f" (accepted with {', '.join(flag.harmless)})"
+        if flag.values and not callable(flag.values):
+            what += "; " + ", ".join(f"{a} is {b}" for a, b in flag.values.items())
+        elif callable(flag.values):
+            what += "; a name that ends in a dot is all-linear"
+        lines.append(f"| {names} | {what} |")
+    return "\n".join(lines) + "\n"

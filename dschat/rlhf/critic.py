@@ -1,0 +1,96 @@
+"""The critic of PPO: values of completion tokens, from the reward model's weights wherever it can share them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PPOConfig
+from ..engine.rollout import Rollout
+from . import data, models
+from .rewards import RewardFunction, Rewards, load_sources, require_same_tokenizer
+from .run import derive_seed
+
+
+class Critic:
+    """Values of completion tokens. In "head" mode the trunk is frozen, so its hidden states are computed
+    once a rollout.
+    """
+
+    def __init__(self, scorer: models.Scorer, head: nn.Module, frozen_trunk: bool) -> None:
+        self.scorer, self.head, self.frozen_trunk = scorer, head, frozen_trunk
+        self.module: nn.Module = head if frozen_trunk else scorer.model
+
+    def features(self, rollout: Rollout) -> Tensor | None:
+        """Hidden states before every completion token of the rollout, where they do not change; else None."""
+        return self.scorer.gather(rollout)[1] if self.frozen_trunk else None
+
+    def values(self, batch: Rollout, features: Tensor | None = None) -> Tensor:
+        """float32 [B, C] with gradient, 0 where masked. features: those of the batch's tokens."""
+        if features is None:
+            return self.scorer.values(batch)
+        return models.scatter(self.scorer.read(features, self.head), batch.completion_mask)
+
+
+class AdapterOff:
+    """The reward model inside a critic with an adapter: scores with the adapter switched off."""
+
+    def __init__(self, scorer: models.Scorer) -> None:
+        self.scorer = scorer
+
+    def rate(self, batch: Any) -> Tensor:
+        self.scorer.forget()
+        with self.scorer.model.disable_adapter():
+            return self.scorer.rate(batch)
+
+
+def build_rewards_and_critic(
+    config: PPOConfig,
+    dtype: torch.dtype,
+    functions: Sequence[RewardFunction] = (),
+    encoder: data.Encoder | None = None,
+) -> tuple[Rewards, Critic]:
+    """Reward sources and critic as configured. The critic shares the frozen weights of the reward model it
+    starts from.
+
+    encoder: the policy's; a reward model with a tokenizer of its own then reads decoded and re-encoded answers.
+    """
+    sources, loaded = load_sources(config, dtype, functions, encoder)
+    first_model = next(iter(loaded), None)
+    start = config.critic or first_model or config.model
+    if encoder is not None:
+        require_same_tokenizer(start, encoder.tokenizer, "critic", "the critic reads the policy's tokens")
+
+    head: nn.Module
+    if config.critic_update == "all" or start not in loaded:
+        model = models.load_scorer(start, dtype, config.seed, new_head="zero")
+    else:
+        model = loaded[start]
+    if config.critic_update == "head":
+        head = copy.deepcopy(models.score_head(model)).requires_grad_(True)
+        if config.critic_head == "zero":
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+        critic = Critic(models.Scorer(model.requires_grad_(False)), head, frozen_trunk=True)
+    elif config.critic_update == "lora":
+        seed = derive_seed(config.seed, "critic")
+        model = models.add_lora(
+            model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
+        )
+        critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
+    else:
+        model.requires_grad_(True)
+        critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
+
+    shared = start in loaded and config.critic_update != "all"
+    for i, (name, source) in enumerate(sources):
+        if shared and name == start:
+            as_reward: Any = critic.scorer if config.critic_update == "head" else AdapterOff(critic.scorer)
+            sources[i] = (name, as_reward)
+        elif isinstance(source, nn.Module):
+            sources[i] = (name, models.Scorer(source))
+    return Rewards(sources, config.reward_weights), critic

@@ -1,0 +1,224 @@
+"""Direct preference optimisation: the policy learns from pairs without a reward model and without rollouts.
+
+    loss = -log sigmoid(beta * ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))))
+
+The reference is the policy as it is at the start, or a model of its own. Its log-probs never change, so they
+are computed once, before the first step, and kept in the run's folder (`reference/`): nothing but the
+policy is in memory while it trains. Without that cache the reference is the policy with its adapter
+switched off, or a frozen copy where all weights are trained.
+
+After Rafailov et al. 2023 (sigmoid), Mitchell 2023 (label smoothing), Azar et al. 2023 (IPO).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import DPOConfig
+from ..engine.hybrid_engine import HybridEngine
+from . import data, losses, models
+from .checkpoint import atomic_folder
+from .rewards import require_same_tokenizer
+from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
+
+
+def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    """Run (or go on with, or return the result of) the DPO run in `config.output_dir`.
+
+    model, tokenizer: use these instead of loading `config.model`. Writes `model/` and, with LoRA, `adapter/`.
+    """
+    require_data(config)
+    with Run(config, "dpo") as run, interruptible(run):
+        if run.result is not None:
+            return run.result
+        tokenizer = tokenizer or models.load_tokenizer(config.model)
+        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
+        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+
+        if config.reference:
+            require_same_tokenizer(config.reference, tokenizer)
+        dtype = models.pick_dtype(config.dtype)
+        policy = model or models.load_policy(config.model, dtype)
+        reference = Reference(config, policy, encoder.pad_id)
+        policy = models.make_trainable(policy, config, "CAUSAL_LM")
+        optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
+        engine = HybridEngine(policy, optimizer)
+        reference.attach(engine)
+
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
+        total = schedule.total_steps
+        metrics = run.start(total)
+        metrics.say(train_stats.sentence("DPO data"))
+        if eval_set:
+            metrics.say(eval_stats.sentence("DPO held-out data"))
+        with metrics.phase("reference"):
+            # Before the weights are restored: what is trained now is what the reference is.
+            reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
+        run.restore({"policy": policy}, {"policy": optimizer})
+
+        final: dict[str, float] = {}
+        for step in range(run.step, total):
+            rows = schedule.indices(step)
+            with metrics.phase("update"):
+                values = _accumulate(engine, reference, train_set, rows, encoder.pad_id, config)
+                values["lr"] = learning_rate(config, config.learning_rate, step, total)
+                set_lr(optimizer, values["lr"])
+                values["grad_norm"] = engine.step(config.max_grad_norm or None)
+            run.check_finite(values["grad_norm"], "gradient", step + 1, [train_set[i] for i in rows])
+            if eval_set and run.eval_due(step + 1, total):
+                with metrics.phase("eval"):
+                    held_out = evaluate(engine, reference, eval_set, encoder.pad_id, config)
+                values |= {f"eval/{k}": v for k, v in held_out.items()}
+                final |= {f"eval_{k}": v for k, v in held_out.items()}
+            metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
+            run.save(step + 1, {"policy": policy}, {"policy": optimizer})
+            final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
+        written = models.save_model(policy, tokenizer, run.folder, config.merge_lora)
+        return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
+
+
+def _examples(
+    config: DPOConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
+) -> tuple[list[data.Example], data.DataStats]:
+    records, stats = data.read(sources, limit, config.bad_rows)
+    examples = data.pair_examples(
+        records, encoder, stats, max_length=config.max_length, overlong=config.overlong,
+        bad_rows=config.bad_rows,
+    )  # fmt: skip
+    return examples, stats
+
+
+def pair_logprobs(
+    engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, mean: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of chosen and rejected answers, each float32 [B], from one packed forward over both.
+
+    mean: over the tokens of an answer (IPO); else their sum.
+    """
+    prompts = [e.prompt_ids for e in examples]
+    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
+    batch: Any = data.Sequences.of(prompts * 2, answers, pad_id)
+    logp = engine.logprobs(batch, temperature=1.0)
+    reduce = losses.masked_mean if mean else losses.masked_sum
+    rows = reduce(logp, batch.completion_mask, dim=-1)
+    return rows[: len(examples)], rows[len(examples) :]
+
+
+class Reference:
+    """Log-probs of pairs under the frozen reference, from the cache or computed when asked for."""
+
+    def __init__(self, config: DPOConfig, policy: Any, pad_id: int) -> None:
+        self.config, self.pad_id = config, pad_id
+        self.mean = config.loss == "ipo"
+        self.cache: dict[str, Tensor] = {}
+        self.frozen: HybridEngine | None = None
+        if config.reference:
+            frozen = models.load_policy(config.reference, models.pick_dtype(config.dtype))
+            self.frozen = HybridEngine(frozen.requires_grad_(False))
+        elif not config.lora_r and not config.cache_reference:
+            self.frozen = HybridEngine(copy.deepcopy(policy).requires_grad_(False))
+
+    def attach(self, engine: HybridEngine) -> None:
+        """The policy's engine, whose base the reference is when it is no model of its own."""
+        self.engine = engine
+
+    @torch.no_grad()
+    def compute(self, examples: Sequence[data.Example]) -> tuple[Tensor, Tensor]:
+        """(chosen, rejected) by a forward of the reference."""
+        if self.frozen is not None:
+            return pair_logprobs(self.frozen, examples, self.pad_id, self.mean)
+        adapter_off = self.engine.reference() if self.config.lora_r else contextlib.nullcontext()
+        with adapter_off:
+            return pair_logprobs(self.engine, examples, self.pad_id, self.mean)
+
+    def prepare(self, folder: Path, sets: dict[str, Sequence[data.Example]]) -> None:
+        """Fill the cache of every set, from `folder` where it holds that of the same pairs."""
+        if not self.config.cache_reference:
+            return
+        file = folder / "reference" / f"{_digest(sets, self.mean)}.safetensors"
+        if not file.is_file():
+            found = {}
+            for name, examples in sets.items():
+                if pieces := [self.compute(piece) for piece in data.chunks(examples, self.config.batch_size)]:
+                    found[name] = torch.stack([torch.cat([p[i] for p in pieces]) for i in range(2)])
+            with atomic_folder(file.parent) as temporary:
+                save_file(found, temporary / file.name)
+        self.cache = load_file(file)
+        self.frozen = None
+
+    def pairs(
+        self, name: str, rows: Sequence[int], examples: Sequence[data.Example]
+    ) -> tuple[Tensor, Tensor]:
+        """(chosen, rejected) of `examples`, the given rows of the set `name`."""
+        if name in self.cache:
+            return self.cache[name][0, list(rows)], self.cache[name][1, list(rows)]
+        return self.compute(examples)
+
+
+def _digest(sets: dict[str, Sequence[data.Example]], mean: bool) -> str:
+    """Name of the tokens of some pairs, so that a cache of other data is not taken for theirs."""
+    h = hashlib.blake2b(b"mean" if mean else b"sum", digest_size=8)
+    for name, examples in sets.items():
+        h.update(repr((name, [(e.prompt_ids, e.answers) for e in examples])).encode())
+    return h.hexdigest()
+
+
+def _piece_loss(
+    engine: HybridEngine, reference: Reference, name: str, rows: Sequence[int],
+    examples: Sequence[data.Example], pad_id: int, config: DPOConfig, normalizer: int,
+) -> tuple[Tensor, losses.Metrics]:  # fmt: skip
+    chosen, rejected = pair_logprobs(engine, examples, pad_id, reference.mean)
+    ref_chosen, ref_rejected = reference.pairs(name, rows, examples)
+    return losses.dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, config.beta, label_smoothing=config.label_smoothing,
+        kind=config.loss, normalizer=normalizer,
+    )  # fmt: skip
+
+
+def _accumulate(
+    engine: HybridEngine, reference: Reference, train_set: Sequence[data.Example], rows: Sequence[int],
+    pad_id: int, config: DPOConfig,
+) -> dict[str, float]:  # fmt: skip
+    """Gradients of one step, `batch_size` pairs at a time; the loss is the mean over all of them."""
+    values = dict.fromkeys(("loss", "accuracy", "chosen_reward", "rejected_reward"), 0.0)
+    for piece in data.chunks(rows, config.batch_size):
+        examples = [train_set[i] for i in piece]
+        loss, found = _piece_loss(
+            engine, reference, "train", piece, examples, pad_id, config, normalizer=len(rows)
+        )
+        engine.backward(loss)
+        values["loss"] += float(loss.detach())
+        for key, value in found.items():
+            values[key] += float(value) * len(piece) / len(rows)
+    values["margin"] = values["chosen_reward"] - values["rejected_reward"]
+    return values
+
+
+@torch.no_grad()
+def evaluate(
+    engine: HybridEngine, reference: Reference, examples: Sequence[data.Example], pad_id: int,
+    config: DPOConfig,
+) -> dict[str, float]:  # fmt: skip
+    """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
+    out = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+    for rows in data.chunks(range(len(examples)), config.batch_size):
+        piece = [examples[i] for i in rows]
+        loss, found = _piece_loss(
+            engine, reference, "eval", rows, piece, pad_id, config, normalizer=len(examples)
+        )
+        share = len(piece) / len(examples)
+        out["loss"] += float(loss)
+        out["accuracy"] += float(found["accuracy"]) * share
+        out["margin"] += float(found["chosen_reward"] - found["rejected_reward"]) * share
+    return out

@@ -1,0 +1,422 @@
+"""What `dschat eval` measures, each task a function that returns plain numbers; intervals are 95 % percentile
+bootstraps over rows.
+
+    perplexity   of responses (or of plain texts) under a model
+    reward       a reward model on pairs: accuracy beside "longer wins", calibration, ROC
+    classify     a classifier on labelled rows: accuracy, precision, recall, F1, confusion matrix, ROC
+    win_rate     answers of two models to the same prompts, judged by a reward model; also at equal length
+    answers      answers judged by verifiers (GSM8K, SVAMP, IFEval: dschat.rlhf.verifiers)
+    kl           of a model to a reference, over the model's own answers
+
+Answers come from the HybridEngine; every row has its own random stream, so a prompt's answer does not depend on
+which others are asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, EvalConfig
+from ..engine import HybridEngine, SamplingConfig
+from ..engine.rollout import Rollout
+from . import data, losses, models, reward
+from .rewards import OwnTokenizer, call_function, load_function, other_tokenizer, prompt_text
+
+Result = dict[str, Any]
+RESAMPLES = 2000
+BINS = 10
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> Result:
+    """Weighted mean of values with its interval, rows being resampled: {"mean", "low", "high", "rows"}."""
+    v = np.asarray(values, dtype=np.float64)
+    w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not len(v):
+        raise ConfigError("there is no row to evaluate; give data")
+    rows = np.random.default_rng(seed).integers(0, len(v), (RESAMPLES, len(v)))
+    means = (v * w)[rows].sum(1) / np.maximum(w[rows].sum(1), 1e-12)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float((v * w).sum() / w.sum()), "low": float(low), "high": float(high), "rows": len(v)}
+
+
+def classification(labels: Sequence[int], probability: Sequence[float], names: Sequence[str]) -> Result:
+    """Metrics of a two-class decision at probability 0.5 (of class 1), through scikit-learn."""
+    from sklearn import metrics
+
+    y, p = np.asarray(labels), np.asarray(probability)
+    predicted = (p > 0.5).astype(int)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        y, predicted, average="binary", zero_division=0.0
+    )
+    found: Result = {
+        "accuracy": float(metrics.accuracy_score(y, predicted)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "confusion": metrics.confusion_matrix(y, predicted, labels=[0, 1]).tolist(),
+        "labels": list(names),
+    }
+    if len(set(y.tolist())) == 2:
+        false_rate, true_rate, _ = metrics.roc_curve(y, p)
+        found["auc"] = float(metrics.roc_auc_score(y, p))
+        found["roc"] = [[float(a), float(b)] for a, b in zip(false_rate, true_rate, strict=True)]
+    return found
+
+
+def calibration(labels: Sequence[int], probability: Sequence[float]) -> Result:
+    """Brier score, log loss, expected calibration error, and [mean probability, share that is true, rows] of
+    ten equal bins of probability.
+    """
+    y, p = np.asarray(labels, dtype=np.float64), np.asarray(probability, dtype=np.float64)
+    place = np.minimum((p * BINS).astype(int), BINS - 1)
+    bins = [
+        [float(p[place == b].mean()), float(y[place == b].mean()), int((place == b).sum())]
+        for b in range(BINS)
+        if (place == b).any()
+    ]
+    safe = np.clip(p, 1e-12, 1 - 1e-12)
+    return {
+        "brier": float(((p - y) ** 2).mean()),
+        "log_loss": float(-(y * np.log(safe) + (1 - y) * np.log(1 - safe)).mean()),
+        "ece": sum(abs(mean - true) * n for mean, true, n in bins) / len(y),
+        "bins": bins,
+    }
+
+
+def win_rates(
+    ours: Sequence[float], theirs: Sequence[float], lengths: Sequence[float], seed: int = 0
+) -> Result:
+    """Share of prompts where ours scores higher (ties half), and the same at equal length.
+
+    lengths: ours minus theirs, in tokens. The controlled rate is sigmoid(a) of the logistic regression
+    win ~ a + b * tanh(length / deviation), after length-controlled AlpacaEval (Dubois et al. 2024).
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    found = bootstrap(wins, seed=seed)
+    d = np.asarray(lengths, dtype=np.float64)
+    x = np.tanh(d / (d.std() or 1.0))[:, None]
+    # A tie is half a win and half a loss.
+    y = np.concatenate([np.ones(len(wins)), np.zeros(len(wins))])
+    weight = np.concatenate([wins, 1 - np.asarray(wins)])
+    if 0 < weight[: len(wins)].sum() < len(wins):
+        fit = LogisticRegression().fit(np.concatenate([x, x]), y, sample_weight=weight)
+        controlled = float(1 / (1 + np.exp(-fit.intercept_[0])))
+    else:
+        controlled = found["mean"]
+    return {
+        "win_rate": found["mean"], "low": found["low"], "high": found["high"], "rows": found["rows"],
+        "win_rate_length_controlled": controlled, "longer_by": float(d.mean()),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+class Generator:
+    """A causal model with its tokenizer that answers prompts."""
+
+    def __init__(self, name: str, config: EvalConfig, model: Any = None, tokenizer: Any = None) -> None:
+        self.name, self.config = name, config
+        tokenizer = tokenizer or models.load_tokenizer(name)
+        self.encoder = data.Encoder(tokenizer, config.system_prompt, name)
+        model = model or models.load_policy(name, models.pick_dtype(config.dtype))
+        self.engine = HybridEngine(model, backend=config.backend)
+
+    def prompts(self, records: Sequence[data.Record]) -> list[data.Example]:
+        stats = data.DataStats()
+        room = self.engine.spec.max_positions - self.config.max_new_tokens
+        return data.prompt_examples(
+            records, self.encoder, stats, max_prompt_length=min(self.config.max_length, room), overlong="cut"
+        )
+
+    def answer(self, examples: Sequence[data.Example], samples: int = 1) -> tuple[Rollout, list[str]]:
+        """A rollout over all prompts, and the texts; the samples of a prompt are neighbours."""
+        ids, mask = data.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
+        sampling = SamplingConfig(
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            n=samples,
+            seed=self.config.seed,
+            eos_token_id=self.encoder.stop_ids,
+            pad_token_id=self.encoder.pad_id,
+        )
+        rollout = self.engine.generate(ids, mask, sampling)
+        rows = zip(rollout.completion_ids, rollout.completion_mask.bool(), strict=True)
+        return rollout, [self.encoder.decode(row[real].tolist()) for row, real in rows]
+
+
+def _read(config: EvalConfig) -> list[data.Record]:
+    if not config.data:
+        raise ConfigError("data is empty; name at least one file (.jsonl, .csv, .parquet) or hub data set")
+    return data.read(config.data, config.rows)[0]
+
+
+def _other(config: EvalConfig, key: str, task: str, example: str) -> str:
+    value = getattr(config, key)
+    if not value:
+        raise ConfigError(f"{key} is empty, but task {task} needs it; give {example}")
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------------------------- tasks
+
+
+@torch.no_grad()
+def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
+    """exp of the mean negative log-likelihood of a token: of the responses, or of all of column `text` but its
+    first token.
+    """
+    generator = Generator(config.model, config, model, tokenizer)
+    encoder, records = generator.encoder, _read(config)
+    if records and isinstance(records[0].columns.get("text"), str) and "prompt" not in records[0].columns:
+        rows = []
+        for record in records:
+            ids = list(encoder.tokenizer(str(record.columns["text"]))["input_ids"])
+            rows += [(b[:1], b[1:]) for b in data.chunks(ids, config.max_length) if len(b) > 1]
+    else:
+        stats = data.DataStats()
+        found = data.sft_examples(records, encoder, stats, max_length=config.max_length, overlong="cut")
+        rows = [(e.prompt_ids, e.answers[0]) for e in found]
+    sums, counts = [], []
+    for piece in data.chunks(rows, config.batch_size):
+        batch: Any = data.Sequences.of(
+            [list(p) for p, _ in piece], [list(a) for _, a in piece], encoder.pad_id
+        )
+        logp = generator.engine.logprobs(batch, temperature=1.0)
+        sums += losses.masked_sum(-logp, batch.completion_mask, dim=-1).tolist()
+        counts += batch.completion_mask.sum(1).tolist()
+    nats = bootstrap([s / n for s, n in zip(sums, counts, strict=True)], counts, config.seed)
+    return {
+        "perplexity": float(np.exp(nats["mean"])), "low": float(np.exp(nats["low"])),
+        "high": float(np.exp(nats["high"])), "loss": nats["mean"], "tokens": int(sum(counts)), "rows": len(rows),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
+    """A reward model on pairs. Its probability that an answer is the better one is sigmoid of the difference
+    of the scores it was trained on; for the metrics of a classifier half of the pairs are turned round.
+    """
+    tokenizer = tokenizer or models.load_tokenizer(config.model)
+    encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+    scorer = models.Scorer(model or models.load_scorer(config.model, models.pick_dtype(config.dtype)))
+    stats = data.DataStats()
+    pairs = data.pair_examples(_read(config), encoder, stats, max_length=config.max_length)
+    pieces = [reward.pair_scores(scorer, p, encoder.pad_id) for p in data.chunks(pairs, config.batch_size)]
+    chosen, rejected = (torch.cat([p[i] for p in pieces]).double() for i in range(2))
+    gap = (chosen - rejected) * scorer.std
+    right = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gap.tolist()]
+    turned = torch.tensor([_bit(e) for e in pairs], dtype=torch.bool)
+    probability = torch.sigmoid(torch.where(turned, -gap, gap)).tolist()
+    labels = (~turned).long().tolist()
+    found = bootstrap(right, seed=config.seed)
+    longer = [len(e.answers[0]) > len(e.answers[1]) for e in pairs]
+    return {
+        "accuracy": found["mean"], "low": found["low"], "high": found["high"], "rows": len(pairs),
+        "longer_wins": sum(longer) / len(longer), "margin": float(gap.mean()),
+        "calibration": calibration(labels, probability),
+        "classification": classification(labels, probability, ["second is better", "first is better"]),
+    }  # fmt: skip
+
+
+def _bit(example: data.Example) -> bool:
+    """A coin that depends on the row alone."""
+    text = repr((example.prompt_ids, example.answers)).encode()
+    return bool(hashlib.blake2b(text, digest_size=1).digest()[0] & 1)
+
+
+@torch.no_grad()
+def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
+    """A classifier on rows with `text` (or `prompt`) and `label`: a one-label model says class 1 where its
+    score is above 0; one of two labels by its softmax.
+    """
+    import transformers
+
+    tokenizer = tokenizer or models.load_tokenizer(config.model)
+    if model is None:
+        with models.loading("classifier", config.model):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                models.resolve(config.model), dtype=models.pick_dtype(config.dtype)
+            ).eval()
+    count = int(model.config.num_labels)
+    if count > 2:
+        raise ConfigError(f"model {config.model} has {count} labels; this evaluation is of two classes")
+    records = _read(config)
+    data.require_columns(records, ["text", "prompt"], ["label"])
+    texts = [
+        str(r.columns["text"]) if "text" in r.columns else prompt_text(r.columns["prompt"]) for r in records
+    ]
+    names = sorted({str(r.columns["label"]) for r in records})
+    if len(names) > 2:
+        raise ConfigError(f"column label has {len(names)} values ({', '.join(names[:5])}); two are possible")
+    known = {str(k): int(v) for k, v in (model.config.label2id or {}).items()}
+    index = known if set(names) <= set(known) and count == 2 else {n: i for i, n in enumerate(names)}
+    labels = [index[str(r.columns["label"])] for r in records]
+    probability: list[float] = []
+    for piece in data.chunks(texts, config.batch_size):
+        rows = [list(tokenizer(t)["input_ids"])[: config.max_length] for t in piece]
+        pad_id = model.config.pad_token_id
+        # Without a pad token a batched classifier cannot tell a row's end, so rows go one by one.
+        for part in [rows] if pad_id is not None else [[r] for r in rows]:
+            ids, mask = data.pad(part, pad_id or 0, "right")
+            logits = model(ids, attention_mask=mask.long()).logits.float()
+            probability += (logits.sigmoid()[:, 0] if count == 1 else logits.softmax(-1)[:, 1]).tolist()
+    shown = [n for n, _ in sorted(index.items(), key=lambda item: item[1])]
+    right = [float((p > 0.5) == bool(y)) for p, y in zip(probability, labels, strict=True)]
+    found = bootstrap(right, seed=config.seed)
+    return {
+        "low": found["low"], "high": found["high"], "rows": len(labels),
+        **classification(labels, probability, shown), "calibration": calibration(labels, probability),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def win_rate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
+    """Answers of `model` and of `against` to the same prompts, scored by the reward model `judge`."""
+    against = _other(config, "against", "win_rate", "the model to compare with")
+    judge = _other(config, "judge", "win_rate", "a reward model folder")
+    scorer = models.Scorer(models.load_scorer(judge, models.pick_dtype(config.dtype)))
+    records = _read(config)
+    scores: list[list[float]] = []
+    lengths: list[Tensor] = []
+    texts: list[list[str]] = []
+    examples: list[data.Example] = []
+    for side in (Generator(config.model, config, model, tokenizer), Generator(against, config)):
+        examples = side.prompts(records)
+        rollout, answers = side.answer(examples)
+        own = other_tokenizer(judge, side.encoder.tokenizer)
+        if own is None:
+            rated = scorer.rate(rollout)
+        else:
+            encoder = data.Encoder(own, config.system_prompt, judge)
+            rated = OwnTokenizer(scorer, encoder).rate_texts(rollout, [e.prompt for e in examples], answers)
+        scorer.forget()
+        scores.append(rated.tolist())
+        lengths.append(rollout.completion_mask.sum(1))
+        texts.append(answers)
+    found = win_rates(scores[0], scores[1], (lengths[0] - lengths[1]).tolist(), config.seed)
+    found["score"], found["score_against"] = (float(np.mean(s)) for s in scores)
+    found["completions"] = [
+        {"prompt": prompt_text(e.prompt), "answer": a, "score": x, "against": b, "score_against": y}
+        for e, a, x, b, y in zip(examples, texts[0], scores[0], texts[1], scores[1], strict=True)
+    ]
+    return found
+
+
+@torch.no_grad()
+def answers(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
+    """Mean score of each verifier over answers, `samples` of each prompt, and the share of prompts of which
+    some answer scores 1.
+    """
+    generator = Generator(config.model, config, model, tokenizer)
+    examples = generator.prompts(_read(config))
+    n = config.samples
+    rollout, texts = generator.answer(examples, n)
+    rows = [e for e in examples for _ in range(n)]
+    names = sorted(
+        {k for e in examples for k in e.columns} - {"prompt", "prompts", "completion", "completions"}
+    )
+    columns = {k: [e.columns.get(k) for e in rows] for k in names}
+    found: Result = {"length": float(rollout.completion_mask.sum(1).float().mean())}
+    found["finished"] = float(rollout.finished.float().mean())
+    kept: list[dict[str, Any]] = [
+        {"prompt": prompt_text(e.prompt), "answer": t} for e, t in zip(rows, texts, strict=True)
+    ]
+    for name in config.verifier:
+        function = load_function(name)
+        scores = call_function(function, [e.prompt for e in rows], texts, columns).view(-1, n)
+        said = ~torch.isnan(scores)
+        if not bool(said.any()):
+            raise ConfigError(f"verifier {name} has nothing to say about any row; its columns are {names}")
+        keep = said.any(1)
+        clean = torch.where(said, scores, torch.zeros_like(scores))
+        means = (clean.sum(1) / said.sum(1).clamp(min=1))[keep]
+        short = name.rpartition(":")[2]
+        found[short] = bootstrap(means.tolist(), seed=config.seed)
+        found[short] |= {
+            "any": float((clean >= 1).any(1)[keep].float().mean()),
+            "unjudged": int((~keep).sum()),
+        }
+        for row, score in zip(kept, scores.view(-1).tolist(), strict=True):
+            row[short] = None if score != score else score
+    found["completions"] = kept
+    return found
+
+
+@torch.no_grad()
+def kl(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
+    """KL(model || against) of a whole answer and of a token, estimated on answers that the model samples."""
+    against = _other(config, "against", "kl", "the reference model")
+    if not config.temperature > 0:
+        raise ConfigError(f"temperature is {config.temperature}, but a KL is of sampled answers; use 1.0")
+    generator = Generator(config.model, config, model, tokenizer)
+    if other_tokenizer(against, generator.encoder.tokenizer) is not None:
+        raise ConfigError(f"against {against} has another tokenizer, so its tokens cannot be compared")
+    reference = HybridEngine(
+        models.load_policy(against, models.pick_dtype(config.dtype)), backend=config.backend
+    )
+    rollout, _ = generator.answer(generator.prompts(_read(config)), config.samples)
+
+    def logprobs(engine: HybridEngine) -> Tensor:
+        pieces = range(0, len(rollout), config.batch_size)
+        return torch.cat([engine.logprobs(rollout.select(slice(i, i + config.batch_size))) for i in pieces])
+
+    mask = rollout.completion_mask.bool()
+    ours, theirs = logprobs(generator.engine), logprobs(reference)
+    found: Result = {}
+    for kind in ("k1", "k3"):
+        tokens = losses.kl(ours, theirs, kind, mask)
+        found[kind] = bootstrap(losses.masked_sum(tokens, mask, dim=-1).tolist(), seed=config.seed)
+        found[f"{kind}_token"] = float(losses.masked_mean(tokens, mask))
+    return found
+
+
+TASKS: dict[str, Callable[..., Result]] = {
+    "perplexity": perplexity,
+    "reward": reward_pairs,
+    "classify": classify,
+    "win_rate": win_rate,
+    "answers": answers,
+    "kl": kl,
+}
+
+
+def run(config: EvalConfig, *, model: Any = None, tokenizer: Any = None) -> Result:
+    """{"model", "task", "data", the task's numbers} of the configured task."""
+    found = TASKS[config.task](config, model, tokenizer)
+    return {"model": config.model, "task": config.task, "data": list(config.data), **found}
+
+
+def rows(result: Result) -> list[tuple[str, str]]:
+    """(name, value with its interval) for a table: the plain numbers of a result, nested ones by dotted name."""
+    out: list[tuple[str, str]] = []
+
+    def show(value: float) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    def walk(prefix: str, values: Result) -> None:
+        interval = f"  [{show(values['low'])}, {show(values['high'])}]" if "low" in values else ""
+        for key, value in values.items():
+            if key in ("low", "high", "completions", "bins", "roc", "labels", "model", "task", "data"):
+                continue
+            if isinstance(value, dict):
+                walk(f"{prefix}{key}.", value)
+            elif key == "confusion":
+                out.append((f"{prefix}{key}", "  ".join(str(row) for row in value)))
+            else:
+                out.append((f"{prefix}{key}", show(value) + interval))
+                interval = ""  # of the first number, which is the one the interval is about
+
+    walk("", result)
+    return out

@@ -1,0 +1,79 @@
+"""One rollout and everything about it that stays fixed while a policy learns from it, whatever the algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import OnlineConfig
+from ..engine.rollout import Rollout
+from . import losses
+
+
+@dataclass
+class Experience:
+    """All [B, C] unless said.
+
+    mask: tokens that count: real ones, of rows that have a score. old_logp, ref_logp: under the policy that
+    wrote them (by the training forward) and under the reference. weights: truncated importance weights, None
+    where they are 1. advantages: what the algorithm made of scores and KL. values, returns: of a critic's
+    algorithm; features [N, H]: the frozen critic trunk's hidden states before every completion token.
+    kl_coef: weight of the KL in this step. tolerance: of the first ratio's deviation from 1.
+    """
+
+    rollout: Rollout
+    mask: Tensor
+    old_logp: Tensor
+    ref_logp: Tensor
+    gap: dict[str, float]
+    tolerance: float
+    kl_coef: float = 0.0
+    weights: Tensor | None = None
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    values: Tensor = field(default_factory=lambda: torch.zeros(0))
+    returns: Tensor = field(default_factory=lambda: torch.zeros(0))
+    features: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that replays a failed update, by name."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "finished")
+        found = {f"rollout.{name}": getattr(self.rollout, name) for name in names}
+        found |= {name: getattr(self, name) for name in ("mask", "old_logp", "ref_logp", "advantages")}
+        return found | {"values": self.values, "returns": self.returns}
+
+
+def shape_scores(
+    scores: Tensor, finished: Tensor, config: OnlineConfig, moments: losses.RunningMoments, valid: Tensor
+) -> Tensor:
+    """Scores as they enter the rewards: normalised, clipped, and less the penalty for answers that did not
+    end.
+    """
+    if config.reward_norm == "batch" and bool(valid.any()):
+        chosen = losses.RunningMoments()
+        chosen.update(scores[valid])
+        scores = (scores - chosen.mean) / chosen.std
+    elif config.reward_norm == "running":
+        moments.update(scores[valid])
+        scores = (scores - moments.mean) / moments.std
+    elif config.reward_norm == "group":
+        scores, _ = losses.group_advantages(scores, valid, config.samples_per_prompt, scale="none")
+    if config.reward_clip:
+        scores = scores.clamp(-config.reward_clip, config.reward_clip)
+    return scores - config.missing_eos_penalty * (~finished).to(scores.dtype)
+
+
+def log_prob_gap(rollout_logp: Tensor, logp: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the rollout's log-probs are from the training forward's: mean and max |d|, and mean exp |d|."""
+    d = (logp - rollout_logp).abs()
+    return {
+        "mean": float(losses.masked_mean(d, mask)),
+        "max": float(losses.masked_max(d, mask)),
+        "mult": float(losses.masked_mean(d.exp(), mask)),
+    }
+
+
+def masked_vector_mean(x: Tensor, keep: Tensor) -> float:
+    """Mean of the kept entries of a vector; 0 when none is kept."""
+    return float(x[keep].mean()) if bool(keep.any()) else 0.0

@@ -1,0 +1,516 @@
+"""The skeleton of every algorithm that learns from its own rollouts; an algorithm is a subclass of Trainer.
+
+A step:  roll out -> score -> old and reference log-probs -> `credit` (the algorithm's) -> updates.
+
+What has to be equal is equal by construction: policy, old, reference log-probs and entropy are all taken at
+the sampling temperature from the same packed forward, positions come from masks, dropout is off everywhere,
+the score sits at the last real token, and the first minibatch's ratio is checked to be 1. Everything random
+is a function of (seed, step).
+
+An algorithm says how scores and KL become advantages (`credit`), and whatever it trains beside the policy
+(`extra_loss`, `extra_step`, `modules`, `optimizers`); dschat/rlhf/ppo.py, grpo.py and rloo.py are all there is
+to those.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, OnlineConfig
+from ..engine.hybrid_engine import HybridEngine
+from ..engine.rollout import Rollout, SamplingConfig
+from . import data, evaluate, losses, models, report
+from .experience import Experience, log_prob_gap, masked_vector_mean, shape_scores
+from .metrics import Metrics
+from .pretraining import PretrainingMix, WeightAverage
+from .rewards import (
+    RewardError,
+    RewardFunction,
+    Rewards,
+    load_sources,
+    prompt_text,
+    require_same_tokenizer,
+)  # fmt: skip
+from .run import Run, derive_seed, interruptible, learning_rate, make_optimizer, require_data, set_lr
+
+RATIO_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Deviation of the first ratio from 1 that rounding alone may cause, where kernels depend on the shape of a
+batch.
+"""
+
+
+class RatioError(ConfigError):
+    """The first minibatch's ratio is not 1: rollout and training disagree about the policy."""
+
+
+class NotFinite(ConfigError):
+    """A loss or score that is nan or infinite, with what it was computed from."""
+
+    def __init__(self, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.tensors, self.texts = dict(tensors), dict(texts)
+
+
+class Trainer:
+    """Policy, reference and rewards, and what one step does with them."""
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        engine: HybridEngine,
+        encoder: data.Encoder,
+        rewards: Rewards,
+        reference: HybridEngine | None,
+    ) -> None:
+        self.config, self.engine, self.encoder = config, engine, encoder
+        self.rewards, self.reference = rewards, reference
+        if engine.optimizer is None:
+            raise ConfigError("the engine has no optimizer; give HybridEngine(model, optimizer=...)")
+        self.policy_optimizer = engine.optimizer
+        self.moments = losses.RunningMoments()
+        self.kl_controller = (
+            losses.AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+            if config.kl_control == "adaptive"
+            else losses.FixedKLController(config.kl_coef)
+        )
+        self.dtype = next(engine.model.parameters()).dtype
+        self.mix = PretrainingMix(config, encoder) if config.unsup_coef else None
+        self.average = WeightAverage(engine.model, config.ema_decay) if config.ema_decay else None
+
+    # ------------------------------------------------------------------------------ what an algorithm decides
+
+    @classmethod
+    def build(
+        cls, config: Any, engine: HybridEngine, encoder: data.Encoder, reference: HybridEngine | None,
+        functions: Sequence[RewardFunction], dtype: torch.dtype,
+    ) -> Trainer:  # fmt: skip
+        """The trainer with the rewards that the config names, and `functions`."""
+        sources, _ = load_sources(config, dtype, functions, encoder)
+        scorers = [(n, models.Scorer(s) if isinstance(s, nn.Module) else s) for n, s in sources]
+        return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
+
+    def credit(
+        self, experience: Experience, scores: Tensor, valid: Tensor, metrics: Metrics
+    ) -> dict[str, float]:
+        """Fill `experience.advantages` from the shaped scores [B]; returns numbers for the log."""
+        raise NotImplementedError
+
+    def extra_loss(
+        self, experience: Experience, rows: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Loss, and numbers for the log, of what is trained beside the policy, for one piece."""
+        return None
+
+    def extra_step(self) -> dict[str, float]:
+        """Optimizer step of what is trained beside the policy; returns numbers for the log."""
+        return {}
+
+    def set_learning_rates(self, step: int, total: int) -> None:
+        set_lr(self.policy_optimizer, learning_rate(self.config, self.config.learning_rate, step, total))
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint keeps."""
+        average = {} if self.average is None else {"average": self.average}
+        return {"policy": self.engine.model, **average}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"policy": self.policy_optimizer}
+
+    def forget(self) -> None:
+        """Drop what reward models remember of the last rollout."""
+        for _, source in self.rewards.sources:
+            if isinstance(source, models.Scorer):
+                source.forget()
+
+    # ----------------------------------------------------------------------------------------------- roll out
+
+    def generate(self, examples: Sequence[data.Example], samples: int, seed: int) -> Rollout:
+        ids, mask = data.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
+        sampling = SamplingConfig(
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            n=samples,
+            seed=seed,
+            eos_token_id=self.encoder.stop_ids,
+            pad_token_id=self.encoder.pad_id,
+        )
+        return self.engine.generate(ids, mask, sampling)
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        return [
+            self.encoder.decode(ids[mask].tolist())
+            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask.bool(), strict=True)
+        ]
+
+    def score(
+        self, rollout: Rollout, examples: Sequence[data.Example], texts: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """(raw scores [B], valid [B]) of a rollout with len(texts) / len(examples) samples of each prompt."""
+        n = len(texts) // len(examples)
+        rows = [e for e in examples for _ in range(n)]
+        names = {k for e in examples for k in e.columns} - {"prompt", "prompts", "completion", "completions"}
+        columns = {k: [e.columns.get(k) for e in rows] for k in sorted(names)}
+        try:
+            scores, valid, _ = self.rewards(rollout, [e.prompt for e in rows], texts, columns)
+        except RewardError as error:
+            tensors = {"completion_ids": rollout.completion_ids, "completion_mask": rollout.completion_mask}
+            prompts = [e.prompt for e in rows]
+            raise NotFinite(str(error), tensors, {"prompts": prompts, "completions": list(texts)}) from error
+        return scores, valid
+
+    # ---------------------------------------------------------------------------------------------- log-probs
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs under the present policy, `batch_size` rows at a time."""
+        parts = [self.engine.logprobs(rollout.select(rows)) for rows in self.pieces(len(rollout))]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs under the frozen reference, at the rollout's temperature."""
+        if self.reference is not None:
+            return torch.cat([self.reference.logprobs(rollout.select(r)) for r in self.pieces(len(rollout))])
+        with self.engine.reference():
+            return torch.cat([self.engine.logprobs(rollout.select(r)) for r in self.pieces(len(rollout))])
+
+    def pieces(self, rows: int) -> Iterator[slice]:
+        size = self.config.batch_size
+        return (slice(i, i + size) for i in range(0, rows, size))
+
+    # ---------------------------------------------------------------------------------------------- one step
+
+    def collect(
+        self, examples: Sequence[data.Example], step: int, metrics: Metrics
+    ) -> tuple[Experience, dict[str, Any]]:
+        """Roll out, score, and turn it into advantages."""
+        config = self.config
+        seed = derive_seed(config.seed, "rollout", step)
+        rollout = self.generate(examples, config.samples_per_prompt, seed)
+        for name in ("flip", "prefill", "decode", "sample"):
+            metrics.add_time(name, getattr(rollout.stats, name))
+        texts = self.texts(rollout)
+        with metrics.phase("score"):
+            scores, valid = self.score(rollout, examples, texts)
+        kept = valid & rollout.finished if config.mask_truncated else valid
+        mask = rollout.completion_mask.bool() & kept[:, None]
+        with metrics.phase("logprobs"):
+            # In exact mode the rollout's log-probs *are* those of the training forward; the ratio check
+            # proves it.
+            old = rollout.logprobs if config.exact else self.logprobs(rollout)
+            gap = log_prob_gap(rollout.logprobs, old, mask)
+        with metrics.phase("reference"):
+            reference = self.reference_logprobs(rollout)
+
+        shaped = shape_scores(scores, rollout.finished, config, self.moments, valid)
+        tolerance = config.ratio_tolerance
+        if tolerance is None:
+            tolerance = 0.0 if config.exact else max(RATIO_FLOOR[self.dtype], 4 * math.expm1(gap["max"]))
+        beta = self.kl_controller.value
+        experience = Experience(rollout, mask, old, reference, gap, tolerance, beta)
+        numbers = self._importance(experience) | self.credit(experience, shaped, valid, metrics)
+
+        kl_tokens = losses.kl(old, reference, "k1", mask)
+        kl_sequence = masked_vector_mean(losses.masked_sum(kl_tokens, mask, dim=-1), valid)
+        k3 = losses.masked_sum(losses.kl(old, reference, "k3", mask), mask, dim=-1)
+        self.kl_controller.update(kl_sequence, len(rollout))
+        lengths = rollout.completion_mask.sum(1).float()
+        generation = rollout.stats.total or 1.0
+        numbers |= {
+            "score/mean": masked_vector_mean(scores, valid),
+            "score/std": float(scores[valid].std(correction=0)) if bool(valid.any()) else 0.0,
+            "score/valid": float(valid.float().mean()),
+            "kl/sequence": kl_sequence,
+            "kl/sequence_k3": masked_vector_mean(k3, valid),
+            "kl/token": float(losses.masked_mean(kl_tokens, mask)),
+            "kl/coef": beta,
+            "rollout/length": float(lengths.mean()),
+            "rollout/finished": float(rollout.finished.float().mean()),
+            "time/rollout_tokens_per_s": rollout.stats.completion_tokens / generation,
+            **{f"gap/{k}": v for k, v in gap.items()},
+        }
+        rows = [
+            {"prompt": prompt_text(examples[i // config.samples_per_prompt].prompt), "completion": texts[i],
+             "score": float(scores[i])}
+            for i in range(min(len(texts), 4 * config.samples_per_prompt))
+        ]  # fmt: skip
+        metrics.completions(step + 1, rows)
+        return experience, numbers
+
+    def _importance(self, experience: Experience) -> dict[str, float]:
+        """Truncated importance weights where rollout and training log-probs differ, and what they did."""
+        config = self.config
+        if config.importance_cap is None:
+            return {}
+        experience.weights, found = losses.truncated_importance(
+            experience.old_logp, experience.rollout.logprobs, experience.mask, config.importance_cap,
+            config.importance_level,
+        )  # fmt: skip
+        return {f"importance/{k}": float(v) for k, v in found.items()}
+
+    def update(self, experience: Experience, step: int, total: int) -> dict[str, float]:
+        """`ppo_epochs` passes of minibatches over an experience; returns the averages of their metrics."""
+        config = self.config
+        self.set_learning_rates(step, total)
+        ends = experience.rollout.completion_mask.sum(1).cumsum(0)
+        sums: dict[str, float] = {}
+        count = 0
+        size = config.batch_size * config.gradient_accumulation_steps
+        for epoch in range(config.ppo_epochs):
+            order = data.epoch_order(
+                len(experience.rollout), derive_seed(config.seed, "minibatch", step), epoch
+            )
+            for minibatch in data.chunks(order, size):
+                found = self._minibatch(experience, minibatch, ends)
+                self._check_finite(found, experience, minibatch, step)
+                if epoch == 0 and count == 0:
+                    self._check_ratio(found["policy/first_ratio_deviation"], experience, step)
+                    sums["policy/first_ratio_deviation"] = found["policy/first_ratio_deviation"]
+                found.pop("policy/first_ratio_deviation")
+                if self.mix is not None:
+                    found |= self.mix.backward(self.engine, step, count)
+                found["policy/grad_norm"] = self.engine.step(config.max_grad_norm or None)
+                if self.average is not None:
+                    self.average.update(self.engine.model)
+                found |= self.extra_step()
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += 1
+        first = sums.pop("policy/first_ratio_deviation", 0.0)
+        return {k: v / max(count, 1) for k, v in sums.items()} | {
+            "policy/first_ratio_deviation": first,
+            "lr": self.policy_optimizer.param_groups[0]["lr"],
+        }
+
+    def _minibatch(self, experience: Experience, rows: Sequence[int], ends: Tensor) -> dict[str, float]:
+        """Gradients for some rows, in pieces of `batch_size`, normalised by the whole minibatch."""
+        config = self.config
+        mask = experience.mask[torch.as_tensor(rows)]
+        count = {"token": mask.sum(), "sequence": mask.any(-1).sum()}.get(config.aggregation)
+        normalizer = float(len(rows) * config.max_new_tokens if count is None else count)
+        tokens = max(float(mask.sum()), 1.0)
+        how: dict[str, Any] = {"aggregation": config.aggregation, "normalizer": max(normalizer, 1.0)}
+        out = {"policy/first_ratio_deviation": 0.0}
+
+        for piece in data.chunks(rows, config.batch_size):
+            index = torch.as_tensor(piece)
+            batch, mask = experience.rollout.select(index), experience.mask[index]
+            if not bool(mask.any()):
+                continue
+            share = float(mask.sum()) / tokens
+            loss, found = self._policy_loss(experience, index, batch, mask, how)
+            self.engine.backward(loss)
+            deviation = float(found.pop("policy/first_ratio_deviation"))
+            out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
+            extra = self.extra_loss(experience, piece, batch, ends, how)
+            if extra is not None:
+                extra[0].backward()
+                found |= extra[1]
+            for name, value in found.items():
+                weight = 1.0 if name.endswith("/loss") else share  # losses are normalised already
+                out[name] = out.get(name, 0.0) + float(value.detach()) * weight
+        return out
+
+    def _policy_loss(
+        self, experience: Experience, index: Tensor, batch: Rollout, mask: Tensor, how: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped surrogate, less the entropy bonus, plus the KL where its place is the loss."""
+        config = self.config
+        logp, entropy = self.engine.logprobs(batch, entropy=True)
+        old = experience.old_logp[index]
+        loss, found = losses.policy_loss(
+            logp, old, experience.advantages[index], mask, config.cliprange,
+            cliprange_high=config.cliprange_high, dual_clip=config.dual_clip, level=config.ratio_level,
+            weights=None if experience.weights is None else experience.weights[index], **how,
+        )  # fmt: skip
+        values = {
+            "policy/loss": loss,
+            "policy/entropy": losses.masked_mean(entropy, mask),
+            "policy/first_ratio_deviation": found["ratio_max_deviation"],
+            **{f"policy/{name}": found[name] for name in ("clip_fraction", "approx_kl", "ratio")},
+        }
+        total = loss
+        if config.entropy_coef:
+            total = total - config.entropy_coef * losses.entropy_bonus(entropy, mask, **how)
+        if config.kl_place == "loss" and experience.kl_coef:
+            term = losses.kl_loss(
+                logp, experience.ref_logp[index], mask, config.kl_kind,
+                old_logp=old if config.kl_correction else None, **how,
+            )  # fmt: skip
+            values["kl/loss"] = term
+            total = total + experience.kl_coef * term
+        return total, values
+
+    def _check_finite(
+        self, found: Mapping[str, float], experience: Experience, rows: Sequence[int], step: int
+    ) -> None:
+        for name, value in found.items():
+            if name.endswith("/loss") and not math.isfinite(value):
+                raise NotFinite(
+                    f"{name} is {value} at step {step + 1} of {self.config.command}; lower the learning rate",
+                    experience.tensors(),
+                    {"minibatch": list(rows)},
+                )
+
+    def _check_ratio(self, deviation: float, experience: Experience, step: int) -> None:
+        if not deviation <= experience.tolerance:  # also catches nan
+            raise RatioError(
+                f"the first minibatch's ratio is off by {deviation:.3g} at step {step + 1}, more than "
+                f"{experience.tolerance:.3g}; rollout and training disagree, see dschat verify, or raise "
+                "ratio_tolerance"
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"kl": self.kl_controller.state_dict(), "moments": self.moments.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.kl_controller.load_state_dict(state["kl"])
+        self.moments.load_state_dict(state["moments"])
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    config: OnlineConfig,
+    build: Callable[..., Trainer],
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    rewards: Sequence[RewardFunction] = (),
+) -> dict[str, Any]:
+    """Run (or go on with, or return the result of) the run in `config.output_dir`, with the trainer that
+    `build` makes (see Trainer.build).
+
+    model, tokenizer: use these instead of loading `config.model`. rewards: functions beside those that the
+    config names.
+    """
+    require_data(config)
+    if not config.reward and not rewards:
+        raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
+    name = config.command.upper()
+    with Run(config, config.command) as run, interruptible(run):
+        if run.result is not None:
+            return run.result
+        tokenizer = tokenizer or models.load_tokenizer(config.model)
+        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
+        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+
+        if config.reference:
+            require_same_tokenizer(config.reference, tokenizer)
+        dtype = models.pick_dtype(config.dtype)
+        policy = model or models.load_policy(config.model, dtype)
+        reference = None
+        if config.reference or not config.lora_r:
+            frozen = (
+                models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
+            )
+            reference = HybridEngine(frozen.requires_grad_(False))
+        policy = models.make_trainable(policy, config, "CAUSAL_LM")
+        optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
+        engine = HybridEngine(policy, optimizer, exact=config.exact)
+        trainer = build(config, engine, encoder, reference, rewards, dtype)
+
+        schedule = data.Schedule(
+            len(train_set), config.prompts_per_step, config.epochs, config.max_steps, config.seed
+        )
+        total = schedule.total_steps
+        metrics = run.start(total)
+        metrics.say(train_stats.sentence(f"{name} prompts"))
+        if eval_set:
+            metrics.say(eval_stats.sentence(f"{name} held-out prompts"))
+        modules, optimizers = trainer.modules(), trainer.optimizers()
+        eval_seed = derive_seed(config.seed, "eval")
+        saved = run.restore(modules, optimizers)
+        engine.epoch += run.step  # restored weights: packs made before are of another epoch
+        if saved:
+            trainer.load_state(saved)
+        before: dict[str, Any] = saved.get("before") or (
+            evaluate.evaluate(trainer, eval_set, eval_seed) if eval_set else {}
+        )
+
+        after: dict[str, Any] = {}
+        last: dict[str, float] = {}
+        for step in range(run.step, total):
+            examples = [train_set[i] for i in schedule.indices(step)]
+            try:
+                experience, numbers = trainer.collect(examples, step, metrics)
+                with metrics.phase("update"):
+                    numbers |= trainer.update(experience, step, total)
+            except NotFinite as error:
+                where = run.save_failed(step + 1, error.tensors, error.texts)
+                raise ConfigError(f"{error}; the batch is in {where}") from error
+            for key in ("policy/grad_norm", "value/grad_norm"):
+                run.check_finite(numbers.get(key, 0.0), key, step + 1)
+            if eval_set and run.eval_due(step + 1, total):
+                with metrics.phase("eval"):
+                    after = evaluate.evaluate(trainer, eval_set, eval_seed)
+                numbers |= {
+                    "eval/score": float(np.mean(after["scores"])),
+                    "eval/kl": after["kl"],
+                    "eval/length": after["length"],
+                }
+            last = metrics.log(step + 1, numbers, show=["score/mean", "kl/sequence", "rollout/length"])
+            extra = trainer.state() | {"before": before, "after": after}
+            run.save(step + 1, modules, optimizers, extra)
+            trainer.forget()
+        after = after or saved.get("after", {})
+        return _conclude(run, trainer, eval_set, before, after, last, tokenizer)
+
+
+def _examples(
+    config: OnlineConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
+) -> tuple[list[data.Example], data.DataStats]:
+    records, stats = data.read(sources, limit, config.bad_rows)
+    examples = data.prompt_examples(
+        records, encoder, stats, max_prompt_length=config.max_prompt_length,
+        overlong=config.overlong, bad_rows=config.bad_rows,
+    )  # fmt: skip
+    return examples, stats
+
+
+def _conclude(
+    run: Run,
+    trainer: Trainer,
+    eval_set: Sequence[data.Example],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    last: Mapping[str, float],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Compare before and after, measure speed, save models, write the report."""
+    config, metrics = trainer.config, run.metrics
+    assert metrics is not None
+    name = config.command.upper()
+    result: dict[str, Any] = {"steps": metrics.total_steps}
+    result["log_prob_gap"] = {k: last[f"gap/{k}"] for k in ("mean", "max", "mult") if f"gap/{k}" in last}
+    rows: list[dict[str, Any]] = []
+    if before and after:
+        result["held_out"] = evaluate.held_out(before, after, config.seed)
+        rows = evaluate.table(eval_set, before, after)
+        title = f"held-out prompts, before and after {name}"
+        metrics.completions(metrics.total_steps, rows, show=8, title=title)
+    if config.compare_hf and eval_set:
+        chosen = list(eval_set)[: config.compare_hf]
+        metrics.say(f"timing the rollout against Hugging Face generate on {len(chosen)} prompts")
+        result["speed"] = evaluate.compare_with_hf(trainer, chosen, derive_seed(config.seed, "compare"))
+    written = []
+    if trainer.average is not None:
+        averaged = copy.deepcopy(trainer.engine.model)
+        trainer.average.copy_to(averaged)
+        written += models.save_model(averaged, tokenizer, run.folder / "ema", config.merge_lora)
+    written += models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
+    result["written"] = [str(p) for p in written]
+    lines = evaluate.sentences(result)
+    report.write(run.folder, f"{name} run", lines, rows[:20])
+    for line in lines:
+        metrics.say(line)
+    return run.finish(result)

@@ -1,0 +1,79 @@
+"""Matrix products in tiles: float32 sums over the inner dimension, in blocks and in order.
+
+The tile is the same for every number of rows, and no product is split over its inner dimension, so a row's sums do not
+depend on its batch. float32 products are those of IEEE numbers, never TF32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dschat_kernels.triton._launch import Config, launch
+
+
+@triton.jit
+def product(
+    a, b, row, column, rows, columns, depth, a_row, a_k, b_k, b_column, K: tl.constexpr, WIDE: tl.constexpr
+):
+    """sum_k a[row, k] b[k, column] in float32, for row [M] and column [N]; strides are of elements. WIDE: operands are
+    widened to float32 first."""
+    k = tl.arange(0, K)
+    a_inside, b_inside = row < rows, column < columns
+    a_place = a + row.to(tl.int64)[:, None] * a_row + k[None, :] * a_k
+    b_place = b + k[:, None] * b_k + column.to(tl.int64)[None, :] * b_column
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for start in range(0, depth, K):
+        inside = k < depth - start
+        x = tl.load(a_place, mask=a_inside[:, None] & inside[None, :], other=0.0)
+        w = tl.load(b_place, mask=inside[:, None] & b_inside[None, :], other=0.0)
+        if WIDE:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        total = tl.dot(x, w, total, input_precision="ieee")
+        a_place += K * a_k
+        b_place += K * b_k
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])
+def _matmul(
+    a, b, out, rows, columns, depth, a_row, a_k, b_k, b_column, scale,
+    ADD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    y = product(a, b, row, column, rows, columns, depth, a_row, a_k, b_k, b_column, K, True) * scale
+    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if ADD:
+        y += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, y, mask=inside)
+
+
+WIDE_TILE = Config({"M": 32, "N": 32, "K": 32}, num_warps=4, num_stages=2)
+"""The tile of float32 products, which no tensor core computes."""
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, *, add: bool = False) -> None:
+    """out = scale a b, or out += scale a b, in float32 whatever the operands' dtypes.
+
+    a [r, k] and b [k, c] have any strides, out is float32 [r, c] and contiguous."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    tile = WIDE_TILE.blocks
+    launch(
+        _matmul, (-(-rows // tile["M"]), -(-columns // tile["N"])),
+        {
+            "a": a, "b": b, "out": out, "rows": rows, "columns": columns, "depth": depth, "a_row": a.stride(0),
+            "a_k": a.stride(1), "b_k": b.stride(0), "b_column": b.stride(1), "scale": scale, "ADD": add,
+        },
+        WIDE_TILE,
+    )  # fmt: skip
+
+
+def tile(dtype: torch.dtype, depth: int) -> Config:
+    """The tile of a weight product: small and narrow products get no larger blocks than they fill."""
+    if dtype == torch.float32:
+        return WIDE_TILE
+    return Config({"M": 64, "N": 64, "K": 64 if depth > 32 else 32}, num_warps=8, num_stages=4)
