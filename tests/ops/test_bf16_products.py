@@ -1,5 +1,5 @@
-"""bfloat16 products by AMX tiles and by AVX512-BF16 dots, on machines without them: their kernels, layouts and masks run
-on software models of the instructions.
+"""bfloat16 products by AMX tiles and by AVX512-BF16 dots, on machines without them: their kernels, layouts and masks
+run on software models of the instructions.
 
 On a machine with AMX, or with the dots, the whole suite runs on the real ones, and this file still runs the models.
 """
