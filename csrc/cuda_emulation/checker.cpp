@@ -195,7 +195,8 @@ void out_of_bounds(uintptr_t a, size_t bytes, int kind, const void* code) {
   const Buffer* near = nullptr;
   int64_t best = 0;
   for (const Buffer& b : buffers) {
-    const int64_t distance = a < b.begin ? int64_t(b.begin - a) : int64_t(a - b.begin);
+    const int64_t before = int64_t(b.begin - a), after = int64_t(a - b.begin) - int64_t(b.bytes.size());
+    const int64_t distance = std::max<int64_t>({before, after, 0});
     if (!near || distance < best) near = &b, best = distance;
   }
   stop("out of bounds: %zu-byte %s at %s%+lld, a buffer of %zu bytes (%s)", bytes, kind == kWrite ? "write" : "read",
