@@ -109,6 +109,7 @@ setup(
     packages=[
         *find_packages(include=["dschat", "dschat.*", "dschat_kernels", "dschat_kernels.*"]),
         "dschat_kernels.csrc.cpu",
+        "dschat_kernels.csrc.cuda",
         "dschat_kernels.csrc.bindings",
     ],
     package_dir={"dschat_kernels.csrc": "csrc"},
@@ -116,6 +117,7 @@ setup(
         "dschat": ["py.typed"],
         "dschat_kernels": ["py.typed"],
         "dschat_kernels.csrc.cpu": ["*.cpp", "*.h"],
+        "dschat_kernels.csrc.cuda": ["*.cu", "*.cuh", "*.h"],
         "dschat_kernels.csrc.bindings": ["*.cpp", "*.h"],
     },
     include_package_data=False,

@@ -6,7 +6,7 @@ backend    runs  isa     threads  why
 reference  yes   -       2        PyTorch 2.13.0
 cpu        yes   avx512  2        compiled just in time by /usr/bin/c++ (...)
 triton     no    -       -        no GPU: torch.cuda.is_available() is False; use cpu or reference.
-cuda       no    -       -        CUDA kernels are not in this version; use cpu or reference.
+cuda       no    -       -        It cannot run, because this machine has no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Backends:
 
 def backends(*, compile: bool = True) -> Backends:
     """The table. The CPU kernels are compiled if they are not there yet, unless `compile` is False."""
-    return Backends((_reference(), _cpu(compile), _triton(), _cuda()))
+    return Backends((_reference(), _cpu(compile), _triton(), _cuda(compile)))
 
 
 def _reference() -> Backend:
@@ -106,8 +106,19 @@ def _triton() -> Backend:
     return Backend("triton", True, f"compiled when first used, for {torch.cuda.get_device_name()}")
 
 
-def _cuda() -> Backend:
-    return Backend("cuda", False, "CUDA kernels are not in this version; use cpu or reference.")
+def _cuda(compile: bool = True) -> Backend:
+    import torch
+
+    from dschat_kernels import cuda
+
+    if not compile and torch.cuda.is_available():
+        return Backend("cuda", False, "Not loaded yet in this process; the first use compiles or loads it.")
+    if reason := cuda.unavailable():
+        return Backend("cuda", False, f"It cannot run, because {reason}.")
+    major, minor = torch.cuda.get_device_capability()
+    return Backend(
+        "cuda", True, f"{torch.cuda.get_device_name()}, compiled just in time", isa=f"sm_{major}{minor}"
+    )
 
 
 _bandwidth: float | None = None

@@ -581,6 +581,10 @@ class KernelBuild:
             dirs += [Path(place) / "include" for place in spec.submodule_search_locations]
         return [f"-I{path}" for path in dirs]
 
+    def _compile_command(self, compiler: Compiler, name: str, copy: Path) -> list[str]:
+        """What compiles a source, but for include directories and file names."""
+        return [*compiler.argv, *self.compile_flags, f"-ffile-prefix-map={copy}=csrc"]
+
     def _compile(self, work: Path, tree: Tree, log: Path, *, verbose: bool, objects: Path | None) -> None:
         """Compile `tree` and link the module into `work`, taking from and adding to the object cache."""
         compiler = find_compiler()
@@ -610,12 +614,8 @@ class KernelBuild:
             ):
 
                 def compile_one(name: str) -> None:
-                    flags = [
-                        *self.compile_flags,
-                        f"-ffile-prefix-map={copy}=csrc",
-                        *self._include_flags(copy),
-                    ]
-                    commands.run([*compiler.argv, *flags, "-c", str(copy / name), "-o", str(target[name])])
+                    command = [*self._compile_command(compiler, name, copy), *self._include_flags(copy)]
+                    commands.run([*command, "-c", str(copy / name), "-o", str(target[name])])
                     if name in stored:
                         _copy(target[name], stored[name])
 
@@ -764,6 +764,103 @@ def cpu_build(isa: str) -> KernelBuild:
         include_dirs=["cpu"],
         label="CPU kernels",
     )
+
+
+# ----------------------------------------------------------------------------------------------- CUDA kernels
+
+CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+"""Architectures that the CUDA kernels are written for (90 stands for H100 and H200, 100 for B200)."""
+
+# The house's rule for floating point is that of _COMPILE_FLAGS: nothing is fused that is not written as fmaf.
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread")
+
+
+def find_nvcc() -> Compiler:
+    """nvcc of $CUDA_HOME, of PATH, of /usr/local/cuda, or of the wheel nvidia-cuda-nvcc."""
+    places = [Path(root) / "bin" / "nvcc" for root in (os.environ.get("CUDA_HOME"),) if root]
+    places += [Path(found) for found in (shutil.which("nvcc"),) if found]
+    places += [Path("/usr/local/cuda/bin/nvcc")]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        places += sorted(Path(root).glob("*/bin/nvcc"))
+    for path in places:
+        if path.is_file():
+            found = _identify((str(path.resolve()),), os.stat(path).st_mtime_ns)
+            command = [*found.argv, "--version"]
+            text = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+            release = re.search(r"release .*", text)
+            return Compiler(found.argv, f"nvcc {release[0]}" if release else found.version)
+    raise BuildError(
+        "No nvcc was found: install the CUDA toolkit (or pip install nvidia-cuda-nvcc nvidia-cuda-crt "
+        "nvidia-cuda-runtime nvidia-nvvm), or set CUDA_HOME."
+    )
+
+
+@dataclass
+class CudaBuild(KernelBuild):
+    """The build of csrc/cuda by nvcc, with its binding; `isa` is an architecture such as "sm_90"."""
+
+    @property
+    def compile_flags(self) -> tuple[str, ...]:
+        """nvcc's, for every source: the binding has nothing for the GPU."""
+        number = self.isa.removeprefix("sm_")
+        code = f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"
+        return (*_NVCC_FLAGS, code, f"-DDSCHAT_MODULE={self.name}")
+
+    @property
+    def link_flags(self) -> tuple[str, ...]:
+        return ("-shared", "-pthread", f"-L{self._library_dir()}", "-lcudart_static", "-ldl", "-lrt")
+
+    @staticmethod
+    def _library_dir() -> Path:
+        root = Path(find_nvcc().argv[0]).parent.parent
+        return next((root / name for name in ("lib64", "lib") if (root / name).is_dir()), root)
+
+    def toolchain(self) -> dict[str, Any]:
+        nvcc = find_nvcc()
+        return {**super().toolchain(), "nvcc": nvcc.argv, "nvcc_version": nvcc.version}
+
+    def _compile_command(self, compiler: Compiler, name: str, copy: Path) -> list[str]:
+        host = [f"-ccbin={compiler.argv[0]}"] if len(compiler.argv) == 1 else []
+        return [*find_nvcc().argv, *host, *self.compile_flags]
+
+
+def cuda_build(arch: str) -> CudaBuild:
+    """The build of csrc/cuda with its binding, for one architecture."""
+    root = csrc_dir()
+    return CudaBuild(
+        name=f"_dschat_cuda_{arch}",
+        root=root,
+        sources=[*_names(root, "cuda/*.cu"), "bindings/cuda.cpp"],
+        headers=[*_names(root, "cuda/*.cuh"), *_names(root, "cuda/*.h")],
+        isa=arch,
+        label="CUDA kernels",
+    )
+
+
+_cuda_modules: dict[str, ModuleType | BuildError] = {}
+
+
+def load_cuda(capability: tuple[int, int]) -> ModuleType:
+    """The CUDA kernels for GPUs of a compute capability, built first where they must be.
+
+    Raises BuildError, the same one on every call.
+    """
+    arch = f"sm_{capability[0]}{capability[1]}"
+    with _THREADS:
+        if arch not in _cuda_modules:
+            try:
+                if capability < (8, 0):
+                    raise BuildError(
+                        f"The CUDA kernels need a GPU from sm_80 (A100) on, and this one is {arch}."
+                    )
+                _cuda_modules[arch] = cuda_build(arch).load()
+            except BuildError as error:
+                _cuda_modules[arch] = error
+        found = _cuda_modules[arch]
+    if isinstance(found, BuildError):
+        raise found
+    return found
 
 
 def ahead_of_time_dir() -> Path:

@@ -28,7 +28,7 @@ from .models import parts
 from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
-from .ops._common import DTYPES, resolve_backend
+from .ops._common import CPU_DTYPES, resolve_backend
 from .report import Entry, Report, make_report
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
@@ -73,7 +73,7 @@ def _plain(*tensors: Tensor) -> bool:
             t.dtype == first.dtype and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
             for t in tensors
         )
-        and first.dtype in DTYPES
+        and first.dtype in CPU_DTYPES
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -434,7 +434,7 @@ class Patch:
 def _unfit(model: nn.Module) -> str:
     """Why the norm, gate and activation kernels cannot run on this model's weights; empty when they can."""
     for weight in model.parameters():
-        if weight.is_floating_point() and (weight.dtype not in DTYPES or weight.device.type != "cpu"):
+        if weight.is_floating_point() and (weight.dtype not in CPU_DTYPES or weight.device.type != "cpu"):
             return (
                 f"weights are {weight.dtype} on {weight.device}; kernels run float32 and bfloat16 on the CPU"
             )

@@ -287,7 +287,8 @@ class Decoder:
     Args:
         spec: from `decoder_spec(model)`.
         dtype: of packs, activations and cache; default: that of the embedding. float32 or bfloat16.
-        backend: None (native kernels where they are, else the reference), "cpu" or "reference".
+        backend: None (native kernels where they are, else the reference), "cpu", "reference",
+            "triton" or "cuda".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
 
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
@@ -315,9 +316,9 @@ class Decoder:
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
-        if backend not in (None, "cpu", "triton", "reference"):
+        if backend not in (None, "cpu", "triton", "cuda", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
-        if backend == "triton":  # in the tests' interpreter only: a model on a GPU is refused above
+        if backend in ("triton", "cuda"):  # on CPU tensors in tests only: a model on a GPU is refused above
             resolve_backend("decoder", backend, embed.weight)
         if backend == "cpu" and native() is None:
             raise RuntimeError(
@@ -408,7 +409,7 @@ class Decoder:
             group.key = None  # a fill that fails leaves no pack that counts as good
             group.packed.fill(parts)
         else:
-            dense = True if self.backend == "triton" else None
+            dense = True if self.backend in ("triton", "cuda") else None
             group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated, dense=dense)
         group.key = key
         stats.changed += 1

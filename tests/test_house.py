@@ -36,6 +36,7 @@ SHARED = (
     "attention_backward",
     "step",
 )  # of csrc/cpu, not an op
+CUDA_SHARED = ("attention_backward", "error")  # of csrc/cuda, not an op
 
 PYTHON = sorted([*(REPO / "dschat").rglob("*.py"), *(REPO / "dschat_kernels").rglob("*.py")])
 NATIVE = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
@@ -104,6 +105,7 @@ def test_one_op_one_stem(op: str) -> None:
     for path in (
         CSRC / "cpu" / f"{op}.cpp",
         CSRC / "cpu" / f"{op}.h",
+        CSRC / "cuda" / f"{op}.cu",
         REPO / "dschat_kernels" / "ops" / f"{op}.py",
         REPO / "dschat_kernels" / "triton" / f"{op}.py",
         REPO / "tests" / "ops" / f"test_{op}.py",
@@ -120,6 +122,7 @@ def test_every_op_has_its_benchmark() -> None:
 
 def test_nothing_else_lies_in_the_ops_folders() -> None:
     assert {path.stem for path in (CSRC / "cpu").glob("*.cpp")} == {*OPS, *SHARED}
+    assert {path.stem for path in (CSRC / "cuda").glob("*.cu")} == {*OPS, *CUDA_SHARED}
     modules = {path.stem for path in (REPO / "dschat_kernels" / "ops").glob("*.py")}
     assert {name for name in modules if not name.startswith("_")} == set(OPS)
     modules = {path.stem for path in (REPO / "dschat_kernels" / "triton").glob("*.py")}
@@ -127,9 +130,25 @@ def test_nothing_else_lies_in_the_ops_folders() -> None:
 
 
 def test_every_binding_is_included() -> None:
-    listed = includes(CSRC / "bindings" / "cpu.cpp")
-    for path in (CSRC / "bindings").glob("*.h"):
-        assert f"bindings/{path.name}" in listed, f"{name_of(path)} is not included by cpu.cpp"
+    for module, pattern in (("cpu.cpp", "*.h"), ("cuda.cpp", "*.cuh")):
+        listed = includes(CSRC / "bindings" / module)
+        for path in (CSRC / "bindings").glob(pattern):
+            assert f"bindings/{path.name}" in listed, f"{name_of(path)} is not included by {module}"
+
+
+def test_every_launcher_is_bound() -> None:
+    declared = set(re.findall(r"int launch_(\w+)\(", (CSRC / "cuda" / "launch.h").read_text()))
+    bound = re.findall(r'bind\(m, "(\w+)", launch_(\w+)\)', (CSRC / "bindings" / "cuda.cpp").read_text())
+    assert declared == {name for name, _ in bound} and all(name == launcher for name, launcher in bound)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_emulation_is_for_tests(path: Path) -> None:
+    assert "emulat" not in path.read_text(), "kernels on the emulation are no fallback"
+
+
+def test_inline_ptx_is_in_one_file() -> None:
+    assert {path.name for path in (CSRC / "cuda").iterdir() if "asm" in path.read_text()} == {"device.cuh"}
 
 
 # ---------------------------------------------------------------------------------------------- public names

@@ -217,7 +217,11 @@ def test_every_bad_step_gets_a_sentence_and_changes_nothing() -> None:
 
 def test_bad_decoders_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = decoder_spec(build("gpt2"))
-    with pytest.raises(ValueError, match="backend is 'cuda': use None, 'cpu' or 'reference'"):
+    with pytest.raises(ValueError, match="backend is 'fastest': use None, 'cpu' or 'reference'"):
+        Decoder(spec, backend="fastest")
+    with pytest.raises(
+        RuntimeError, match="decoder: the cuda backend cannot run, because this machine has no"
+    ):
         Decoder(spec, backend="cuda")
     with pytest.raises(ValueError, match="max_tokens is 0: a pass needs at least 1 token"):
         Decoder(spec, max_tokens=0)

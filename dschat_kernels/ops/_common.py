@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# The numbers of csrc/cpu/simd.h DType and csrc/cpu/activation.h Activation.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# The numbers of csrc/cpu/simd.h DType (float16: of csrc/cuda only) and csrc/cpu/activation.h Activation.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 
 LIBRARY = torch.library.Library("dschat", "FRAGMENT")
@@ -84,11 +87,32 @@ def native() -> ModuleType | None:
 
 
 def kernels() -> Any:
-    """The compiled CPU kernels; raises RuntimeError where there are none."""
+    """The compiled kernels of the backend that runs: within `cuda_kernels` those, else the CPU's; raises RuntimeError
+    where there are none."""
+    if (active := _cuda_kernels.get()) is not None:
+        return active
     module = native()
     if module is None:
         raise RuntimeError(_why_no_native())
     return module
+
+
+_cuda_kernels: ContextVar[Any] = ContextVar("cuda_kernels", default=None)
+
+
+@contextmanager
+def cuda_kernels(kernels: Any) -> Iterator[None]:
+    """`kernels()` are these within."""
+    token = _cuda_kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _cuda_kernels.reset(token)
+
+
+def runs_on_cuda() -> bool:
+    """Whether `kernels()` are CUDA's, which take some arguments more (scratch memory)."""
+    return _cuda_kernels.get() is not None
 
 
 def _why_no_native() -> str:
@@ -205,7 +229,7 @@ def _describe(op: str, namespace: str, library: torch.library.Library) -> None:
     )
 
 
-def _offered(backend: str) -> Mapping[str, Callable[..., Any]]:
+def offered(backend: str) -> Mapping[str, Callable[..., Any]]:
     """The implementations of a backend by op; its namespace is made at the first call.
 
     The package dschat_kernels.<backend> lists them in `implementations()`, with the arguments of the schema.
@@ -227,7 +251,7 @@ def _offered(backend: str) -> Mapping[str, Callable[..., Any]]:
 def implementation(op: str, backend: str, *tensors: Tensor | None) -> Callable[..., Any]:
     """What runs `op` on `backend` (not "reference") for these tensors: the kernels' own function where torch need
     not see the call, else the op of torch.library."""
-    functions = _offered(backend)
+    functions = offered(backend)
     if runs_directly(*tensors):
         return functions[op]
     namespace = torch.ops.dschat if backend == "cpu" else getattr(torch.ops, f"dschat_{backend}")
@@ -254,7 +278,7 @@ def _why_not_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             continue
         if tensor.device.type != "cpu":
             return f"{op}: the cpu backend needs tensors on the CPU, not on {tensor.device.type}"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in CPU_DTYPES:
             return f"{op}: the cpu backend has float32 and bfloat16, not {_name(tensor.dtype)}"
     if not _have_native():
         return _why_no_native() if not torch.compiler.is_compiling() else "no native kernels"
@@ -267,13 +291,33 @@ def _why_not_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return triton.why_not(op, tensors)
 
 
-def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors: "reference", "cpu" or "triton".
+def _why_not_cuda(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    from dschat_kernels import cuda
 
-    None chooses: on the CPU "cpu" for float32 and bfloat16 where the native kernels can be had, on a GPU "triton" for
-    float32, float16 and bfloat16 where Triton is installed, otherwise "reference", with one warning a process and
-    reason. A named backend that cannot run raises ValueError (or RuntimeError where the native kernels are missing)
-    with the reason.
+    return cuda.why_not(op, tensors)
+
+
+def _why_not(backend: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why `backend` cannot run `op` on these tensors, or None."""
+    if backend == "cuda":
+        return _why_not_cuda(op, tensors)
+    return _why_not_triton(op, tensors) if backend == "triton" else _why_not_cpu(op, tensors)
+
+
+def _is_missing(backend: str) -> bool:
+    """Whether this machine cannot run `backend` at all."""
+    from dschat_kernels import cuda
+
+    return cuda.unavailable() is not None if backend == "cuda" else backend == "cpu" and not _have_native()
+
+
+def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors: "reference", "cpu", "triton" or "cuda".
+
+    None chooses: on the CPU "cpu" for float32 and bfloat16 where the native kernels can be had; on a GPU, for float32,
+    float16 and bfloat16, "cuda" where the CUDA kernels can be had, else "triton" where Triton is installed; otherwise
+    "reference", with one warning a process and reason. A named backend that cannot run raises ValueError (or
+    RuntimeError where the GPU or the native kernels are missing) with the reason.
     """
     if backend == "reference":
         return "reference"
@@ -281,16 +325,18 @@ def resolve_backend(op: str, backend: str | None, *tensors: Tensor | None) -> st
         backend is None or backend in BACKENDS,
         f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}, or None for automatic.",
     )
-    if backend == "cuda":
-        raise ValueError(f"{op}: the cuda backend is not in this version; use backend='cpu' or None.")
-    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
-    chosen = backend or ("triton" if on_gpu else "cpu")
-    reason = _why_not_triton(op, tensors) if chosen == "triton" else _why_not_cpu(op, tensors)
-    if reason is None:
-        return chosen
     if backend is not None:
-        missing = chosen == "cpu" and not _have_native()
-        error: type[Exception] = RuntimeError if missing else ValueError
+        reason = _why_not(backend, op, tensors)
+        if reason is None:
+            return backend
+        error: type[Exception] = RuntimeError if _is_missing(backend) else ValueError
         raise error(f"{reason.rstrip('.')}; use backend=None or 'reference'.")
-    say_once(f"{reason.rstrip('.')}; the PyTorch reference runs instead.")
+    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+    reasons = []
+    for name in ("cuda", "triton") if on_gpu else ("cpu",):
+        reason = _why_not(name, op, tensors)
+        if reason is None:
+            return name
+        reasons.append(reason.rstrip("."))
+    say_once(f"{'; '.join(reasons)}; the PyTorch reference runs instead.")
     return "reference"

@@ -36,6 +36,7 @@ from dschat_kernels.ops._common import (
     ptr,
     register,
     resolve_backend,
+    runs_on_cuda,
 )
 from dschat_kernels.ops.rope_append import (
     check_cache,
@@ -386,12 +387,32 @@ def attention_cpu(
     slots = None if slots is None else int32(slots)
     slopes = float32(alibi_slopes)
     out = torch.empty(q.shape, dtype=q.dtype)
-    kernels().attention(
+    where = (
         DTYPES[q.dtype], ptr(q), q.stride(0), ptr(out), out.stride(0), ptr(k_cache), ptr(v_cache),
         ptr(block_table), block_table.shape[1], ptr(slots), ptr(cu_seqlens), ptr(kv_lens), kv_lens.shape[0],
-        q.shape[1], k_cache.shape[1], q.shape[2], scale, window or 0, softcap or 0.0, ptr(slopes), num_splits,
     )  # fmt: skip
+    how = (
+        q.shape[1], k_cache.shape[1], q.shape[2], scale, window or 0, softcap or 0.0, ptr(slopes)
+    )  # fmt: skip
+    if runs_on_cuda():
+        _attention_cuda(q, (*where, q.shape[0], *how), block_table.shape[1], num_splits)
+    else:
+        kernels().attention(*where, *how, num_splits)
     return out
+
+
+SCRATCH = 2**28
+"""Numbers of partial results beyond which a CUDA call does not split its keys; its bits are the same."""
+
+
+def _attention_cuda(q: Tensor, arguments: tuple[Any, ...], pages: int, num_splits: int) -> None:
+    """csrc/cuda keeps a split's partial results, for every page of the longest row that the table can hold."""
+    size = q.shape[0] * q.shape[1] * pages * (q.shape[2] + 2)
+    if num_splits == 1 or size > SCRATCH:
+        kernels().attention(*arguments)
+    else:
+        scratch = torch.empty(size, dtype=torch.float32)
+        kernels().attention_decode(*arguments, num_splits, ptr(scratch))
 
 
 def _attention_fake(
@@ -468,10 +489,14 @@ def _packed_backward_cpu(
     dout, q, k, v = (packed_heads(x) for x in (dout, q, k, v))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     cu_seqlens, slopes = int32(cu_seqlens), float32(alibi_slopes)
+    more: tuple[int, ...] = ()
+    if runs_on_cuda():  # the softmax statistics of every query head, between its two kernels
+        stats = torch.empty(*q.shape[:2], 2, dtype=torch.float32)
+        more = (q.shape[0], ptr(stats))
     kernels().attention_backward(
         DTYPES[q.dtype], ptr(dout), dout.stride(0), ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0),
         ptr(dq), ptr(dk), ptr(dv), ptr(cu_seqlens), len(cu_seqlens) - 1, q.shape[1], k.shape[1], q.shape[2], scale,
-        window or 0, softcap or 0.0, ptr(slopes),
+        window or 0, softcap or 0.0, ptr(slopes), *more,
     )  # fmt: skip
     return dq, dk, dv
 

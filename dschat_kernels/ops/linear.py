@@ -149,6 +149,7 @@ def linear_sums(x: Tensor, packed: PackedLinear, backend: str | None = None) -> 
 # ------------------------------------------------------------------------------------------- torch.library
 
 LIBRARY.define(
+    # The weight: cpu reads the panels of PackedLinear, cuda its dense matrix and plain bias.
     "linear(Tensor x, Tensor panels, Tensor? bias, int n, int k, bool gated, str activation, Tensor? residual, "
     "bool float_output) -> Tensor"
 )

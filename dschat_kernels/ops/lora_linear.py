@@ -26,6 +26,8 @@ from dschat_kernels.ops._common import (
     ptr,
     register,
     resolve_backend,
+    runs_on_cuda,
+    widen,
 )
 from dschat_kernels.packing import PackedLinear
 
@@ -131,6 +133,8 @@ LIBRARY.define("fuse_lora(Tensor weight, Tensor lora_a, Tensor lora_b, float sca
 def _lora_linear_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
+    if runs_on_cuda():
+        return _lora_linear_cuda(x, weight, bias, lora_a, lora_b, scale)
     base = PackedLinear.from_weight(weight, bias)
     a = PackedLinear.from_weight(lora_a.detach().float())
     b = PackedLinear.from_weight(lora_b.detach().float())
@@ -144,9 +148,39 @@ def _lora_linear_cpu(
     return y
 
 
+def _lora_linear_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    """The dense weights as they are, and the side path's x A^T in a float32 [rows, rank]."""
+    weight, bias = weight.contiguous(), widen(bias)
+    a, b = lora_a.detach().float().contiguous(), lora_b.detach().float().contiguous()
+    rows, stride = as_rows(x)
+    n, k = weight.shape
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    side = torch.empty(rows.shape[0], a.shape[0], dtype=torch.float32)
+    kernels().lora_linear(
+        DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(weight), ptr(bias), n, k, ptr(a), ptr(b), a.shape[0],
+        scale, ptr(side), ptr(y),
+    )  # fmt: skip
+    return y
+
+
 def _fuse_lora_cpu(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     a, b = lora_a.detach().float().contiguous(), lora_b.detach().float().contiguous()
     out = torch.empty(weight.shape, dtype=weight.dtype)
+    if runs_on_cuda():
+        kernels().fuse_lora(
+            DTYPES[weight.dtype],
+            ptr(weight),
+            *weight.shape,
+            *weight.stride(),
+            ptr(a),
+            ptr(b),
+            a.shape[0],
+            scale,
+            ptr(out),
+        )
+        return out
     matrix = (ptr(weight), *weight.shape, *weight.stride(), [(ptr(a), ptr(b), a.shape[0], scale)])
     kernels().fuse_lora(DTYPES[weight.dtype], DTYPES[weight.dtype], matrix, ptr(out))
     return out

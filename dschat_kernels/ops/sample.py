@@ -206,7 +206,8 @@ def _forward_cpu(
         DTYPES[logits.dtype], ptr(rows), rows.shape[0], rows.shape[1], stride, temperature, top_k, top_p,
         min_p, seed, ptr(streams), ptr(positions), ptr(tokens), ptr(log_probs),
     )  # fmt: skip
-    _raise_for_bad_rows(tokens, temperature)
+    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph cannot look at its tokens
+        _raise_for_bad_rows(tokens, temperature)
     return tokens, log_probs
 
 

@@ -34,6 +34,7 @@ from dschat_kernels.ops._common import (
     ptr,
     register,
     resolve_backend,
+    runs_on_cuda,
 )
 
 ROW_BLOCK, VOCAB_BLOCK = 512, 4096
@@ -219,10 +220,14 @@ def _forward_cpu(
     tokens, size = hidden.shape
     logprob, lse = torch.empty(tokens), torch.empty(tokens)
     entropy = torch.empty(tokens if with_entropy else 0)
+    scratch = []  # cuda: three numbers a row and chunk of the vocabulary, one a row
+    if runs_on_cuda():
+        chunks = -(-weight.shape[0] // kernels().vocab_chunk)
+        scratch.append(torch.empty(tokens * (3 * chunks + 1)))
     kernels().token_logprobs(
         DTYPES[hidden.dtype], ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size,
         weight.shape[0], temperature, logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if
-        with_entropy else 0,
+        with_entropy else 0, *map(ptr, scratch),
     )  # fmt: skip
     return logprob, lse, entropy
 

@@ -70,7 +70,7 @@ def test_every_op_has_the_schema_of_the_others() -> None:
     from dschat_kernels import triton
     from dschat_kernels.ops import _common
 
-    _common._offered("triton")
+    _common.offered("triton")
     for op in triton.implementations():
         ours = str(getattr(torch.ops.dschat_triton, op).default._schema).removeprefix("dschat_triton::")
         assert ours == str(getattr(torch.ops.dschat, op).default._schema).removeprefix("dschat::")

@@ -1,0 +1,40 @@
+// Python's way to the emulation, beside the kernels of an emulated module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cuda_emulation/checker.h"
+#include "cuda_emulation/float16.h"
+#include "cuda_emulation/runtime.h"
+
+namespace emulation {
+
+inline void bind_emulation(pybind11::module_& m) {
+  m.def("set_order", [](int order, uint64_t seed) { set_order(Order(order), seed); });
+  m.def("bfloat16_bits", [](float x) { return int(bfloat16_bits(x)); });
+  m.def("float16_bits", [](float x) { return int(float16_bits(x)); });
+  m.def("bfloat16_value", [](int bits) { return bfloat16_value(uint16_t(bits)); });
+#ifdef DSCHAT_EMULATION_CHECK
+  m.def("add_buffer", [](uintptr_t address, size_t bytes, const std::string& name, bool initialised, bool read_only) {
+    checker::add_buffer(reinterpret_cast<const void*>(address), bytes, name.c_str(), initialised, read_only);
+  });
+  m.def("reset", &checker::reset);
+  m.def("traffic", [] {
+    const checker::Traffic t = checker::traffic();
+    pybind11::dict found;
+    found["bytes_read"] = t.bytes_read;
+    found["bytes_written"] = t.bytes_written;
+    found["requests"] = t.requests;
+    found["sectors"] = t.sectors;
+    found["used_bytes"] = t.used_bytes;
+    found["shared_requests"] = t.shared_requests;
+    found["shared_passes"] = t.shared_passes;
+    return found;
+  });
+#endif
+  m.def("float16_value", [](int bits) { return float16_value(uint16_t(bits)); });
+}
+
+}  // namespace emulation

@@ -1,0 +1,64 @@
+// A linear layer with a low-rank side path, and the fusion of such an update into a weight; see
+// dschat_kernels/ops/lora_linear.py. The side path is float32 throughout.
+#include "cuda/launch.h"
+#include "cuda/linear.cuh"
+
+namespace dschat::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// side[row, r] = scale * x[row] . a[r]; a warp takes every fourth r.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    side_inputs(const T* x, int64_t x_stride, const float* a, float* side, int64_t k, int64_t rank, float scale) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const T* row = x + blockIdx.x * x_stride;
+  for (int64_t r = threadIdx.x / kWarp; r < rank; r += kThreads / kWarp) {
+    float sum = 0.0f;
+    for (int64_t i = lane; i < k; i += kWarp) sum = fmaf(to_float(row[i]), a[r * k + i], sum);
+    sum = warp_sum(sum);
+    if (lane == 0) side[blockIdx.x * rank + r] = sum * scale;
+  }
+}
+
+// out[n, k] = round(weight + scale * sum over r of b[n, r] a[r, k])
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    fuse(const T* weight, int64_t row_stride, int64_t column_stride, const float* a, const float* b, T* out, int64_t k,
+         int64_t rank, float scale) {
+  const int64_t row = blockIdx.x, column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (column >= k) return;
+  float sum = 0.0f;
+  for (int64_t r = 0; r < rank; ++r) sum = fmaf(b[row * rank + r], a[r * k + column], sum);
+  out[row * k + column] = from_float<T>(fmaf(scale, sum, to_float(weight[row * row_stride + column * column_stride])));
+}
+
+}  // namespace
+
+// side is scratch of rows * rank numbers.
+extern "C" int launch_lora_linear(int type, const void* x, int64_t x_stride, int64_t rows, const void* weight,
+                                  const float* bias, int64_t n, int64_t k, const float* a, const float* b, int64_t rank,
+                                  float scale, float* side, void* y, void* stream) {
+  if (rows == 0 || n == 0) return launched();
+  return launched(dispatch(type, [&](auto t) {
+    using T = decltype(t);
+    DSCHAT_LAUNCH(side_inputs<T>, dim3(unsigned(rows)), dim3(kThreads), 0, stream, static_cast<const T*>(x), x_stride, a,
+                  side, k, rank, scale);
+    const Epilogue<T> epilogue{bias, nullptr, 0, y, n, n, false, false, Activation::none, side, b, rank};
+    launch_tiles(operand<T>(x, x_stride, k), rows, operand<T>(weight, k, k), epilogue, stream);
+  }));
+}
+
+extern "C" int launch_fuse_lora(int type, const void* weight, int64_t n, int64_t k, int64_t row_stride,
+                                int64_t column_stride, const float* a, const float* b, int64_t rank, float scale,
+                                void* out, void* stream) {
+  if (n * k == 0) return launched();
+  return launched(dispatch(type, [&](auto t) {
+    using T = decltype(t);
+    DSCHAT_LAUNCH(fuse<T>, dim3(unsigned(n), unsigned(ceil_div(k, kThreads))), dim3(kThreads), 0, stream,
+                  static_cast<const T*>(weight), row_stride, column_stride, a, b, static_cast<T*>(out), k, rank, scale);
+  }));
+}
+
+}  // namespace dschat::cuda

@@ -1,0 +1,101 @@
+// Log-probabilities of given tokens from hidden states and the head; see dschat_kernels/ops/token_logprobs.py. A block
+// has 16 or 64 rows and one chunk of the vocabulary, whose logits live in shared memory only; the chunks of a row are
+// then folded in order. The logits have the bits of linear, the log-probabilities those of sample.
+#include "cuda/gemm.cuh"
+#include "cuda/launch.h"
+#include "cuda/logsumexp.cuh"
+
+namespace dschat::cuda {
+namespace {
+
+constexpr int kLogitPitch = kVocabChunk + 4;
+
+struct Head {
+  const float* bias;  // [vocab] or null
+  int64_t vocab;
+  float inverse, softcap;  // softcap 0: none
+
+  __device__ __forceinline__ float z(float sum, int64_t v) const {
+    float logit = bias ? sum + bias[v] : sum;
+    if (softcap != 0.0f) logit = softcap * tanhf(logit / softcap);
+    return logit * inverse;
+  }
+};
+
+template <typename T, int kHeight> constexpr int shared_bytes() {
+  return GemmTile<T, kHeight>::shared_bytes + GemmTile<T, kHeight>::rows * kLogitPitch * 4;
+}
+
+// chunks[row, chunk] and, for the chunk that has the row's target, target_z[row].
+template <typename T, int kHeight>
+__global__ void __launch_bounds__(kGemmThreads, 2)
+    chunk_sums(Operand<T> hidden, int64_t rows, Operand<T> weight, Head head, const int64_t* targets, ChunkSum* chunks,
+               float* target_z) {
+  DSCHAT_DYNAMIC_SHARED(memory);
+  using Tile = GemmTile<T, kHeight>;
+  float* logits = reinterpret_cast<float*>(memory + Tile::shared_bytes);
+  const int64_t row0 = int64_t(blockIdx.x) * Tile::rows, chunk0 = int64_t(blockIdx.y) * kVocabChunk;
+  const int n = int(head.vocab - chunk0 < kVocabChunk ? head.vocab - chunk0 : kVocabChunk);
+  for (int column0 = 0; column0 < n; column0 += kTileColumns) {
+    Tile tile;
+    tile.multiply_all(
+        hidden, weight, memory, [=](int r) -> int64_t { return row0 + r < rows ? row0 + r : -1; },
+        [=](int c) -> int64_t { return column0 + c < n ? chunk0 + column0 + c : -1; });
+    tile.each_pair([&](int r, int c, float first, float second) {
+      float* at = logits + r * kLogitPitch + column0 + c;
+      if (column0 + c < n) at[0] = head.z(first, chunk0 + column0 + c);
+      if (column0 + c + 8 < n) at[8] = head.z(second, chunk0 + column0 + c + 8);
+    });
+  }
+  __syncthreads();
+  const int lane = int(threadIdx.x) % kWarp;
+  for (int r = int(threadIdx.x) / kWarp; r < Tile::rows && row0 + r < rows; r += kGemmThreads / kWarp) {
+    const float* z = logits + r * kLogitPitch;
+    const ChunkSum sum = chunk_logsumexp(n, [=](int i) { return z[i]; });
+    if (lane) continue;
+    chunks[(row0 + r) * gridDim.y + blockIdx.y] = sum;
+    const int64_t target = targets[row0 + r] - chunk0;
+    if (target >= 0 && target < n) target_z[row0 + r] = z[target];
+  }
+}
+
+__global__ void __launch_bounds__(kGemmThreads)
+    fold_chunks(const ChunkSum* chunks, const float* target_z, int64_t rows, int64_t count, float* logprob, float* lse,
+                float* entropy) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  LogSumExp total;
+  for (int64_t c = 0; c < count; ++c) total.fold(chunks[row * count + c]);
+  logprob[row] = total.log_prob(target_z[row]);
+  lse[row] = total.value();
+  if (entropy) entropy[row] = total.entropy();
+}
+
+}  // namespace
+
+// scratch: rows * (3 ceil(vocab / kVocabChunk) + 1) numbers.
+extern "C" int launch_token_logprobs(int type, const void* hidden, int64_t hidden_stride, const void* weight,
+                                     const float* bias, const int64_t* targets, int64_t rows, int64_t size,
+                                     int64_t vocab, float temperature, float softcap, float* logprob, float* lse,
+                                     float* entropy, float* scratch, void* stream) {
+  if (rows == 0) return launched();
+  const int64_t count = ceil_div(vocab, kVocabChunk);
+  auto* chunks = reinterpret_cast<ChunkSum*>(scratch);
+  float* target_z = scratch + rows * count * 3;
+  const Head head{bias, vocab, inverse_temperature(temperature), softcap};
+  return launched(count <= 65535 && dispatch(type, [&](auto t) {
+    using T = decltype(t);
+    dispatch_height(rows, [&](auto height) {
+      constexpr auto kernel = chunk_sums<T, height.value>;
+      constexpr size_t bytes = size_t(shared_bytes<T, height.value>());
+      allow_shared(kernel, bytes);
+      DSCHAT_LAUNCH(kernel, dim3(unsigned(ceil_div(rows, 16 * height.value)), unsigned(count)), dim3(kGemmThreads), bytes,
+                    stream, operand<T>(hidden, hidden_stride, size), rows, operand<T>(weight, size, size), head, targets,
+                    chunks, target_z);
+    });
+    DSCHAT_LAUNCH(fold_chunks, dim3(unsigned(ceil_div(rows, kGemmThreads))), dim3(kGemmThreads), 0, stream, chunks,
+                  target_z, rows, count, logprob, lse, entropy);
+  }));
+}
+
+}  // namespace dschat::cuda

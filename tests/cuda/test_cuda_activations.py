@@ -1,0 +1,68 @@
+"""bias_act and gated_act of csrc/cuda against float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import check_gradients, non_contiguous
+from paged import same_bits
+
+from dschat_kernels.ops._common import ACTIVATIONS
+from dschat_kernels.ops.bias_act import bias_act, bias_act_reference
+from dschat_kernels.ops.gated_act import gated_act, gated_act_reference
+
+pytestmark = pytest.mark.usefixtures("cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = ((3, 1), (1, 7), (70, 12), (5, 111), (2, 1000))
+bias_act_cuda = partial(bias_act, backend="cuda")
+gated_act_cuda = partial(gated_act, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bias_act(activation: str, dtype: torch.dtype) -> None:
+    for rows, n in SIZES:
+        inputs = {"x": (3 * torch.randn(rows, n)).to(dtype), "bias": torch.randn(n).to(dtype)}
+        check_gradients(bias_act_cuda, bias_act_reference, inputs, activation=activation)
+    check_gradients(
+        bias_act_cuda, bias_act_reference, {"x": inputs["x"], "bias": None}, activation=activation
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_act(activation: str, dtype: torch.dtype) -> None:
+    for rows, n in SIZES:
+        inputs = {"gate": (3 * torch.randn(rows, n)).to(dtype), "up": torch.randn(rows, n).to(dtype),
+                  "gate_bias": torch.randn(n).to(dtype), "up_bias": torch.randn(n).to(dtype)}  # fmt: skip
+        check_gradients(gated_act_cuda, gated_act_reference, inputs, activation=activation)
+    packed = {"gate": torch.randn(3, 34).to(dtype)}
+    check_gradients(gated_act_cuda, gated_act_reference, packed, activation=activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_far_out(activation: str) -> None:
+    """Nothing overflows, and NaN and infinity stay what they are."""
+    x = torch.tensor([[float("nan"), float("inf"), 1e30, -1e30, 88.0, -88.0, 0.0, -0.0, 11.0]])
+    y, expected = bias_act(x, None, activation, backend="cuda"), bias_act_reference(x, None, activation)
+    assert torch.equal(y.isnan(), expected.isnan())
+    torch.testing.assert_close(y.nan_to_num(), expected.nan_to_num(), rtol=1e-6, atol=1e-30)
+
+
+def test_layouts_and_no_rows() -> None:
+    x, up = torch.randn(7, 20).half(), torch.randn(7, 20).half()
+    y = bias_act(x, None, "silu", backend="cuda")
+    z = gated_act(x, up, "silu", backend="cuda")
+    for view, other in zip(non_contiguous(x), non_contiguous(up), strict=True):
+        assert same_bits(bias_act(view, None, "silu", backend="cuda"), y)
+        assert same_bits(gated_act(view, other, "silu", backend="cuda"), z)
+    assert bias_act(torch.zeros(0, 5), backend="cuda").shape == (0, 5)
+    assert gated_act(torch.zeros(2, 0, 6), backend="cuda").shape == (2, 0, 3)
+
+
+def test_registered_ops_pass_opcheck() -> None:
+    x, b = torch.randn(3, 6, requires_grad=True), torch.randn(6, requires_grad=True)
+    torch.library.opcheck(torch.ops.dschat_cuda.bias_act.default, (x, b, "gelu"))
+    torch.library.opcheck(torch.ops.dschat_cuda.gated_act.default, (x, None, None, None, "silu"))
