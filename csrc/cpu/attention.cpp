@@ -200,7 +200,7 @@ template <typename T> class TileWorker {
     const int64_t page_number = start / kPage;
 
     Prefetch prefetch;
-    for (int64_t p = page_begin; p < page_end; ++p) 
+    for (int64_t p = page_begin; p < page_end; ++p)
       prefetch.add(v_page(page_number + p), std::min(kPage, hi - p * kPage) * Dp_ * kSize);
     for (int64_t p = page_begin; p < page_end; ++p) {
       const T* k = k_page(page_number + p);
@@ -282,7 +282,7 @@ template <typename T> class TileWorker {
 
  private:
   static constexpr int64_t kSize = sizeof(T);
-  const T* k_page(int64_t page) const { 
+  const T* k_page(int64_t page) const {
     return static_cast<const T*>(a_.k_cache) + k_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
   }
   int64_t token(int i) const { return a_.cu_seqlens[tile_.row] + (tile_.begin + i) / group_; }
