@@ -813,8 +813,15 @@ class CudaBuild(KernelBuild):
 
     @staticmethod
     def _library_dir() -> Path:
-        root = Path(find_nvcc().argv[0]).parent.parent
-        return next((root / name for name in ("lib64", "lib") if (root / name).is_dir()), root)
+        """Where the toolkit's runtime library is: nvcc itself says where its root is, since the command may be a
+        wrapper elsewhere."""
+        argv = find_nvcc().argv
+        plan = [*argv, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
+        said = subprocess.run(plan, capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr
+        top = re.search(r"^#\$ TOP=(.+?)\s*$", said, re.M)
+        root = Path(top[1]) if top else Path(argv[0]).parent.parent
+        folders = [root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))]
+        return next((f for f in folders if (f / "libcudart_static.a").is_file()), root / "lib64")
 
     def toolchain(self) -> dict[str, Any]:
         nvcc = find_nvcc()
