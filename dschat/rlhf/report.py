@@ -44,7 +44,7 @@ def _pairs(name: str) -> Panels:
 def _online(name: str) -> Panels:
     return [
         (f"{name}: score of the rollouts", [
-            *(("score/mean", "score"), ("score/total", "score - KL penalty"), ("eval/score", "held-out")),
+            *(("score/mean", "score"), ("score/total", "total, less KL"), ("eval/score", "held-out")),
         ]),
         (f"{name}: KL to the reference, a whole answer", [("kl/sequence", "k1"), ("kl/sequence_k3", "k3")]),
         (f"{name}: losses", [("policy/loss", "policy"), ("value/loss", "value"), ("kl/loss", "KL")]),
