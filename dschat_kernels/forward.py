@@ -21,7 +21,8 @@ from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec
 from .ops.attention import packed_attention
 from .ops.bias_act import bias_act
 from .ops.gated_act import gated_act
-from .ops.linear import linear_sums
+from .ops.linear import linear_input_grad, linear_sums
+from .ops.lora_linear import low_rank_grads
 from .ops.rope_append import rope
 from .packing import PackedLinear, ResolvedLinear, resolve_linear
 from .plan import Decoder, apply_norm, check_length
@@ -229,38 +230,35 @@ class _ExactLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, packed: PackedLinear, scales: Any, count: int, *tensors: Tensor | None
     ) -> Any:
-        ctx.scales, ctx.count = scales, count
+        ctx.packed, ctx.fills, ctx.scales, ctx.count = packed, packed.fills, scales, count
         ctx.save_for_backward(x, *tensors)
         return linear_sums(x, packed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """With dy of a part: dx += dy W + s (dy B) A, dW = dy^T x, db = sum dy, dA = s (dy B)^T x,
-        dB = s dy^T (x A^T)."""
+        """With dy of a part and W_p its packed weight: dx += dy W_p, dW = dy^T x, db = sum dy,
+        dA = s (dy B)^T x, dB = s dy^T (x A^T)."""
         x, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         base, updates = tensors[: ctx.count], iter(range(ctx.count, len(tensors)))
         out: list[Tensor | None] = [None] * len(tensors)
-        dx: Tensor | None = None
+        dx = None
+        if needs[0]:
+            if ctx.packed.fills != ctx.fills:
+                raise RuntimeError(
+                    "the packs were rebuilt between this exact forward and its backward: call backward before the "
+                    "next generate or optimizer step."
+                )
+            dx = linear_input_grad(grads, ctx.packed)
         for p, dy in enumerate(grads):
-            weight = base[2 * p]
-            if needs[0]:
-                part = dy @ weight
-                dx = part if dx is None else dx + part
             if needs[4 + 2 * p]:
                 out[2 * p] = dy.t() @ x
             if base[2 * p + 1] is not None and needs[4 + 2 * p + 1]:
                 out[2 * p + 1] = dy.sum(0)
             for scale in ctx.scales[p]:
                 ia, ib = next(updates), next(updates)
-                a, b = tensors[ia], tensors[ib]
-                inner = scale * (dy.to(b.dtype) @ b)  # [T, rank]
-                if dx is not None:
-                    dx = dx + (inner @ a).to(dx.dtype)
-                if needs[4 + ia]:
-                    out[ia] = inner.t() @ x.to(a.dtype)
-                if needs[4 + ib]:
-                    out[ib] = scale * (dy.to(b.dtype).t() @ (x.to(a.dtype) @ a.t()))
+                if needs[4 + ia] or needs[4 + ib]:
+                    out[ia], out[ib] = low_rank_grads(x, dy, tensors[ia], tensors[ib], scale)
         return (dx, None, None, None, *out)
 
 

@@ -168,6 +168,8 @@ class PackedLinear:
         self.total = sum(n for n, _ in shapes)
         entries = self.total if dense else self.num_panels * PANEL
         self.bias = torch.zeros(entries, device=device) if has_bias else None
+        self.fills = 0
+        """Times the pack was written; what read it once can tell whether it still holds the same weight."""
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
         if not dense:
@@ -240,6 +242,7 @@ class PackedLinear:
                 f"weights of dtype {', '.join(sorted(map(str, dtypes)))} cannot be packed together: "
                 "use torch.float32 or torch.bfloat16, one for all."
             )
+        self.fills += 1
         if self.bias is not None:
             self.bias.copy_(self._panel_order(parts))
         if self.panels is None:
@@ -285,6 +288,19 @@ class PackedLinear:
             halves = rows.reshape(self.num_panels, 2, PANEL // 2, self.k)
             return torch.cat([halves[:, i].reshape(-1, self.k)[: self.n] for i in range(2)])
         return rows.reshape(-1, self.k)[: self.n].contiguous()
+
+    def transposed_panels(self) -> Tensor:
+        """Panels of the transposed matrix, [k, total], for the product dx = dy W: a fresh tensor of the cpu's layout.
+
+        Its depths are the parts' rows one below the other (a gated pair: gate's, then up's).
+        """
+        module: Any = native()
+        if self.panels is None:
+            raise ValueError("the pack is dense: multiply with it directly.")
+        depth = module.panel_depth(DTYPES[self.dtype], self.total)
+        out = torch.empty(-(-self.k // PANEL) * depth * PANEL, dtype=self.dtype)
+        module.transpose_panels(DTYPES[self.dtype], ptr(self.panels), self.n, self.k, self.gated, ptr(out))
+        return out
 
     def plain_bias(self) -> Tensor | None:
         """The bias in output order (a gated pair: gate's, then up's), float32."""

@@ -1,4 +1,4 @@
-// Python names of rope_append, attention, attention_decode and token_logprobs; included by cpu.cpp only.
+// Python names of rope_append, attention, attention_decode and token_logprobs, and of their backwards; included by cpu.cpp only.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include "cpu/attention_decode.h"
 #include "cpu/rope_append.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/token_logprobs_backward.h"
 
 namespace dschat {
 
@@ -149,6 +150,38 @@ inline void bind_attention(pybind11::module_& m) {
         const std::unique_ptr<float[]> partials(new float[size_t(token_logprobs_partials(tokens, vocab))]);
         a.partials = partials.get();
         parallel([&](const Team& team) { token_logprobs(team, DType(type), a); });
+      },
+      release);
+  m.def("token_logprobs_backward_panels", [](int type, int64_t hidden_size, int64_t count) {
+    return token_logprobs_backward_panels(DType(type), hidden_size, count);
+  });
+  m.def(
+      "token_logprobs_backward",
+      [](int type, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias, uintptr_t targets,
+         int64_t tokens, int64_t hidden_size, int64_t first, int64_t count, uintptr_t dlogprob, uintptr_t dentropy,
+         uintptr_t lse, uintptr_t entropy, float temperature, float softcap, uintptr_t dlogits, int64_t dlogits_stride,
+         uintptr_t dhidden, uintptr_t panels) {
+        TokenLogprobsBackwardArgs a;
+        a.hidden = pointer<void>(hidden);
+        a.hidden_stride = hidden_stride;
+        a.weight = pointer<void>(weight);
+        a.bias = pointer<float>(bias);
+        a.targets = pointer<int64_t>(targets);
+        a.T = tokens;
+        a.H = hidden_size;
+        a.first = first;
+        a.count = count;
+        a.dlogprob = pointer<float>(dlogprob);
+        a.dentropy = pointer<float>(dentropy);
+        a.lse = pointer<float>(lse);
+        a.entropy = pointer<float>(entropy);
+        a.temperature = temperature;
+        a.softcap = softcap;
+        a.dlogits = pointer<void>(dlogits);
+        a.dlogits_stride = dlogits_stride;
+        a.dhidden = pointer<float>(dhidden);
+        a.panels = pointer<void>(panels);
+        parallel([&](const Team& team) { token_logprobs_backward(team, DType(type), a); });
       },
       release);
 }

@@ -1,4 +1,4 @@
-// Bindings of packing, linear and the step plan. Included by cpu.cpp only.
+// Bindings of packing, linear with its backward, and the step plan. Included by cpu.cpp only.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/linear.h"
+#include "cpu/linear_backward.h"
 #include "cpu/lora_linear.h"
 #include "cpu/step.h"
 
@@ -129,6 +130,31 @@ inline void bind_decoder(pybind11::module_& m) {
           lora_linear(team, DType(dtype), reinterpret_cast<const void*>(x), x_stride, rows, w, a, b, scale,
                       reinterpret_cast<void*>(y), y_stride);
         });
+      },
+      release());
+
+  m.def(
+      "transpose_panels",
+      [](int dtype, uintptr_t panels, int64_t n, int64_t k, bool gated, uintptr_t out) {
+        parallel([&](const Team& team) {
+          transpose_panels(team, DType(dtype), reinterpret_cast<const void*>(panels), n, k, gated,
+                           reinterpret_cast<void*>(out));
+        });
+      },
+      release());
+
+  m.def(
+      "low_rank_grads",
+      [](int dtype, uintptr_t x, int64_t x_stride, uintptr_t dy, int64_t dy_stride, int64_t rows, int64_t n, int64_t k,
+         int64_t rank, uintptr_t a, uintptr_t b_t, float scale, uintptr_t inner, uintptr_t da, uintptr_t db_t) {
+        LowRankGrads g;
+        g.x = reinterpret_cast<const void*>(x), g.x_stride = x_stride;
+        g.dy = reinterpret_cast<const void*>(dy), g.dy_stride = dy_stride;
+        g.T = rows, g.n = n, g.k = k, g.rank = rank;
+        g.a = reinterpret_cast<const float*>(a), g.b_t = reinterpret_cast<const float*>(b_t), g.scale = scale;
+        g.inner = reinterpret_cast<float*>(inner);
+        g.da = reinterpret_cast<float*>(da), g.db_t = reinterpret_cast<float*>(db_t);
+        parallel([&](const Team& team) { low_rank_grads(team, DType(dtype), g); });
       },
       release());
 

@@ -1,8 +1,8 @@
 #include "token_logprobs.h"
 
 #include "dispatch.h"
-#include "gemm.h"
 #include "logsumexp.h"
+#include "pack_dense.h"
 
 namespace dschat {
 namespace {
@@ -10,22 +10,6 @@ namespace {
 constexpr int64_t kGroupRows = 96;  // rows whose logits of one chunk (384 KiB) stay in L2
 
 inline int64_t chunks_of(int64_t V) { return (V + kVocabChunk - 1) / kVocabChunk; }
-
-// Vocabulary entries [first, first + count) as panels (gemm.h); columns past count and depths past H are zero.
-template <typename T> void pack_chunk(const T* weight, int64_t H, int64_t first, int64_t count, T* panels) {
-  constexpr int64_t kBlock = 64;  // depths interleaved at a time: 32 rows x 64 values stay in L1
-  const int64_t depth = panel_depth(panels, H);
-  for (int64_t p = 0; p * kPanel < count; ++p, panels += depth * kPanel)
-    for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
-      const int64_t k1 = std::min(depth, k0 + kBlock), valid = std::min(H, k1);
-      for (int64_t c = 0; c < kPanel; ++c) {
-        const int64_t v = p * kPanel + c, end = v < count ? valid : k0;
-        const T* row = weight + (first + v) * H;
-        for (int64_t k = k0; k < end; ++k) panels[panel_place(panels, k, c)] = row[k];
-        for (int64_t k = std::max(k0, end); k < k1; ++k) panels[panel_place(panels, k, c)] = T{};
-      }
-    }
-}
 
 // Keeps the logits of a row group and a chunk as rows of kVocabChunk.
 struct LogitRows final : TileSink {
@@ -70,7 +54,7 @@ template <typename T> void run(const Team& team, DType dtype, const TokenLogprob
     const int64_t first = c * kVocabChunk, count = std::min(kVocabChunk, a.V - first);
     if (packed != c) {
       panels = static_cast<T*>(scratch(kScratchPack, size_t(panel_depth(panels, a.H) * kVocabChunk) * sizeof(T)));
-      pack_chunk(weight, a.H, first, count, panels);
+      pack_rows(weight + first * a.H, a.H, count, a.H, 0, (count + kPanel - 1) / kPanel, panels);
       packed = c;
     }
     float* logits = static_cast<float*>(scratch(kScratchLogprobs, size_t(group * kVocabChunk) * sizeof(float)));

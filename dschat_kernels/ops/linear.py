@@ -11,6 +11,8 @@ neither on the other rows nor on the number of threads. `float_output` returns x
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -144,6 +146,18 @@ def linear_sums(x: Tensor, packed: PackedLinear, backend: str | None = None) -> 
         return y.split([n for n, _ in packed.shapes], dim=-1)
     halves = y.view(len(y), packed.num_panels, 2, PANEL // 2)
     return tuple(halves[:, :, i].reshape(len(y), -1)[:, : packed.n] for i in range(2))
+
+
+def linear_input_grad(grads: Sequence[Tensor], packed: PackedLinear) -> Tensor:
+    """dx = sum over parts of dy_p W_p, [T, k], from the gradients [T, n_p] of what `linear_sums` returned.
+
+    One product over all parts with the bits of the packed weight: float32 sums, rounded once.
+    """
+    dy = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
+    if packed.dense is not None:
+        return dy @ packed.dense
+    panels = packed.transposed_panels()
+    return torch.ops.dschat.linear(dy, panels, None, packed.k, packed.total, False, "none", None, False)
 
 
 # ------------------------------------------------------------------------------------------- torch.library

@@ -3,6 +3,10 @@
     lora_linear   y = round(x W^T + b + scale * (x A^T) B^T)       one pass; the side path is float32 throughout
     fuse_lora     W' = round(W + scale * B A)                      accumulated in float32, rounded once, W untouched
 
+and the gradients of the two factors, of a side path as of a fused weight:
+
+    low_rank_grads   dA = scale (dy B)^T x      dB = scale dy^T (x A^T)      in float32, rounded to the factors' dtype
+
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, https://arxiv.org/abs/2106.09685
 """
 
@@ -107,6 +111,42 @@ def fuse_lora_reference(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: f
     return (weight.to(wide) + scale * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
 
 
+def low_rank_grads(
+    x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of lora_a [rank, k] and lora_b [n, rank], in their dtypes, from x [T, k] and dy [T, n] of one dtype.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices and backends.
+    """
+    op = "low_rank_grads"
+    for name, tensor in (("x", x), ("dy", dy), ("lora_a", lora_a), ("lora_b", lora_b)):
+        check_tensor(op, name, tensor)
+        check(tensor.dim() == 2, f"{op}: {name} has shape {list(tensor.shape)}; give a matrix.")
+        check_device(op, name, tensor, x)
+    rank = lora_a.shape[0]
+    check(
+        len(x) == len(dy) and lora_a.shape[1] == x.shape[1] and lora_b.shape == (dy.shape[1], rank) and rank > 0,
+        f"{op}: x {list(x.shape)}, dy {list(dy.shape)}, lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do "
+        "not fit; give [T, k], [T, n], [rank, k] and [n, rank].",
+    )
+    check(x.dtype == dy.dtype, f"{op}: x is {x.dtype} and dy {dy.dtype}; give one dtype.", TypeError)
+    # GPUs have fast small products of their own; the kernel is for the CPU, where torch's would widen x and dy first.
+    if resolve_backend(op, backend, x, dy) != "cpu" or runs_on_cuda():
+        return low_rank_grads_reference(x, dy, lora_a, lora_b, scale)
+    return implementation(op, "cpu", x, dy, lora_a, lora_b)(x, dy, lora_a, lora_b, scale)
+
+
+def low_rank_grads_reference(
+    x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The specification, in plain PyTorch."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, dy, a, b = x.to(wide), dy.to(wide), lora_a.to(wide), lora_b.to(wide)
+    d_a = scale * (dy @ b).t() @ x
+    d_b = scale * (dy.t() @ (x @ a.t()))
+    return d_a.to(lora_a.dtype), d_b.to(lora_b.dtype)
+
+
 def _check_lora(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         check_tensor(op, name, tensor)
@@ -128,6 +168,9 @@ LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> Tensor"
 )
 LIBRARY.define("fuse_lora(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
+LIBRARY.define(
+    "low_rank_grads(Tensor x, Tensor dy, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor da, Tensor db)"
+)
 
 
 def _lora_linear_cpu(
@@ -196,6 +239,27 @@ def _fuse_lora_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
+def _low_rank_grads_cpu(
+    x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    a, b_t = lora_a.detach().float().contiguous(), lora_b.detach().float().t().contiguous()
+    (rows, x_stride), (grads, dy_stride) = as_rows(x), as_rows(dy)
+    (tokens, k), (rank, n) = rows.shape, b_t.shape
+    d_a, d_b = torch.zeros(rank, k), torch.zeros(rank, n)
+    inner = torch.empty(2 * tokens * rank)
+    kernels().low_rank_grads(
+        DTYPES[x.dtype], ptr(rows), x_stride, ptr(grads), dy_stride, tokens, n, k, rank, ptr(a), ptr(b_t), scale,
+        ptr(inner), ptr(d_a), ptr(d_b),
+    )  # fmt: skip
+    return d_a.to(lora_a.dtype), d_b.t().contiguous().to(lora_b.dtype)
+
+
+def _low_rank_grads_fake(
+    x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, lora_a, lora_b, ctx.scale = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b)
@@ -205,14 +269,14 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx = dy W + scale (dy B) A,  dA = scale (dy B)^T x,  dB = scale dy^T (x A^T); the side path in float32."""
     x, weight, lora_a, lora_b = ctx.saved_tensors
     rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    inner = ctx.scale * (grads.float() @ lora_b.float())  # [rows, rank]
     dx = None
     if ctx.needs_input_grad[0]:
+        inner = ctx.scale * (grads.float() @ lora_b.float())  # [rows, rank]
         dx = ((grads @ weight).float() + inner @ lora_a.float()).to(x.dtype).view(x.shape)
-    d_a = inner.t() @ rows.float()
-    d_b = ctx.scale * (grads.float().t() @ (rows.float() @ lora_a.float().t()))
-    return dx, None, None, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype), None
+    d_a, d_b = low_rank_grads(rows, grads, lora_a, lora_b, ctx.scale)
+    return dx, None, None, d_a, d_b, None
 
 
 register("lora_linear", _lora_linear_cpu, _lora_linear_fake, _save, _grad)
 register("fuse_lora", _fuse_lora_cpu, _fuse_lora_fake)
+register("low_rank_grads", _low_rank_grads_cpu, _low_rank_grads_fake)

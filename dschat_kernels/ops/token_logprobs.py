@@ -8,8 +8,9 @@
 The cpu backend walks over the vocabulary in chunks of 1024 and folds them by the rule of
 csrc/cpu/logsumexp.h; its logits have the bits of `linear` and its log-probabilities those of `sample`, so
 that the ratio of a rollout to its recomputation is exactly one. The backward recomputes logits block by
-block. Its matrix products run in float32 on widened inputs (also for bfloat16, whose own products would round
-every block), and the gradients are rounded once at the end.
+block; a block's gradient is rounded to the dtype of the weight before its products, whose sums are float32 and
+are rounded once at the end. (Where the gradient of a bias is wanted, all of it is
+float32.)
 
 Fused linear cross-entropy: Hsu et al., "Liger Kernel", 2024, https://arxiv.org/abs/2410.10989
 """
@@ -35,10 +36,14 @@ from dschat_kernels.ops._common import (
     register,
     resolve_backend,
     runs_on_cuda,
+    widen,
 )
+from dschat_kernels.packing import PANEL
 
 ROW_BLOCK, VOCAB_BLOCK = 512, 4096
-"""The backward's block of logits: 8 MiB of float32, a few of which live at once."""
+"""A block of logits in the backward of GPUs: 8 MiB of float32, a few of which live at once."""
+CPU_VOCAB_BLOCK = 2048
+"""Entries of the vocabulary whose logits' gradient exists at a time, for all rows, in the backward of the CPU."""
 
 
 @overload
@@ -262,8 +267,60 @@ def _backward_cpu(
     logit_softcap: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy), then through temperature and
-    softcap."""
+    """Block by block by csrc/cpu/token_logprobs_backward.h."""
+    if runs_on_cuda():
+        return _backward_blocks(
+            dlogprob, dentropy, hidden, weight, targets, bias, lse, entropy, temperature, logit_softcap, wanted
+        )
+    (tokens, size), vocab = hidden.shape, weight.shape[0]
+    want_bias = wanted[2] and bias is not None
+    # A bias is float32, and its gradient a sum over all rows: rounded terms would not do.
+    compute = torch.float32 if want_bias else hidden.dtype
+    h, stride = as_rows(hidden.detach().to(compute))
+    w = weight.detach().to(compute).contiguous()
+    targets = targets.to(torch.int64).contiguous()
+    offsets, dlogprob, dentropy = widen(bias), widen(dlogprob), widen(dentropy)
+    dh = torch.zeros(tokens, size) if wanted[0] else None
+    dw = torch.empty_like(w) if wanted[1] else None
+    db = torch.empty(vocab) if want_bias else None
+    module, dtype = kernels(), DTYPES[compute]
+    block = min(CPU_VOCAB_BLOCK, vocab)
+    panels = torch.empty(module.token_logprobs_backward_panels(dtype, size, block), dtype=compute)
+    dlogits = torch.empty(tokens, -(-block // PANEL) * PANEL, dtype=compute)
+    for first in range(0, vocab, block):
+        count = min(block, vocab - first)
+        rows = slice(first, first + count)
+        module.token_logprobs_backward(
+            dtype, ptr(h), stride, ptr(w[rows]), 0 if offsets is None else ptr(offsets[rows]), ptr(targets), tokens,
+            size, first, count, ptr(dlogprob), ptr(dentropy), ptr(lse), ptr(entropy), temperature,
+            logit_softcap or 0.0, ptr(dlogits), dlogits.shape[1], ptr(dh), ptr(panels),
+        )  # fmt: skip
+        if dw is not None:
+            torch.mm(dlogits[:, :count].t(), h, out=dw[rows])
+        if db is not None:
+            db[rows] = dlogits[:, :count].sum(0)
+    return (
+        no_tensor(hidden) if dh is None else dh.to(hidden.dtype),
+        no_tensor(weight) if dw is None else dw.to(weight.dtype),
+        no_tensor(weight) if db is None or bias is None else db.to(bias.dtype),
+    )
+
+
+def _backward_blocks(
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    logit_softcap: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In PyTorch, for CUDA: dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy), then through
+    temperature and softcap; in float32 throughout."""
     (tokens, size), vocab = hidden.shape, weight.shape[0]
     h = hidden.detach().float()
     targets = targets.long()

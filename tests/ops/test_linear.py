@@ -12,9 +12,9 @@ from dschat_kernels import linear
 from dschat_kernels.ops._common import kernels
 from dschat_kernels.ops.bias_act import bias_act
 from dschat_kernels.ops.gated_act import gated_act
-from dschat_kernels.ops.linear import linear_reference, linear_sums
+from dschat_kernels.ops.linear import linear_input_grad, linear_reference, linear_sums
 from dschat_kernels.packing import LoraUpdate, PackedLinear, ResolvedLinear
-from tests.helpers import assert_close_to_fp64
+from tests.helpers import assert_close_to_fp64, native_threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -36,6 +36,24 @@ def test_against_float64(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     y = linear(x, PackedLinear.from_weight(w, b), backend="cpu")
     assert y.shape == (rows, n) and y.dtype == dtype
     assert_close_to_fp64(y, x.double() @ w.double().t() + b.double(), torch.nn.functional.linear(x, w, b))
+
+
+@given(
+    rows=st.integers(1, 40), n=st.integers(1, 80), k=st.integers(1, 200), dtype=st.sampled_from(DTYPES),
+    gated=st.booleans(), threads=st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_the_transposed_panels_hold_the_same_matrix(
+    rows: int, n: int, k: int, dtype: torch.dtype, gated: bool, threads: int
+) -> None:
+    parts = [ResolvedLinear(make(n + (0 if gated else s), k, dtype, s, False)[0], None, ()) for s in range(2)]
+    packed = PackedLinear.from_parts(parts, gated=gated)
+    grads = [torch.randn(rows, p.weight.shape[0]).to(dtype) for p in parts]
+    with native_threads(threads):
+        dx = linear_input_grad(grads, packed)
+    dy, weight = torch.cat(grads, 1), torch.cat([p.weight for p in parts])
+    assert torch.equal(dx, linear(dy, PackedLinear.from_weight(weight.t()), backend="cpu"))
+    dense = PackedLinear.from_parts(parts, gated=gated, dense=True)
+    assert_close_to_fp64(dx, dy.double() @ weight.double(), linear_input_grad(grads, dense))
 
 
 @given(

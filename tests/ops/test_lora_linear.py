@@ -8,8 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dschat_kernels import fuse_lora, lora_linear
-from dschat_kernels.ops.lora_linear import fuse_lora_reference, lora_linear_reference
-from tests.helpers import assert_close_to_fp64
+from dschat_kernels.ops.lora_linear import (
+    fuse_lora_reference,
+    lora_linear_reference,
+    low_rank_grads,
+    low_rank_grads_reference,
+)
+from tests.helpers import assert_close_to_fp64, native_threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -90,6 +95,44 @@ def test_gradients(backend: str) -> None:
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+@given(
+    rows=st.one_of(st.integers(1, 40), st.sampled_from([128, 129, 300])), n=st.integers(1, 70), k=st.integers(1, 100),
+    rank=st.integers(1, 20), dtype=st.sampled_from(DTYPES), strided=st.booleans(), threads=st.sampled_from([1, 2, 3]),
+)  # fmt: skip
+def test_low_rank_grads_against_float64(
+    rows: int, n: int, k: int, rank: int, dtype: torch.dtype, strided: bool, threads: int
+) -> None:
+    x, _, _, la, lb = make(rows, n, k, rank, dtype)
+    dy = torch.randn(rows, n, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    if strided:
+        x, dy = (torch.cat([t, t + 1], 1)[:, : t.shape[1]] for t in (x, dy))
+    with native_threads(1):
+        alone = low_rank_grads(x, dy, la, lb, 0.7, backend="cpu")
+    with native_threads(threads):
+        ours = low_rank_grads(x, dy, la, lb, 0.7, backend="cpu")
+    wide = [t.double() for t in (x, dy, la, lb)]
+    exact = low_rank_grads_reference(*wide, 0.7)
+    own = low_rank_grads_reference(x, dy, la, lb, 0.7)
+    sizes = (
+        0.7 * ((wide[1] ** 2 @ wide[3] ** 2).t() @ wide[0] ** 2).sqrt().max().item(),
+        0.7 * (wide[1].t() ** 2 @ (wide[0] ** 2 @ wide[2].t() ** 2)).sqrt().max().item(),
+    )
+    for a, b, e, t, size in zip(ours, alone, exact, own, sizes, strict=True):
+        assert torch.equal(a, b)
+        assert_close_to_fp64(a, e, t, size=size)
+
+
+def test_low_rank_grads_keep_the_dtype_of_the_factors_and_name_bad_input() -> None:
+    x, _, _, la, lb = make(5, 20, 16, 4, torch.bfloat16)
+    dy = torch.randn(5, 20).bfloat16()
+    d_a, d_b = low_rank_grads(x, dy, la.bfloat16(), lb, 1.0)
+    assert d_a.dtype == torch.bfloat16 and d_b.dtype == torch.float32
+    with pytest.raises(ValueError, match="do not fit"):
+        low_rank_grads(x, dy[:4], la, lb, 1.0)
+    with pytest.raises(TypeError, match="x is torch.bfloat16 and dy torch.float32"):
+        low_rank_grads(x, dy.float(), la, lb, 1.0)
+
+
 def test_gradcheck_of_the_reference() -> None:
     x, w, b, la, lb = (t.double() for t in make(3, 5, 4, 2, torch.float32))
     for t in (x, la, lb):
@@ -104,6 +147,9 @@ def test_opcheck() -> None:
         (x.requires_grad_(), w, b, la.requires_grad_(), lb.requires_grad_(), 0.5),
     )
     torch.library.opcheck(torch.ops.dschat.fuse_lora, (w, la.detach(), lb.detach(), 0.5))
+    torch.library.opcheck(
+        torch.ops.dschat.low_rank_grads, (x.detach(), torch.randn(3, 20), la.detach(), lb.detach(), 0.5)
+    )
 
 
 def test_bad_input_is_named() -> None:
