@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dschat_kernels.backends import backends, read_bandwidth
 
 from .engine import HybridEngine, SamplingConfig
+from .engine.verify import logprob_gap
 
 
 @dataclass
@@ -100,11 +101,14 @@ def generate(
     repeats: int = 3,
     compare_hf: bool = True,
     backend: str | None = None,
+    weights: str = "model",
     progress: Callable[[str], None] | None = None,
 ) -> GenerateReport:
     """Measures `workloads`, each (batch size, prompt length, new tokens), on a causal language model.
 
     Each side is warmed up once with the workload, then measured `repeats` times, the sides taking turns.
+    weights: "model", or "int8": then the facts also hold how far the log-probs of a sampled rollout of the first
+    workload are from those of the training forward.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: measure at least once.")
@@ -116,20 +120,34 @@ def generate(
                 f"workload {workload}: give a batch size, prompt length and number of new tokens of at least 1."
             )
     model.eval()
-    engine = HybridEngine(model, max_slots=max(b for b, _, _ in workloads), backend=backend)
+    engine = HybridEngine(
+        model, max_slots=max(b for b, _, _ in workloads), backend=backend, rollout_weights=weights
+    )
     peak = read_bandwidth()
     report = GenerateReport(machine_facts(peak), _model_facts(engine))
     for batch, prompt, new in workloads:
         if progress is not None:
             progress(f"batch {batch}, {prompt} + {new} tokens")
         report.rows.append(_measure(engine, batch, prompt, new, repeats, compare_hf, peak))
+    if weights != "model":
+        batch, prompt, new = workloads[0]
+        rollout = engine.generate(
+            _random_prompts(engine, batch, prompt), None, SamplingConfig(max_new_tokens=new)
+        )
+        with torch.no_grad():
+            gap = logprob_gap(engine.logprobs(rollout), rollout)
+        report.model["logprob_gap"] = {k: round(v, 5) for k, v in gap.items()}
     return report
+
+
+def _random_prompts(engine: HybridEngine, batch: int, prompt: int) -> Tensor:
+    return torch.randint(engine.spec.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
 
 
 def _measure(
     engine: HybridEngine, batch: int, prompt: int, new: int, repeats: int, compare_hf: bool, peak: float
 ) -> GenerateRow:
-    ids = torch.randint(engine.spec.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    ids = _random_prompts(engine, batch, prompt)
     sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)
     engine.generate(ids, None, sampling)
     if compare_hf:
@@ -190,6 +208,7 @@ def _model_facts(engine: HybridEngine) -> dict[str, Any]:
         "type": engine.spec.model_type,
         "parameters": sum(parameters.values()),
         "dtype": str(engine.decoder.dtype).removeprefix("torch."),
+        "weights": engine.decoder.weights,
     }
 
 

@@ -55,7 +55,7 @@ def chat(
     """
     source, target = source or sys.stdin, target or sys.stdout
     encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-    engine = HybridEngine(model, backend=config.backend)
+    engine = HybridEngine(model, backend=config.backend, rollout_weights=config.weights)
     templated = bool(tokenizer.chat_template)
 
     def write(text: str) -> None:

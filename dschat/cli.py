@@ -182,7 +182,8 @@ def generate(config: configs.GenerateConfig) -> None:
         eos_token_id=encoder.stop_ids,
         pad_token_id=encoder.pad_id,
     )
-    rollout = HybridEngine(model, backend=config.backend).generate(ids, mask, sampling)
+    engine = HybridEngine(model, backend=config.backend, rollout_weights=config.weights)
+    rollout = engine.generate(ids, mask, sampling)
     for i, (row, real) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
         if len(rollout) > 1:
             print(f"--- {prompts[i // config.n]}")
@@ -209,7 +210,7 @@ def bench_generate(config: configs.BenchGenerateConfig) -> None:
     model, _ = _load(config)
     result = bench.generate(
         model, workloads, repeats=config.repeats, compare_hf=config.compare_hf, backend=config.backend,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
+        weights=config.weights, progress=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     print("  ".join(f"{k}: {v}" for k, v in (result.machine | result.model).items()))
     print(result.to_markdown())
@@ -221,8 +222,9 @@ def verify(config: configs.VerifyConfig) -> int:
 
     model, _ = _load(config)
     certificate = certify(
-        model, max_new_tokens=config.max_new_tokens, backend=config.backend, seed=config.seed
-    )
+        model, max_new_tokens=config.max_new_tokens, backend=config.backend, seed=config.seed,
+        rollout_weights=config.weights,
+    )  # fmt: skip
     print(certificate)
     _write(config.output, certificate.to_json())
     return 0 if certificate.passed else EXIT_NOT_PASSED

@@ -190,7 +190,9 @@ class Service:
     def __init__(self, config: ServeConfig, model: Any, tokenizer: Any) -> None:
         self.config, self.name = config, config.name or config.model
         self.encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-        self.engine = HybridEngine(model, backend=config.backend, max_slots=config.max_batch)
+        self.engine = HybridEngine(
+            model, backend=config.backend, max_slots=config.max_batch, rollout_weights=config.weights
+        )
         self.batcher = Batcher(
             self.engine, self.encoder.pad_id, config.max_waiting, config.window_ms / 1000, config.seed
         )

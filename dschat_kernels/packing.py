@@ -1,9 +1,9 @@
 """Weights as the rollout reads them: packed in panels, LoRA fused, rebuilt only when something changed.
 
 `resolve_linear` finds what a projection computes right now (weight, bias, the active LoRA adapters).
-`PackedLinear` holds one packed matrix, `W + sum of scale * B A` accumulated in float32 and rounded once, so
-the training weight is only read. `digest` says whether a tensor's bytes changed; a tensor's version counter
-cannot (fused optimizers and `.data` bypass it).
+`PackedLinear` holds one packed matrix, `W + sum of scale * B A` accumulated in float32 and rounded once, to the
+rollout's dtype or to int8 with a scale a row, so the training weight is only read. `digest` says whether a
+tensor's bytes changed; a tensor's version counter cannot (fused optimizers and `.data` bypass it).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ PANEL = 32
 """Output columns of a panel (csrc/cpu/linear.h)."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that can be packed, with their number in the binding."""
+WEIGHTS = ("model", "int8")
+"""How packs hold weights: in the rollout's dtype, or as int8 with a float32 scale an output column."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,20 @@ def digest(tensor: Tensor) -> int:
     return int((words * (factors | 1)).sum())
 
 
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 of every row of a float32 [out, in] matrix: (values int8 [out, in], scales float32 [out]).
+
+    scale = max |w| / 127; value = w / scale rounded to even, so that |w - scale * value| <= scale / 2. A row whose
+    scale is no normal number becomes 0, one that holds NaN or infinity gets the scale NaN.
+    """
+    finite = weight.isfinite().all(1)
+    scales = weight.abs().amax(1) / 127.0 if weight.shape[1] else weight.new_zeros(len(weight))
+    normal = finite & (scales >= torch.finfo(torch.float32).tiny)
+    values = (weight / scales[:, None]).round().clamp(-127, 127)
+    values = values.where(normal[:, None], torch.zeros(())).to(torch.int8)
+    return values, scales.where(normal, torch.zeros(())).where(finite, torch.full((), torch.nan))
+
+
 def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
     """round(W + sum of scale * B A) as a dense [out, in] tensor of `dtype`, accumulated in float32."""
     weight = part.weight.detach().float()
@@ -124,15 +140,23 @@ def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
+def check_weights(weights: str) -> None:
+    """Raises ValueError for another name than those of WEIGHTS."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}: give one of {', '.join(map(repr, WEIGHTS))}.")
+
+
 class PackedLinear:
     """One matrix for `ops.linear`: several projections below each other (q, k, v), or a gate/up pair.
 
     For the cpu backend `panels` holds the packed layout and `dense` is None; otherwise `dense` is the
-    fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None.
+    fused [n, k] matrix (a gated pair: [2 n, k], gate first) and `panels` is None. With int8 weights either of
+    them holds the integers, and `scales` (float32, in the order of `bias`) what they are multiplied by.
 
     Args:
         shapes: (out, in) of the parts; all `in` equal.
         dtype: float32 or bfloat16 (dense: float16 too), of the packed weights and of the activations they meet.
+        weights: "model" (in `dtype`) or "int8" (`quantise`); activations keep their dtype.
         gated: exactly two parts of one shape, gate and up; the result has `out` of one of them.
         dense: keep the matrix dense, as GPUs want it; None: where there are no native kernels, or not on the CPU.
         device: of the packed weights.
@@ -145,6 +169,7 @@ class PackedLinear:
         *,
         gated: bool = False,
         has_bias: bool = False,
+        weights: str = "model",
         dense: bool | None = None,
         device: torch.device | str = "cpu",
     ):
@@ -152,6 +177,7 @@ class PackedLinear:
         dense = (module is None or torch.device(device).type != "cpu") if dense is None else dense
         if dtype not in DTYPES and not (dense and dtype == torch.float16):
             raise TypeError(f"weights cannot be packed as {dtype}: use torch.float32 or torch.bfloat16.")
+        check_weights(weights)
         ks = {k for _, k in shapes}
         if len(ks) != 1 or (gated and (len(shapes) != 2 or shapes[0] != shapes[1])):
             raise ValueError(
@@ -160,6 +186,7 @@ class PackedLinear:
             )
         self.shapes = [tuple(s) for s in shapes]
         self.dtype = dtype
+        self.weights = weights
         self.gated = gated
         self.k = ks.pop()
         self.n = shapes[0][0] if gated else sum(n for n, _ in shapes)
@@ -170,13 +197,15 @@ class PackedLinear:
         self.bias = torch.zeros(entries, device=device) if has_bias else None
         self.fills = 0
         """Times the pack was written; what read it once can tell whether it still holds the same weight."""
+        self.scales = torch.zeros(entries, device=device) if weights == "int8" else None
+        held = torch.int8 if weights == "int8" else dtype
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
         if not dense:
             self.depth = module.panel_depth(DTYPES[dtype], self.k)  # k, padded where AMX tiles need it
-            self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=dtype)
+            self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=held)
         else:
-            self.dense = torch.empty(self.total, self.k, dtype=dtype, device=device)
+            self.dense = torch.empty(self.total, self.k, dtype=held, device=device)
 
     @classmethod
     def from_parts(
@@ -185,6 +214,7 @@ class PackedLinear:
         dtype: torch.dtype | None = None,
         *,
         gated: bool = False,
+        weights: str = "model",
         dense: bool | None = None,
     ) -> PackedLinear:
         """Allocates and fills a pack for `parts`; dtype defaults to that of the weights."""
@@ -193,6 +223,7 @@ class PackedLinear:
             dtype or parts[0].weight.dtype,
             gated=gated,
             has_bias=any(p.bias is not None for p in parts),
+            weights=weights,
             dense=dense,
             device=parts[0].weight.device,
         )
@@ -206,14 +237,15 @@ class PackedLinear:
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
         *,
+        weights: str = "model",
         dense: bool | None = None,
     ) -> PackedLinear:
         """Packs one plain weight [out, in]."""
-        return cls.from_parts([ResolvedLinear(weight, bias, ())], dtype, dense=dense)
+        return cls.from_parts([ResolvedLinear(weight, bias, ())], dtype, weights=weights, dense=dense)
 
     @property
     def nbytes(self) -> int:
-        held = [t for t in (self.panels, self.dense, self.bias) if t is not None]
+        held = [t for t in (self.panels, self.dense, self.scales, self.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in held)
 
     def fits(self, parts: Sequence[ResolvedLinear]) -> bool:
@@ -247,7 +279,12 @@ class PackedLinear:
             self.bias.copy_(self._panel_order(parts))
         if self.panels is None:
             assert self.dense is not None
-            torch.cat([fused_weight(p, self.dtype) for p in parts], out=self.dense)
+            if self.scales is None:
+                torch.cat([fused_weight(p, self.dtype) for p in parts], out=self.dense)
+            else:
+                values, scales = zip(*(quantise(fused_weight(p, torch.float32)) for p in parts), strict=True)
+                torch.cat(values, out=self.dense)
+                torch.cat(scales, out=self.scales)
         else:
             self._pack(parts, self.panels)
 
@@ -265,11 +302,18 @@ class PackedLinear:
             keep.append(weight)
             matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
         source = parts[0].weight.dtype
-        module.pack_linear(DTYPES[source], DTYPES[self.dtype], matrices, self.gated, ptr(panels))
+        module.pack_linear(
+            DTYPES[source], DTYPES[self.dtype], matrices, self.gated, ptr(panels), ptr(self.scales)
+        )
 
     def to_dense(self) -> Tensor:
         """The fused matrix [n, k] (a gated pair: [2 n, k], gate first) that the pack stands for, bit for
-        bit."""
+        bit; of int8 weights scale * value, rounded to float32."""
+        scales = self.plain_scales()
+        return self.stored() if scales is None else self.stored().float() * scales[:, None]
+
+    def stored(self) -> Tensor:
+        """The matrix in the order of `to_dense` as it is stored: of int8 weights the integers."""
         if self.dense is not None:
             return self.dense.clone()
         assert self.panels is not None
@@ -295,8 +339,9 @@ class PackedLinear:
         Its depths are the parts' rows one below the other (a gated pair: gate's, then up's).
         """
         module: Any = native()
-        if self.panels is None:
-            raise ValueError("the pack is dense: multiply with it directly.")
+        if self.panels is None or self.scales is not None:
+            held = "dense" if self.panels is None else "int8"
+            raise ValueError(f"the pack is {held}: only panels of the model's dtype can be transposed.")
         depth = module.panel_depth(DTYPES[self.dtype], self.total)
         out = torch.empty(-(-self.k // PANEL) * depth * PANEL, dtype=self.dtype)
         module.transpose_panels(DTYPES[self.dtype], ptr(self.panels), self.n, self.k, self.gated, ptr(out))
@@ -304,11 +349,18 @@ class PackedLinear:
 
     def plain_bias(self) -> Tensor | None:
         """The bias in output order (a gated pair: gate's, then up's), float32."""
-        if self.bias is None or self.panels is None:
-            return self.bias
+        return self._plain(self.bias)
+
+    def plain_scales(self) -> Tensor | None:
+        """The scales of int8 weights in the same order."""
+        return self._plain(self.scales)
+
+    def _plain(self, columns: Tensor | None) -> Tensor | None:
+        if columns is None or self.panels is None:
+            return columns
         if not self.gated:
-            return self.bias[: self.n]
-        halves = self.bias.view(self.num_panels, 2, PANEL // 2)
+            return columns[: self.n]
+        halves = columns.view(self.num_panels, 2, PANEL // 2)
         return torch.cat([halves[:, i].reshape(-1)[: self.n] for i in range(2)])
 
     def _panel_order(self, parts: Sequence[ResolvedLinear]) -> Tensor:

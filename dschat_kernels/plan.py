@@ -28,7 +28,7 @@ from .ops.layer_norm import layer_norm
 from .ops.linear import linear
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import rope_append
-from .packing import DTYPES, PackedLinear, ResolvedLinear, digest, resolve_linear
+from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,7 @@ class Decoder:
         backend: None (native kernels where they are, else the reference), "cpu", "reference",
             "triton" or "cuda".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
+        weights: "model": packs in `dtype`; "int8": quantised while packing, a scale an output column.
 
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
     runs on what the last `refresh` left. Call `refresh` after any change of weights, adapters or their
@@ -303,7 +304,9 @@ class Decoder:
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         max_tokens: int = 2048,
+        weights: str = "model",
     ):
+        check_weights(weights)
         embed: Any = spec.embed
         self.dtype: torch.dtype = dtype or embed.weight.dtype
         if self.dtype not in DTYPES:
@@ -324,7 +327,11 @@ class Decoder:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
             )
-        self.spec = spec
+        if weights == "int8" and backend in ("triton", "cuda"):
+            raise ValueError(
+                f"weights is 'int8' and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
+            )
+        self.spec, self.weights = spec, weights
         self.backend = backend or ("cpu" if native() is not None else "reference")
         self.max_tokens = max_tokens
         self.plan = make_plan(spec)
@@ -410,7 +417,9 @@ class Decoder:
             group.packed.fill(parts)
         else:
             dense = True if self.backend in ("triton", "cuda") else None
-            group.packed = PackedLinear.from_parts(parts, self.dtype, gated=group.gated, dense=dense)
+            group.packed = PackedLinear.from_parts(
+                parts, self.dtype, gated=group.gated, weights=self.weights, dense=dense
+            )
         group.key = key
         stats.changed += 1
         stats.bytes_packed += group.packed.nbytes
@@ -703,7 +712,7 @@ class NativeExecutor:
             p = d.packed(c.weights)
             plan.linear(
                 index[c.input], index[c.out], index[c.residual] if c.residual else -1, ptr(p.panels),
-                ptr(p.bias), p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
+                ptr(p.scales), ptr(p.bias), p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
             )  # fmt: skip
         elif c.op == "scale":
             plan.scale(index[c.input], index[c.out], d.plan.widths[c.out], factor(d, c))

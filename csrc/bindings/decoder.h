@@ -37,8 +37,10 @@ struct Matrices {
   }
 };
 
-inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, int64_t k, bool gated) {
-  return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated};
+inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, int64_t k, bool gated,
+                                  uintptr_t scales = 0) {
+  return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated,
+          reinterpret_cast<const float*>(scales)};
 }
 
 // How bfloat16 products are computed: widened to float32, by dot products of pairs, or on AMX tiles; "model": by the
@@ -69,11 +71,11 @@ inline void bind_decoder(pybind11::module_& m) {
       });
   m.def(
       "pack_linear",
-      [](int source, int target, const std::vector<Matrix>& parts, bool gated, uintptr_t panels) {
+      [](int source, int target, const std::vector<Matrix>& parts, bool gated, uintptr_t panels, uintptr_t scales) {
         Matrices matrices(parts);
         parallel([&](const Team& team) {
           pack_linear(team, DType(source), DType(target), matrices.dense.data(), int(matrices.dense.size()), gated,
-                      reinterpret_cast<void*>(panels));
+                      reinterpret_cast<void*>(panels), reinterpret_cast<float*>(scales));
         });
       },
       release());
@@ -101,21 +103,30 @@ inline void bind_decoder(pybind11::module_& m) {
       },
       release());
 
+  // linear_int8 is linear with one argument more, the scales of the panels.
+  const auto linear_int8 = [](int dtype, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t panels, uintptr_t bias,
+                              int64_t n, int64_t k, bool gated, int activation, uintptr_t residual,
+                              int64_t residual_stride, bool float_output, uintptr_t y, int64_t y_stride,
+                              uintptr_t scales) {
+    const PackedMatrix w = packed_matrix(panels, bias, n, k, gated, scales);
+    LinearEpilogue e;
+    e.activation = Activation(activation);
+    e.residual = reinterpret_cast<const void*>(residual);
+    e.residual_stride = residual_stride;
+    e.float_output = float_output;
+    parallel([&](const Team& team) {
+      linear(team, DType(dtype), reinterpret_cast<const void*>(x), x_stride, rows, w, e, reinterpret_cast<void*>(y),
+             y_stride);
+    });
+  };
+  m.def("linear_int8", linear_int8, release());
   m.def(
       "linear",
-      [](int dtype, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t panels, uintptr_t bias, int64_t n,
-         int64_t k, bool gated, int activation, uintptr_t residual, int64_t residual_stride, bool float_output,
-         uintptr_t y, int64_t y_stride) {
-        const PackedMatrix w = packed_matrix(panels, bias, n, k, gated);
-        LinearEpilogue e;
-        e.activation = Activation(activation);
-        e.residual = reinterpret_cast<const void*>(residual);
-        e.residual_stride = residual_stride;
-        e.float_output = float_output;
-        parallel([&](const Team& team) {
-          linear(team, DType(dtype), reinterpret_cast<const void*>(x), x_stride, rows, w, e,
-                 reinterpret_cast<void*>(y), y_stride);
-        });
+      [linear_int8](int dtype, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t panels, uintptr_t bias, int64_t n,
+                    int64_t k, bool gated, int activation, uintptr_t residual, int64_t residual_stride,
+                    bool float_output, uintptr_t y, int64_t y_stride) {
+        linear_int8(dtype, x, x_stride, rows, panels, bias, n, k, gated, activation, residual, residual_stride,
+                    float_output, y, y_stride, 0);
       },
       release());
 
@@ -215,11 +226,11 @@ inline void bind_decoder(pybind11::module_& m) {
              p.add(c);
            })
       .def("linear",
-           [](StepPlan& p, int in, int out, int residual, uintptr_t panels, uintptr_t bias, int64_t n, int64_t k,
-              bool gated, int activation, bool float_output) {
+           [](StepPlan& p, int in, int out, int residual, uintptr_t panels, uintptr_t scales, uintptr_t bias, int64_t n,
+              int64_t k, bool gated, int activation, bool float_output) {
              Call c{CallKind::linear};
              c.in = in, c.out = out, c.residual = residual;
-             c.matrix = packed_matrix(panels, bias, n, k, gated);
+             c.matrix = packed_matrix(panels, bias, n, k, gated, scales);
              c.activation = Activation(activation), c.float_output = float_output;
              p.add(c);
            })

@@ -34,6 +34,11 @@ inline Bf16Pairs load_pairs(const bf16* p) {
   std::memcpy(&x, p, sizeof(x));
   return x;
 }
+inline Bf16Pairs load_pairs(const int8_t* p) {
+  bf16 values[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; ++i) values[i] = to_bf16(float(p[i]));
+  return load_pairs(values);
+}
 inline Bf16Pairs set1(Bf16Pair x) {
   Bf16Pairs all;
   for (int i = 0; i < kLanes; ++i) all.pair[i] = x;
@@ -57,6 +62,8 @@ inline Vec dot(Vec sum, Bf16Pairs x, Bf16Pairs y) {
 
 using Bf16Pairs = __m512bh;
 DSCHAT_INLINE Bf16Pairs load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+// Integers up to 256 are exact in bfloat16.
+DSCHAT_INLINE Bf16Pairs load_pairs(const int8_t* p) { return _mm512_cvtne2ps_pbh(load(p + kLanes).v, load(p).v); }
 DSCHAT_INLINE Bf16Pairs set1(Bf16Pair x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));

@@ -1,4 +1,4 @@
-// What linear and lora_linear do with finished sums: bias, rounding, activation or gate, residual, store.
+// What linear and lora_linear do with finished sums: scale of int8 weights, bias, rounding, activation or gate, residual, store.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +35,10 @@ template <typename T> struct Output final : TileSink {
     for (int r = 0; r < rows; ++r) {
       for (int p = 0; p < panels; ++p, sums += kPanel) {
         Vec lo = load(sums), hi = load(sums + kLanes);
+        if (w.scales) {
+          lo = lo * load(w.scales + (panel + p) * kPanel);
+          hi = hi * load(w.scales + (panel + p) * kPanel + kLanes);
+        }
         if (w.bias) {
           lo = lo + load(w.bias + (panel + p) * kPanel);
           hi = hi + load(w.bias + (panel + p) * kPanel + kLanes);

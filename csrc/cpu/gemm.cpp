@@ -17,9 +17,11 @@ template <typename W> struct Job {
 
   int64_t panel_values() const { return panel_depth(w, k) * kPanel; }
 
-  template <int MR, int NP, bool kStream> void tile(const Unit* a, int64_t row, int64_t panel, Ahead& ahead) const {
+  // values: of NP panels from `panel` on, as they are or widened.
+  template <int MR, int NP, bool kStream, typename V>
+  void tile(const Unit* a, const V* values, int64_t row, int64_t panel, Ahead& ahead) const {
     alignas(64) float sums[MR * NP * kPanel];
-    multiply<W, MR, NP, kStream>(a, w + panel * panel_values(), k, sums, ahead);
+    multiply<V, MR, NP, kStream>(a, values, k, sums, ahead);
     sink.write(sums, row, MR, panel, NP);
   }
 
@@ -28,13 +30,20 @@ template <typename W> struct Job {
     constexpr int NP = panels_at_once<MR>();
     Ahead none;
     int64_t p = begin;
-    for (; p + NP <= end; p += NP) tile<MR, NP, true>(a, row, p, none);
-    for (; p < end; ++p) tile<MR, 1, true>(a, row, p, none);
+    for (; p + NP <= end; p += NP) tile<MR, NP, true>(a, w + p * panel_values(), row, p, none);
+    for (; p < end; ++p) tile<MR, 1, true>(a, w + p * panel_values(), row, p, none);
   }
 
-  // MR rows times one panel that other row blocks use too.
-  template <int MR> void reuse(const Unit* a, int64_t row, int64_t panel, Ahead& ahead) const {
-    tile<MR, 1, false>(a, row, panel, ahead);
+  // A panel for several row blocks: int8 ones that dots meet are widened once for all.
+  auto shared_panel(int64_t panel) const {
+    const W* values = w + panel * panel_values();
+    if constexpr (std::is_same_v<W, q8_pair>) {
+      bf16* wide = static_cast<bf16*>(scratch(kScratchWiden, size_t(panel_values()) * sizeof(bf16)));
+      widen(bytes(values), panel_values(), wide);
+      return static_cast<const bf16*>(wide);
+    } else {
+      return values;
+    }
   }
 
   // f(std::integral_constant<int, rows>) for 1 <= rows <= kMaxRows.
@@ -74,8 +83,10 @@ template <typename W> struct Job {
       for (int64_t p = p0; p < p1; ++p) {
         const char* next = reinterpret_cast<const char*>(w + (p + 1) * panel_values());
         Ahead ahead{next, p + 1 < p1 ? next + panel_values() * int64_t(sizeof(W)) : next};
+        const auto* values = shared_panel(p);
         for (int64_t b = 0; b < blocks; ++b)
-          with_rows(int(cut(b + 1) - cut(b)), [&](auto mr) { reuse<mr()>(copy_of(b), cut(b), p, ahead); });
+          with_rows(int(cut(b + 1) - cut(b)),
+                    [&](auto mr) { tile<mr(), 1, false>(copy_of(b), values, cut(b), p, ahead); });
       }
     }
   }
@@ -86,13 +97,17 @@ template <typename W> struct Job {
 void multiply_panels(DType x_type, DType w_type, const void* x, int64_t x_stride, int64_t k, const void* panels,
                      int64_t r0, int64_t r1, int64_t p0, int64_t p1, const TileSink& sink) {
   if (r0 >= r1 || p0 >= p1) return;
-  if (w_type == DType::f32)
-    Job<float>{x_type, x, x_stride, k, static_cast<const float*>(panels), sink}.run(r0, r1, p0, p1);
-  else
+  const auto run = [&](auto w) {
+    using W = decltype(w);
+    Job<W>{x_type, x, x_stride, k, static_cast<const W*>(panels), sink}.run(r0, r1, p0, p1);
+  };
+  if (w_type == DType::f32) return run(float{});
+  if (w_type == DType::i8 && x_type == DType::f32) return run(q8{});
 #if defined(DSCHAT_AMX)
-    multiply_panels_amx(static_cast<const bf16*>(x), x_stride, k, static_cast<const bf16*>(panels), r0, r1, p0, p1, sink);
+  multiply_panels_amx(static_cast<const bf16*>(x), x_stride, k, panels, w_type == DType::i8, r0, r1, p0, p1, sink);
 #else
-    Job<bf16>{x_type, x, x_stride, k, static_cast<const bf16*>(panels), sink}.run(r0, r1, p0, p1);
+  if (w_type == DType::i8) return run(q8_bf16{});
+  run(bf16{});
 #endif
 }
 

@@ -20,8 +20,20 @@ constexpr int64_t kPanel = 32;  // output columns of a panel
 //   float32           [k][32], columns in order
 //   bfloat16          [k][16 pairs (c, c + 16)]: one 64-byte load gives two float vectors by a shift and a mask
 //   bfloat16 by dots  [k / 2][2 halves][16 columns][2 depths], k padded with zeros to pairs; with AMX to whole tiles
+//   int8              the order of float32, or where rows meet it by dots that of bfloat16 by dots
 DSCHAT_INLINE int64_t panel_place(const float*, int64_t k, int64_t c) { return k * kPanel + c; }
 DSCHAT_INLINE int64_t panel_depth(const float*, int64_t k) { return k; }
+// int8 weights, exact in whatever they are widened to: q8 meets float32 rows, q8_pair dots of bfloat16 pairs.
+struct q8 {
+  int8_t value;
+};
+struct q8_pair {
+  int8_t value;
+};
+DSCHAT_INLINE const int8_t* bytes(const q8* p) { return reinterpret_cast<const int8_t*>(p); }
+DSCHAT_INLINE const int8_t* bytes(const q8_pair* p) { return reinterpret_cast<const int8_t*>(p); }
+DSCHAT_INLINE int64_t panel_place(const q8*, int64_t k, int64_t c) { return k * kPanel + c; }
+DSCHAT_INLINE int64_t panel_depth(const q8*, int64_t k) { return k; }
 #if defined(DSCHAT_AMX) || defined(DSCHAT_BF16_DOT)
 constexpr bool kDepthPairs = true;
 #if defined(DSCHAT_AMX)
@@ -33,13 +45,31 @@ DSCHAT_INLINE int64_t panel_place(const bf16*, int64_t k, int64_t c) {
   return k / 2 * 64 + c / kLanes * 32 + c % kLanes * 2 + k % 2;
 }
 DSCHAT_INLINE int64_t panel_depth(const bf16*, int64_t k) { return (k + kDepthGrain - 1) / kDepthGrain * kDepthGrain; }
+DSCHAT_INLINE int64_t panel_place(const q8_pair*, int64_t k, int64_t c) {
+  return panel_place(static_cast<const bf16*>(nullptr), k, c);
+}
+DSCHAT_INLINE int64_t panel_depth(const q8_pair*, int64_t k) {
+  return panel_depth(static_cast<const bf16*>(nullptr), k);
+}
+using q8_bf16 = q8_pair;  // int8 weights that bfloat16 rows meet
 #else
 constexpr bool kDepthPairs = false;
 DSCHAT_INLINE int64_t panel_place(const bf16*, int64_t k, int64_t c) {
   return k * kPanel + (c < kLanes ? 2 * c : 2 * (c - kLanes) + 1);
 }
 DSCHAT_INLINE int64_t panel_depth(const bf16*, int64_t k) { return k; }
+using q8_bf16 = q8;
 #endif
+
+// `count` int8 values as bfloat16, in their order; a multiple of 32.
+DSCHAT_INLINE void widen(const int8_t* from, int64_t count, bf16* to) {
+#if defined(__AVX512BF16__)
+  for (int64_t i = 0; i < count; i += 2 * kLanes)
+    _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(load(from + i + kLanes).v, load(from + i).v));
+#else
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+#endif
+}
 
 // Receives finished sums: rows x (panels * 32) float32 of the tile whose first row and panel are given.
 struct TileSink {
@@ -50,13 +80,14 @@ struct TileSink {
 };
 
 // Rows [r0, r1) of x [rows, k] (row stride in elements) times the panels [p0, p1), on the calling thread. Weight
-// panels have x's dtype, or float32.
+// panels have x's dtype, or float32, or are int8 (sums of x times the integers: the sink scales them).
 void multiply_panels(DType x_type, DType w_type, const void* x, int64_t x_stride, int64_t k, const void* panels,
                      int64_t r0, int64_t r1, int64_t p0, int64_t p1, const TileSink& sink);
 
 #if defined(DSCHAT_AMX)
-void multiply_panels_amx(const bf16* x, int64_t x_stride, int64_t k, const bf16* panels, int64_t r0, int64_t r1,
-                         int64_t p0, int64_t p1, const TileSink& sink);
+// panels: bfloat16, or int8 where `quantised`.
+void multiply_panels_amx(const bf16* x, int64_t x_stride, int64_t k, const void* panels, bool quantised, int64_t r0,
+                         int64_t r1, int64_t p0, int64_t p1, const TileSink& sink);
 #endif
 
 // This thread's rectangle of rows x panels: the grid of threads whose largest share is smallest, panels cut first.
@@ -66,7 +97,7 @@ struct Share {
 Share share_of(const Team& team, int64_t rows, int64_t panels);
 
 // One multiply-add of a row by a panel: how many depths it takes, what it reads of the row, and the product.
-// float32 panels, and bfloat16 ones widened to float32: one depth at a time.
+// float32 panels, and bfloat16 and int8 ones widened to float32: one depth at a time.
 template <typename W> struct Product {
   using Unit = float;
   static constexpr int64_t kDepth = 1;
@@ -79,6 +110,7 @@ template <typename W> struct Product {
     load_pair(p, w.lo, w.hi);
     return w;
   }
+  DSCHAT_INLINE static Weights weights(const q8* p) { return {load(bytes(p)), load(bytes(p) + kLanes)}; }
   DSCHAT_INLINE static Vec row(const Unit* a) { return set1(*a); }
   DSCHAT_INLINE static Vec add(Vec sum, Vec row, Vec weight) { return fma(row, weight, sum); }
 };
@@ -94,6 +126,9 @@ template <> struct Product<bf16> {
   DSCHAT_INLINE static Weights weights(const bf16* p) { return {load_pairs(p), load_pairs(p + kPanel)}; }
   DSCHAT_INLINE static Bf16Pairs row(const Unit* a) { return set1(*a); }
   DSCHAT_INLINE static Vec add(Vec sum, Bf16Pairs row, Bf16Pairs weight) { return dot(sum, row, weight); }
+};
+template <> struct Product<q8_pair> : Product<bf16> {
+  DSCHAT_INLINE static Weights weights(const q8_pair* p) { return {load_pairs(bytes(p)), load_pairs(bytes(p) + kPanel)}; }
 };
 #endif
 

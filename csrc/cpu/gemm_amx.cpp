@@ -20,7 +20,8 @@ struct AmxJob {
   const bf16* x;
   int64_t x_stride;
   int64_t k;
-  const bf16* w;
+  const void* w;
+  bool quantised;
   const TileSink& sink;
 
   int64_t tiles() const { return (k + kTileDepth - 1) / kTileDepth; }
@@ -33,6 +34,15 @@ struct AmxJob {
         if (len) std::memcpy(a, x + (row + r) * x_stride + k0, size_t(len) * sizeof(bf16));
         if (len < kTileDepth) std::memset(a + len, 0, size_t(kTileDepth - len) * sizeof(bf16));
       }
+  }
+
+  // Panel p of bfloat16; an int8 one is widened into the given half (0, 1) of this thread's scratch.
+  const bf16* panel(int64_t p, int half) const {
+    const int64_t values = tiles() * kTileDepth * kPanel;
+    if (!quantised) return static_cast<const bf16*>(w) + p * values;
+    bf16* wide = static_cast<bf16*>(scratch(kScratchWiden, size_t(2 * values) * sizeof(bf16))) + half * values;
+    widen(static_cast<const int8_t*>(w) + p * values, values, wide);
+    return wide;
   }
 
   // Two row tiles (the second may be absent: then it is the first again and its sums are dropped) by one panel.
@@ -91,7 +101,7 @@ struct AmxJob {
   void run(int64_t r0, int64_t r1, int64_t p0, int64_t p1) const {
     TileScope scope;
     constexpr int64_t kGroup = 256;  // rows whose copies stay in L2
-    const int64_t row_tile = tiles() * kTileValues, panel = tiles() * kTileDepth * kPanel;
+    const int64_t row_tile = tiles() * kTileValues;
     alignas(64) float sums[2][kTileRows * kPanel];
     for (int64_t g0 = r0; g0 < r1; g0 += kGroup) {
       const int64_t g1 = std::min(r1, g0 + kGroup), blocks = (g1 - g0 + kTileRows - 1) / kTileRows;
@@ -101,28 +111,31 @@ struct AmxJob {
       if (blocks == 1) {
         for (int64_t p = p0; p < p1; p += 2) {
           const int64_t second = std::min(p + 1, p1 - 1);
-          one_by_two(a, w + p * panel, w + second * panel, sums[0], sums[1]);
+          const bf16* first = panel(p, 0);
+          one_by_two(a, first, second == p ? first : panel(second, 1), sums[0], sums[1]);
           sink.write(sums[0], g0, rows_of(0), p, 1);
           if (second != p) sink.write(sums[1], g0, rows_of(0), second, 1);
         }
         continue;
       }
-      for (int64_t p = p0; p < p1; ++p)
+      for (int64_t p = p0; p < p1; ++p) {
+        const bf16* values = panel(p, 0);
         for (int64_t b = 0; b < blocks; b += 2) {
           const int64_t second = std::min(b + 1, blocks - 1);
-          two_by_one(a + b * row_tile, a + second * row_tile, w + p * panel, sums[0]);
+          two_by_one(a + b * row_tile, a + second * row_tile, values, sums[0]);
           sink.write(sums[0], g0 + b * kTileRows, rows_of(b), p, 1);
           if (second != b) sink.write(sums[1], g0 + second * kTileRows, rows_of(second), p, 1);
         }
+      }
     }
   }
 };
 
 }  // namespace
 
-void multiply_panels_amx(const bf16* x, int64_t x_stride, int64_t k, const bf16* panels, int64_t r0, int64_t r1,
-                         int64_t p0, int64_t p1, const TileSink& sink) {
-  AmxJob{x, x_stride, k, panels, sink}.run(r0, r1, p0, p1);
+void multiply_panels_amx(const bf16* x, int64_t x_stride, int64_t k, const void* panels, bool quantised, int64_t r0,
+                         int64_t r1, int64_t p0, int64_t p1, const TileSink& sink) {
+  AmxJob{x, x_stride, k, panels, quantised, sink}.run(r0, r1, p0, p1);
 }
 
 }  // namespace dschat

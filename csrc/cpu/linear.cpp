@@ -1,5 +1,8 @@
 #include "linear.h"
 
+#include <type_traits>
+
+#include "dispatch.h"
 #include "epilogue.h"
 
 namespace dschat {
@@ -10,7 +13,8 @@ void linear_typed(const Team& team, DType dtype, const void* x, int64_t x_stride
                   const LinearEpilogue& e, void* y, int64_t y_stride) {
   if (rows == 0 || w.n == 0) return;
   const Share s = share_of(team, rows, w.panels());
-  multiply_panels(dtype, dtype, x, x_stride, w.k, w.data, s.r0, s.r1, s.p0, s.p1, Output<T>(w, e, y, y_stride));
+  multiply_panels(dtype, w.scales ? DType::i8 : dtype, x, x_stride, w.k, w.data, s.r0, s.r1, s.p0, s.p1,
+                  Output<T>(w, e, y, y_stride));
 }
 
 // ------------------------------------------------------------------------------------------------ packing
@@ -47,8 +51,36 @@ template <typename S> void fused_row(const DenseMatrix& w, int64_t n, float* out
   }
 }
 
+// row = the integers of linear.h: pack_linear; returns their scale.
+float quantise(float* row, int64_t k) {
+  Vec largest = zero(), broken = zero();  // broken: NaN where a value is not finite
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const Vec v = load(row + i, int(std::min<int64_t>(kLanes, k - i)));
+    largest = max(abs(v), largest);
+    broken = fma(v, zero(), broken);
+  }
+  const bool finite = reduce_add(broken) == 0.0f;
+  const float scale = finite ? reduce_max(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
+  if (!(scale >= std::numeric_limits<float>::min())) {
+    std::fill(row, row + k, 0.0f);
+    return finite ? 0.0f : scale;
+  }
+  const Vec divisor = set1(scale), limit = set1(127.0f);
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const int n = int(std::min<int64_t>(kLanes, k - i));
+    store(row + i, max(min(round_even(load(row + i, n) / divisor), limit), zero() - limit), n);
+  }
+  return scale;
+}
+
+// The row as D stores it: int8 values are integers already.
+template <typename D> DSCHAT_INLINE D packed_value(float x) {
+  if constexpr (std::is_same_v<D, q8> || std::is_same_v<D, q8_pair>) return D{int8_t(x)};
+  else return from_float<D>(x);
+}
+
 template <typename S, typename D>
-void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool gated, D* panels) {
+void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool gated, D* panels, float* scales) {
   const int64_t k = parts[0].k;
   int64_t n = gated ? parts[0].n : 0;
   if (!gated)
@@ -77,6 +109,7 @@ void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool 
       }
       if (part) fused_row<S>(*part, index, row);
       else std::fill(row, row + k, 0.0f);
+      if (scales) scales[p * kPanel + c] = quantise(row, k);
     }
     const int64_t depth = panel_depth(panels, k);
     D* out = panels + p * depth * kPanel;
@@ -84,7 +117,7 @@ void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool 
     for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
       const int64_t k1 = std::min(k, k0 + kBlock);
       for (int c = 0; c < kPanel; ++c)
-        for (int64_t i = k0; i < k1; ++i) out[panel_place(out, i, c)] = from_float<D>(rows[c * k + i]);
+        for (int64_t i = k0; i < k1; ++i) out[panel_place(out, i, c)] = packed_value<D>(rows[c * k + i]);
     }
   }
 }
@@ -98,12 +131,9 @@ template <typename S, typename D> void fuse_typed(const Team& team, const DenseM
   }
 }
 
-// Calls fn<S, D>() for the two dtypes.
+// Calls fn(S{}, D{}) for the two dtypes.
 template <typename F> void dispatch_pair(DType source, DType target, F&& fn) {
-  if (source == DType::f32 && target == DType::f32) fn(float{}, float{});
-  else if (source == DType::f32) fn(float{}, bf16{});
-  else if (target == DType::f32) fn(bf16{}, float{});
-  else fn(bf16{}, bf16{});
+  dispatch(source, [&](auto s) { dispatch(target, [&](auto d) { fn(s, d); }); });
 }
 
 }  // namespace
@@ -115,9 +145,13 @@ void linear(const Team& team, DType dtype, const void* x, int64_t x_stride, int6
 }
 
 void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
-                 void* panels) {
+                 void* panels, float* scales) {
   dispatch_pair(source, target, [&](auto s, auto d) {
-    pack_typed<decltype(s), decltype(d)>(team, parts, num_parts, gated, static_cast<decltype(d)*>(panels));
+    using D = decltype(d);
+    using Q = std::conditional_t<std::is_same_v<D, float>, q8, q8_bf16>;
+    const auto pack = [&](auto* out) { pack_typed<decltype(s)>(team, parts, num_parts, gated, out, scales); };
+    if (scales) pack(static_cast<Q*>(panels));
+    else pack(static_cast<D*>(panels));
   });
 }
 

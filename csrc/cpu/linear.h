@@ -22,6 +22,7 @@ struct PackedMatrix {
   int64_t n;          // output features (of a gated pair: of the gated result)
   int64_t k;          // input features
   bool gated;
+  const float* scales = nullptr;  // of int8 panels: [panels * 32] in panel order; null: panels of x's dtype
 
   int64_t panels() const { return gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel; }
 };
@@ -56,8 +57,12 @@ struct DenseMatrix {
 // Writes panels for the rows of `parts` one below the other (q, k, v), or for the pair (gate, up) when gated.
 // source: dtype of the weights; target: dtype of the panels. W + sum of updates is accumulated in float32 and
 // rounded once to `target`.
+//
+// With `scales` [panels * 32] the panels are int8, in the layout that rows of dtype `target` meet. Each row of the float32
+// sum is quantised by itself: scale = max |w| / 127, value = w / scale rounded to even, so |w - scale * value| <= scale / 2.
+// A row whose scale is no normal number is all zeros, its scale 0; one that holds NaN or infinity gets the scale NaN.
 void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
-                 void* panels);
+                 void* panels, float* scales);
 
 // The same sum as a plain row-major [n, k] matrix of dtype `target` (fuse_lora).
 void fuse_lora(const Team& team, DType source, DType target, const DenseMatrix& w, void* out);

@@ -31,6 +31,6 @@ inline void* scratch(int slot, size_t bytes) {
 }
 
 // Who uses which slot.
-enum ScratchSlot : int { kScratchGemm = 0, kScratchAttention = 1, kScratchLogprobs = 2, kScratchPack = 3, kScratchSample = 4 };
+enum ScratchSlot : int { kScratchGemm = 0, kScratchAttention = 1, kScratchLogprobs = 2, kScratchPack = 3, kScratchSample = 4, kScratchWiden = 5 };
 
 }  // namespace dschat

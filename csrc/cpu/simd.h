@@ -19,7 +19,7 @@
 
 namespace dschat {
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, i8 = 2 };  // i8: of packed weights only
 
 // bfloat16 as stored: the upper half of a float32.
 struct bf16 {
@@ -63,6 +63,9 @@ DSCHAT_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 DSCHAT_INLINE Vec load(const bf16* p) {
   __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
+}
+DSCHAT_INLINE Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 DSCHAT_INLINE __mmask16 lane_mask(int n) { return __mmask16((1u << n) - 1u); }
 // The first n (0..16) lanes; the others are zero and their memory is not touched.
@@ -129,6 +132,10 @@ DSCHAT_INLINE Vec load(const bf16* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
   return {widen_bf16(_mm_loadu_si128(q)), widen_bf16(_mm_loadu_si128(q + 1))};
 }
+DSCHAT_INLINE __m256 widen_int8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+DSCHAT_INLINE Vec load(const int8_t* p) { return {widen_int8(p), widen_int8(p + 8)}; }
 DSCHAT_INLINE Vec load(const float* p, int n) {
   alignas(32) float t[kLanes] = {};
   std::memcpy(t, p, size_t(n) * sizeof(float));
@@ -226,6 +233,11 @@ DSCHAT_INLINE Vec load(const float* p) {
 DSCHAT_INLINE Vec load(const bf16* p) {
   Vec r;
   DSCHAT_EACH r.v[i] = to_float(p[i]);
+  return r;
+}
+DSCHAT_INLINE Vec load(const int8_t* p) {
+  Vec r;
+  DSCHAT_EACH r.v[i] = float(p[i]);
   return r;
 }
 template <typename T> DSCHAT_INLINE Vec load(const T* p, int n) {

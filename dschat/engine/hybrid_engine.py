@@ -37,6 +37,10 @@ class HybridEngine:
         exact: the training forward runs the packed kernels of the rollout: `logprobs` equals
             `rollout.logprobs` bit for bit, at the cost of repacking after every step.
         backend: None, "cpu" or "reference".
+        rollout_weights: "model", or "int8": matrices are quantised at every flip (LoRA fused first), one scale an
+            output column, so decoding reads half the bytes. The training forward keeps the model's weights;
+            `logprobs` against `rollout.logprobs` says how far apart they are, and PPO's and GRPO's importance_cap
+            corrects for it.
 
     Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
     """
@@ -50,6 +54,7 @@ class HybridEngine:
         dtype: torch.dtype | None = None,
         exact: bool = False,
         backend: str | None = None,
+        rollout_weights: str = "model",
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
@@ -60,9 +65,11 @@ class HybridEngine:
         self.model = model
         self.optimizer = optimizer
         self.max_slots = max_slots
+        if exact:
+            _check_exact(rollout_weights)
         self.exact = exact
         self.packed = PackedModel(model, backend=backend)
-        self._dtype, self._backend = dtype, backend
+        self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
         self.decoder = self._make_decoder()
         model_dtype = Decoder(self.spec, backend=backend).dtype
         if exact and self.decoder.dtype != model_dtype:
@@ -83,7 +90,7 @@ class HybridEngine:
             raise Unsupported(
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
-        return Decoder(self.spec, dtype=self._dtype, backend=self._backend)
+        return Decoder(self.spec, dtype=self._dtype, backend=self._backend, weights=self._weights)
 
     # ------------------------------------------------------------------------------------------------- rollout
 
@@ -198,6 +205,7 @@ class HybridEngine:
             raise ValueError(f"temperature is {temperature}: give a number above 0.")
         decoder = None
         if exact:
+            _check_exact(self._weights)
             self.flip()
             decoder = self.decoder
         rows, select, targets, places = completion_rows(rollout)
@@ -259,6 +267,14 @@ class HybridEngine:
         """Bytes of the weights and of the packs kept beside them."""
         weights = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
         return {"weights": sum(weights.values()), "packs": self.decoder.packed_bytes}
+
+
+def _check_exact(rollout_weights: str) -> None:
+    if rollout_weights != "model":
+        raise ValueError(
+            f"rollout_weights is {rollout_weights!r}: exact mode trains on the rollout's weights and needs "
+            "rollout_weights='model'."
+        )
 
 
 def completion_rows(rollout: Rollout) -> Any:

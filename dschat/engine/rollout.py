@@ -76,7 +76,7 @@ class SamplingConfig:
 
 @dataclass
 class RolloutStats:
-    """Where the time of a rollout went (seconds), and how much was done."""
+    """Where the time of a rollout went (seconds), how much was done, and what weights did it ("model", "int8")."""
 
     flip: float = 0.0
     prefill: float = 0.0
@@ -90,6 +90,7 @@ class RolloutStats:
     slots: int = 0
     cache_bytes: int = 0
     packed_bytes: int = 0
+    weights: str = "model"
 
     @property
     def tokens_per_second(self) -> float:
@@ -197,6 +198,7 @@ class RolloutRun:
             prompt_tokens=sum(len(p) for p in prompts),
             cache_bytes=self.cache.num_pages * self.cache.bytes_per_page,
             packed_bytes=decoder.packed_bytes,
+            weights=decoder.weights,
         )
 
     def run(self) -> None:

@@ -416,7 +416,7 @@ def train(
             reference = HybridEngine(frozen.requires_grad_(False))
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-        engine = HybridEngine(policy, optimizer, exact=config.exact)
+        engine = HybridEngine(policy, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
         trainer = build(config, engine, encoder, reference, rewards, dtype)
 
         schedule = data.Schedule(

@@ -1,6 +1,7 @@
 """Linear layer over packed weights, with the epilogues that a decoder needs.
 
     z = round(x W^T + b)                      float32 sums in a fixed order; the bias is added in float32
+    z = round(scale * (x Q^T) + b)            int8 weights: the sums of the integers, then a float32 scale a column
     y = round(act(z))                         activation, not gated
     y = round(act(z_gate) * z_up)             gated pack (gate and up in one matrix)
     y = round(residual + y)                   residual
@@ -86,6 +87,11 @@ def linear(
         "linear: float_output returns the bare sums; give it without activation, residual or gate.",
     )
     backend = resolve_backend("linear", backend, x)
+    check(
+        packed.scales is None or backend in ("cpu", "reference"),
+        f"linear: int8 weights run on the backends 'cpu' and 'reference' in this version, not on {backend!r}; "
+        "pack with weights='model'.",
+    )
     held = packed.panels if backend == "cpu" else packed.dense
     if backend == "reference" or (backend == "cpu" and held is None):
         return linear_reference(
@@ -94,6 +100,19 @@ def linear(
     if held is None:
         raise ValueError(
             f"linear: packed is in the cpu's layout; pack with dense=True for backend {backend!r}."
+        )
+    if packed.scales is not None:
+        return torch.ops.dschat.linear_int8(
+            x,
+            held,
+            packed.scales,
+            packed.bias,
+            packed.n,
+            packed.k,
+            packed.gated,
+            activation,
+            residual,
+            float_output,
         )
     return implementation("linear", backend, x)(
         x, held, packed.bias, packed.n, packed.k, packed.gated, activation, residual, float_output
@@ -109,8 +128,10 @@ def linear_reference(
     float_output: bool = False,
 ) -> Tensor:
     """The specification, in plain PyTorch."""
-    z = x.float() @ packed.to_dense().float().t()
-    bias = packed.plain_bias()
+    z = x.float() @ packed.stored().float().t()
+    scales, bias = packed.plain_scales(), packed.plain_bias()
+    if scales is not None:
+        z = z * scales
     if bias is not None:
         z = z + bias
     if float_output:
@@ -127,8 +148,11 @@ def linear_reference(
 def linear_sums(x: Tensor, packed: PackedLinear, backend: str | None = None) -> tuple[Tensor, ...]:
     """round(x W_p^T + b_p) of every part of a pack, one [T, n_p] each, x [T, k]; a gated pack's halves unmultiplied.
 
-    The bits are those that `linear` and its epilogues start from.
+    The bits are those that `linear` and its epilogues start from. Not for int8 weights, which nothing trains through.
     """
+    check(
+        packed.scales is None, "linear_sums: packed holds int8 weights; pack with weights='model'.", TypeError
+    )
     if packed.panels is None:
         parts = [n for n, _ in packed.shapes]
         chosen = resolve_backend("linear", backend, x)
@@ -167,6 +191,36 @@ LIBRARY.define(
     "linear(Tensor x, Tensor panels, Tensor? bias, int n, int k, bool gated, str activation, Tensor? residual, "
     "bool float_output) -> Tensor"
 )
+LIBRARY.define(
+    "linear_int8(Tensor x, Tensor panels, Tensor scales, Tensor? bias, int n, int k, bool gated, str activation, "
+    "Tensor? residual, bool float_output) -> Tensor"
+)
+
+
+def _native(
+    x: Tensor,
+    panels: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    gated: bool,
+    activation: str,
+    residual: Tensor | None,
+    float_output: bool,
+) -> Tensor:
+    rows, stride = as_rows(x)
+    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype)
+    residual = None if residual is None else residual.contiguous()
+    arguments = (
+        DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(panels), ptr(bias), n, k, gated, ACTIVATIONS[activation],
+        ptr(residual), n, float_output, ptr(y), n,
+    )  # fmt: skip
+    if scales is None:
+        kernels().linear(*arguments)
+    else:
+        kernels().linear_int8(*arguments, ptr(scales))
+    return y
 
 
 def _forward_cpu(
@@ -180,14 +234,7 @@ def _forward_cpu(
     residual: Tensor | None,
     float_output: bool,
 ) -> Tensor:
-    rows, stride = as_rows(x)
-    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype)
-    residual = None if residual is None else residual.contiguous()
-    kernels().linear(
-        DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(panels), ptr(bias), n, k, gated, ACTIVATIONS[activation],
-        ptr(residual), n, float_output, ptr(y), n,
-    )  # fmt: skip
-    return y
+    return _native(x, panels, None, bias, n, k, gated, activation, residual, float_output)
 
 
 def _forward_fake(
@@ -204,4 +251,20 @@ def _forward_fake(
     return torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype, device=x.device)
 
 
+def _int8_fake(
+    x: Tensor,
+    panels: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    gated: bool,
+    activation: str,
+    residual: Tensor | None,
+    float_output: bool,
+) -> Tensor:
+    return _forward_fake(x, panels, bias, n, k, gated, activation, residual, float_output)
+
+
 register("linear", _forward_cpu, _forward_fake)
+register("linear_int8", _native, _int8_fake)
