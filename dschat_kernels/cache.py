@@ -1,4 +1,4 @@
-"""Paged KV cache on the CPU: pages of 64 tokens, reference counted, copied before a shared one is written.
+"""Paged KV cache: pages of 64 tokens, reference counted, copied before a shared one is written.
 
 Layout of one layer (csrc/cpu/kv_cache.h says the same):
 
@@ -8,6 +8,9 @@ Layout of one layer (csrc/cpu/kv_cache.h says the same):
 A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1:
 none), and ``lengths[slot]`` the number of tokens written. A step is ``prepare_append`` (pages,
 copy-on-write), the kernels, ``advance``.
+
+Keys and values lie on the device of the model, the books on the CPU: kernels there read ``block_table``, a copy at
+a fixed address that ``sync`` brings up to date; on the CPU it is the book itself.
 
 Invariants: a page is free or its reference count is the number of block table entries that name it; a page
 that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
@@ -57,6 +60,9 @@ class PagedKVCache:
         num_slots: sequences held at once.
         max_pages_per_slot: width of the block table, that is the longest sequence in pages.
         dtype: dtype of the model's activations.
+        device: of keys, values and block table.
+        padding: one slot more, ``padding_slot``, whose places all lie in one page of its own, for rows that only fill
+            up a batch (dschat_kernels/graphs.py); the methods do not know it.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class PagedKVCache:
         num_slots: int,
         max_pages_per_slot: int,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        padding: bool = False,
     ) -> None:
         for name, value in (
             ("num_layers", num_layers),
@@ -88,14 +96,24 @@ class PagedKVCache:
         self.num_slots = num_slots
         self.max_pages_per_slot = max_pages_per_slot
         self.dtype = dtype
+        self.device = torch.device(device)
+        self.padding_slot = num_slots if padding else None
+        pages, slots = num_pages + padding, num_slots + padding
         # Zeroed: kernels read whole vectors, so padding must be finite. Untouched pages cost no memory.
-        self.k = torch.zeros(num_layers, num_pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype)
-        self.v = torch.zeros(
-            num_layers, num_pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype
+        self.k = torch.zeros(
+            num_layers, pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype, device=self.device
         )
-        self._table = np.full((num_slots, max_pages_per_slot), -1, dtype=np.int32)
+        self.v = torch.zeros(
+            num_layers, pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype, device=self.device
+        )
+        self._table = np.full((slots, max_pages_per_slot), -1, dtype=np.int32)
+        self._table[num_slots:] = num_pages  # the padding slot's page
         self._lengths = np.zeros(num_slots, dtype=np.int32)
         self.block_table = torch.from_numpy(self._table)  # shares memory with _table
+        self._mirrored = self.device.type != "cpu"
+        self._stale = False  # whether block_table, a mirror, is behind _table
+        if self._mirrored:
+            self.block_table = self.block_table.to(self.device)
         self.lengths = torch.from_numpy(self._lengths)
         self._owned = np.zeros(num_slots, dtype=np.int64)  # block table entries in use
         self._refs = np.zeros(num_pages, dtype=np.int32)
@@ -135,6 +153,12 @@ class PagedKVCache:
             f"slots={self.num_slots}, pages={self.num_pages - self.free_pages}/{self.num_pages} in use, "
             f"{self.dtype})"
         )
+
+    def sync(self) -> None:
+        """Brings ``block_table`` up to date for kernels that are launched from now on."""
+        if self._stale:
+            self.block_table.copy_(torch.from_numpy(self._table), non_blocking=True)
+            self._stale = False
 
     # -------------------------------------------------------------------------------------------- allocation
 
@@ -235,6 +259,7 @@ class PagedKVCache:
                 old, new = int(self._table[slot, place]), self._take()
                 self._refs[old] -= 1
                 self._table[slot, place] = new
+                self._stale = self._mirrored
                 sources.append(old)
                 copies.append(new)
             self._grow(slot, grow)
@@ -261,7 +286,7 @@ class PagedKVCache:
         """Contiguous copies ``(k, v)``, each ``[Hkv, length, D]``, of what a slot holds in one layer."""
         slot = self._slot(slot)
         length = int(self._lengths[slot])
-        pages = torch.from_numpy(self._table[slot, : pages_for(length)].astype(np.int64))
+        pages = torch.from_numpy(self._table[slot, : pages_for(length)].astype(np.int64)).to(self.device)
         heads, dim = self.num_kv_heads, self.head_dim
         k = self.k[layer, pages].permute(1, 0, 2, 4, 3).reshape(heads, -1, dim)
         v = self.v[layer, pages].transpose(0, 1).reshape(heads, -1, self.v.shape[-1])
@@ -295,8 +320,8 @@ class PagedKVCache:
                 "first."
             )
         place = torch.arange(start, start + n)
-        page = self.block_table[slot].long()[place // PAGE]
-        inside = place % PAGE
+        page = torch.from_numpy(self._table[slot].astype(np.int64))[place // PAGE].to(self.device)
+        inside = (place % PAGE).to(self.device)
         # Advanced indices separated by a slice put their dimension first: [n, Hkv, D].
         self.k[layer][page, :, inside // LANES, :, inside % LANES] = k.transpose(0, 1).to(self.dtype)
         self.v[layer][page, :, inside, : self.head_dim] = v.transpose(0, 1).to(self.dtype)
@@ -376,6 +401,7 @@ class PagedKVCache:
         return page
 
     def _grow(self, slot: int, pages: int) -> None:
+        self._stale |= self._mirrored and pages > 0
         for _ in range(pages):
             self._table[slot, self._owned[slot]] = self._take()
             self._owned[slot] += 1
@@ -386,11 +412,13 @@ class PagedKVCache:
             if self._refs[page] == 0:
                 self._free.append(page)
         self._table[slot, keep : self._owned[slot]] = -1
+        self._stale = self._mirrored
         self._owned[slot] = min(keep, int(self._owned[slot]))
 
     def _share(self, row: np.ndarray, slot: int, length: int) -> None:
         """Gives the empty ``slot`` its own references to the pages of ``row``."""
         self._table[slot, : len(row)] = row
+        self._stale = self._mirrored
         self._refs[row] += 1
         self._owned[slot] = len(row)
         self._lengths[slot] = length

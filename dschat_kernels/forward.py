@@ -52,7 +52,7 @@ def packed_hidden(
     longest = _check_rows(spec, input_ids, cu_seqlens)
     _check_exact(spec, exact)
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
-    positions = torch.arange(input_ids.numel()) - starts
+    positions = torch.arange(input_ids.numel(), device=input_ids.device) - starts
 
     walk = _Walk(spec, cu_seqlens, positions, longest, exact, backend)
     x = spec.embed(input_ids)
@@ -89,6 +89,11 @@ def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int
             f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give int64 of shape [T]."
         )
     embed: Any = spec.embed
+    if input_ids.device != embed.weight.device or cu_seqlens.device != input_ids.device:
+        raise ValueError(
+            f"input_ids are on {input_ids.device}, cu_seqlens on {cu_seqlens.device} and the model on "
+            f"{embed.weight.device}: move them to one device."
+        )
     vocabulary = embed.weight.shape[0]
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise ValueError(
@@ -137,9 +142,11 @@ class _Walk:
     ):
         self.spec, self.exact, self.backend = spec, exact, backend
         self.cu_seqlens, self.positions = cu_seqlens, positions
+        device = positions.device
         tables = exact.rope_tables(longest) if exact else [rope.tables(longest) for rope in spec.ropes()]
+        tables = [(cos.to(device), sin.to(device)) for cos, sin in tables]
         self.tables = {id(rope): table for rope, table in zip(spec.ropes(), tables, strict=True)}
-        self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi)
+        self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi, device=device)
 
     def norm(self, norm: NormSpec | None, x: Tensor) -> Tensor:
         return x if norm is None else apply_norm(norm, x, self.backend)
@@ -190,7 +197,7 @@ class _Walk:
         pieces = [spec.pieces() for spec in specs]
         if self.exact is not None:
             parts = [resolve_linear(piece, name) for own in pieces for piece in own]
-            columns = iter(exact_linear(x, self.exact.packed(name), parts))
+            columns = iter(exact_linear(x, self.exact.packed(name), parts, self.exact.backend))
         else:
             outputs: dict[int, Tensor] = {}
             columns = iter([self._columns(x, piece, outputs) for own in pieces for piece in own])
@@ -212,8 +219,11 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def exact_linear(x: Tensor, packed: PackedLinear, parts: Sequence[ResolvedLinear]) -> tuple[Tensor, ...]:
+def exact_linear(
+    x: Tensor, packed: PackedLinear, parts: Sequence[ResolvedLinear], backend: str | None = None
+) -> tuple[Tensor, ...]:
     """round(x W_p^T + b_p) for every part of a pack, with the pack's bits; x: [T, k], one [T, n_p] a part.
+    `backend`: the decoder's.
 
     Differentiable in x and in the parts' weight, bias, A and B.
     """
@@ -222,17 +232,23 @@ def exact_linear(x: Tensor, packed: PackedLinear, parts: Sequence[ResolvedLinear
     tensors = [t for p in parts for t in (p.weight, p.bias)]
     updates = [t for p in parts for u in p.updates for t in (u.a, u.b)]
     scales = [[u.scale for u in p.updates] for p in parts]
-    return _ExactLinear.apply(x, packed, scales, len(tensors), *tensors, *updates)
+    return _ExactLinear.apply(x, packed, backend, scales, len(tensors), *tensors, *updates)
 
 
 class _ExactLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: PackedLinear, scales: Any, count: int, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        packed: PackedLinear,
+        backend: str | None,
+        scales: Any,
+        count: int,
+        *tensors: Tensor | None,
     ) -> Any:
         ctx.packed, ctx.fills, ctx.scales, ctx.count = packed, packed.fills, scales, count
         ctx.save_for_backward(x, *tensors)
-        return linear_sums(x, packed)
+        return linear_sums(x, packed, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -251,15 +267,15 @@ class _ExactLinear(torch.autograd.Function):
                 )
             dx = linear_input_grad(grads, ctx.packed)
         for p, dy in enumerate(grads):
-            if needs[4 + 2 * p]:
+            if needs[5 + 2 * p]:
                 out[2 * p] = dy.t() @ x
-            if base[2 * p + 1] is not None and needs[4 + 2 * p + 1]:
+            if base[2 * p + 1] is not None and needs[5 + 2 * p + 1]:
                 out[2 * p + 1] = dy.sum(0)
             for scale in ctx.scales[p]:
                 ia, ib = next(updates), next(updates)
-                if needs[4 + ia] or needs[4 + ib]:
+                if needs[5 + ia] or needs[5 + ib]:
                     out[ia], out[ib] = low_rank_grads(x, dy, tensors[ia], tensors[ib], scale)
-        return (dx, None, None, None, *out)
+        return (dx, None, None, None, None, *out)
 
 
 def exact_weight(packed: PackedLinear, part: ResolvedLinear) -> Tensor:

@@ -110,7 +110,7 @@ class PagedDynamicCache(DynamicCache):
         repeats = self.owner.spec.cache_repeats if self.owner is not None else 1
         shape = (self.rows, cache.num_kv_heads * repeats, mask.shape[1], cache.head_dim)
         for layer in range(cache.num_layers):
-            keys, values = (torch.zeros(shape, dtype=cache.dtype) for _ in range(2))
+            keys, values = (torch.zeros(shape, dtype=cache.dtype, device=cache.device) for _ in range(2))
             for row, slot in enumerate(self.slots):
                 k, v = cache.gather(slot, layer)
                 keys[row, :, mask[row]] = k.repeat_interleave(repeats, 0)

@@ -27,6 +27,7 @@ from .hf_cache import PagedDynamicCache
 from .models import parts
 from .models.source import mechanism
 from .models.spec import DecoderSpec, Unsupported, decoder_spec
+from .ops._common import DTYPES as OP_DTYPES
 from .packing import DTYPES
 from .plan import Decoder
 
@@ -67,7 +68,7 @@ def spec_key(spec: Any) -> Any:
 
 
 def check_dtypes(spec: DecoderSpec) -> None:
-    """One dtype of weights, one that the kernels have, all on the CPU."""
+    """One dtype of weights, one that the kernels have, all on one device."""
     embed: Any = spec.embed
     weights: list[tuple[str, Tensor]] = [("the embedding", embed.weight)]
     for layer in spec.layers:
@@ -80,17 +81,18 @@ def check_dtypes(spec: DecoderSpec) -> None:
             weights += [(f"{layer.name}'s {name}", weight) for weight in norm.sources()]
     for name, outer in (("embedding's norm", spec.embed_norm), ("final norm", spec.final_norm)):
         weights += [(f"the {name}", weight) for weight in (outer.sources() if outer is not None else [])]
-    first = weights[0][1].dtype
+    first, device = weights[0][1].dtype, weights[0][1].device
     for place, weight in weights:
         if weight.dtype != first:
             raise Unsupported(
                 f"{place} has dtype {weight.dtype} and the embedding {first}: cast the model to one dtype"
             )
-        if weight.device.type != "cpu":
+        if weight.device != device:
             raise Unsupported(
-                f"{place} is on {weight.device}: the fused decoder runs on the CPU in this version"
+                f"{place} is on {weight.device} and the embedding on {device}: the fused decoder needs the model "
+                "on one device"
             )
-    if first not in DTYPES:
+    if first not in (DTYPES if device.type == "cpu" else OP_DTYPES):
         raise Unsupported(f"the model's dtype is {first}: the fused decoder runs float32 and bfloat16")
 
 
@@ -264,7 +266,9 @@ class FusedForward:
         return None
 
     def _run(self, arguments: dict[str, Any]) -> Any:
-        """The output, or the reason why not."""
+        """The output, or the reason why not. What schedules the rows lives on the CPU."""
+        if self.decoder.device.type != "cpu":
+            arguments = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         ids = arguments["input_ids"]
         cache = arguments.get("past_key_values")
         unused = cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0)
@@ -374,11 +378,11 @@ class FusedForward:
             if len(computed) != rows:
                 logits = logits[[place[source[row]] for row in range(rows)]]
             return logits[:, None]
-        full = torch.zeros(len(computed), columns, logits.shape[-1], dtype=dtype)
+        full = torch.zeros(len(computed), columns, logits.shape[-1], dtype=dtype, device=logits.device)
         full[marks] = logits
         if len(computed) == rows:
             return full
-        out = torch.zeros(rows, columns, logits.shape[-1], dtype=dtype)
+        out = torch.zeros(rows, columns, logits.shape[-1], dtype=dtype, device=logits.device)
         for row in range(rows):
             if source[row] in place:
                 out[row] = full[place[source[row]]]

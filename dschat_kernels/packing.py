@@ -24,6 +24,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that can be packed, with their number in the binding."""
 WEIGHTS = ("model", "int8")
 """How packs hold weights: in the rollout's dtype, or as int8 with a float32 scale an output column."""
+DIGEST_PIECE = 2**24
+"""Words of 4 bytes that `digest` takes at a time without native kernels."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,20 @@ def digest(tensor: Tensor) -> int:
     if not data.is_contiguous():
         data = data.t() if data.dim() == 2 and data.t().is_contiguous() else data.contiguous()
     module: Any = native()
-    if module is not None:
+    if module is not None and data.device.type == "cpu":
         return int(module.digest(ptr(data), data.numel() * data.element_size()))
     flat = data.reshape(-1).view(torch.uint8)
-    words = nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32).to(torch.int64)
-    # A word's change is below 2^32 and its factor odd: their product is not 0 modulo 2^64.
-    factors = torch.arange(len(words), dtype=torch.int64)
-    for multiplier in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):
-        factors = (factors + 0x632BE59BD9B4E019) * multiplier
-        factors = factors ^ (factors >> 29)
-    return int((words * (factors | 1)).sum())
+    words = nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for begin in range(0, len(words), DIGEST_PIECE):  # a piece at a time bounds the memory
+        part = words[begin : begin + DIGEST_PIECE].to(torch.int64)
+        # A word's change is below 2^32 and its factor odd: their product is not 0 modulo 2^64.
+        factors = torch.arange(begin, begin + len(part), dtype=torch.int64, device=data.device)
+        for multiplier in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):
+            factors = (factors + 0x632BE59BD9B4E019) * multiplier
+            factors = factors ^ (factors >> 29)
+        total += (part * (factors | 1)).sum()
+    return int(total)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

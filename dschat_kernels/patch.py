@@ -28,7 +28,7 @@ from .models import parts
 from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
-from .ops._common import CPU_DTYPES, resolve_backend
+from .ops._common import CPU_DTYPES, DTYPES, resolve_backend
 from .report import Entry, Report, make_report
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
@@ -66,16 +66,22 @@ def _fused_class(original: type, make_forward: Callable[..., Any], options: tupl
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether the kernels may take these: plain CPU tensors of one dtype that they have, no autocast."""
+    """Whether the kernels may take these: plain tensors on one device, of one dtype that they have there, no
+    autocast."""
     first = tensors[0]
     return (
         all(
-            t.dtype == first.dtype and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
+            t.dtype == first.dtype and t.device == first.device and type(t) in (Tensor, nn.Parameter)
             for t in tensors
         )
-        and first.dtype in CPU_DTYPES
-        and not torch.is_autocast_enabled("cpu")
+        and first.dtype in _dtypes_on(first.device)
+        and not torch.is_autocast_enabled(first.device.type)
     )
+
+
+def _dtypes_on(device: torch.device) -> tuple[torch.dtype, ...]:
+    """What the kernels of a device run."""
+    return {"cpu": CPU_DTYPES, "cuda": tuple(DTYPES)}.get(device.type, ())
 
 
 def _rms_norm(original: Any, eps: str, offset: float, rounding: str, backend: str) -> dict[str, Any]:
@@ -434,9 +440,10 @@ class Patch:
 def _unfit(model: nn.Module) -> str:
     """Why the norm, gate and activation kernels cannot run on this model's weights; empty when they can."""
     for weight in model.parameters():
-        if weight.is_floating_point() and (weight.dtype not in CPU_DTYPES or weight.device.type != "cpu"):
+        if weight.is_floating_point() and weight.dtype not in _dtypes_on(weight.device):
             return (
-                f"weights are {weight.dtype} on {weight.device}; kernels run float32 and bfloat16 on the CPU"
+                f"weights are {weight.dtype} on {weight.device}; kernels run float32 and bfloat16 on the CPU, "
+                "and float16 too on a GPU"
             )
     return ""
 
@@ -452,7 +459,7 @@ def patch(model: nn.Module, *, strict: bool = False, backend: str | None = None)
 
     Args: model: a transformers model, or a PEFT model around one. Unknown pieces stay transformers' and are
     reported. strict: raise `Unsupported` (a ValueError) instead of leaving the decoder to transformers.
-    backend: None for the fastest that runs here, "cpu" or "reference".
+    backend: None for the fastest that runs on the model's device, "cpu", "triton", "cuda" or "reference".
 
     Patching a patched model returns the Patch that is there. In a `with` block that one is undone only when
     no other `patch` call still holds it.

@@ -1,9 +1,9 @@
 """From a DecoderSpec to tokens: packs, a flat plan of op calls on buffers, and the step that walks it.
 
 A `Plan` is a list of `OpCall`s on named buffers. Two executors walk it: `NativeExecutor` hands the whole list
-to the CPU kernels, which run a step in one parallel region; `PythonExecutor` calls the public ops one by one,
-on any backend. Both can report every call (`trace`), which is how a divergence is found, and both give the
-same bits on the cpu backend.
+to the CPU kernels, which run a step in one parallel region; `PythonExecutor` calls the ops one by one, on any
+backend and device. Both can report every call (`trace`), which is how a divergence is found, and both give the
+same bits on the cpu backend. `graphs.DecodeGraphs` replays what the latter launches on a GPU.
 
 `Decoder` is what the engine and the patch use: it keeps the packs in step with the model's weights
 (`refresh`) and advances ragged rows over a paged cache (`step`). Rows carry no padding.
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from .cache import PagedKVCache, pages_for
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
-from .ops._common import ACTIVATIONS, native, ptr, resolve_backend
+from .ops._common import ACTIVATIONS, implementation, native, ptr, resolve_backend
+from .ops._common import DTYPES as OP_DTYPES
 from .ops.attention import attention
 from .ops.layer_norm import layer_norm
 from .ops.linear import linear
 from .ops.rms_norm import rms_norm
-from .ops.rope_append import rope_append
+from .ops.rope_append import MAX_HEAD_DIM, rope_append
 from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
 
 
@@ -207,21 +208,28 @@ class PackedNorm:
         held = self.scale if self.scale is not None else self.shift
         return self.width if held is not None and held.dim() == 2 else 0
 
-    def fill(self) -> None:
-        """Takes the module's present values."""
+    def fill(self, device: torch.device) -> None:
+        """Takes the module's present values, in place where they were taken before: pointers to them stay good."""
         weight, bias = self.spec.tensors()
         if weight is None and self.spec.kind == "rms":
-            weight = torch.ones(self.width)
+            weight = torch.ones(self.width, device=device)
         if weight is not None:
-            self.weight = weight.detach().to(self.dtype, copy=True)
-            self.scale = self.weight.float() + self.spec.weight_offset
+            self.weight = _refill(self.weight, weight.detach(), self.dtype)
+            self.scale = _refill(self.scale, self.weight.float() + self.spec.weight_offset, torch.float32)
         if bias is not None:
-            self.bias = bias.detach().to(self.dtype, copy=True)
-            self.shift = self.bias.float()
+            self.bias = _refill(self.bias, bias.detach(), self.dtype)
+            self.shift = _refill(self.shift, self.bias.float(), torch.float32)
 
     def apply(self, x: Tensor, backend: str | None) -> Tensor:
         """The norm of x [rows, width] with the values of the last `fill`."""
         return _norm(self.spec, self.weight, self.bias, x, backend)
+
+
+def _refill(held: Tensor | None, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`, in the memory of `held` where they fit into it."""
+    if held is None or held.shape != values.shape or held.device != values.device:
+        return values.to(dtype, copy=True)
+    return held.copy_(values)
 
 
 @dataclass
@@ -280,15 +288,50 @@ class StepTables:
     slots: np.ndarray
     selected: np.ndarray
 
+    def on(self, device: torch.device) -> StepTensors:
+        """The same on a device, in one copy for each width of integers."""
+        short = [self.positions, self.slot_of_token, self.cu_seqlens, self.kv_lens, self.slots]
+        positions, slot_of_token, cu_seqlens, kv_lens, slots = _tensors(short, device)
+        token_ids, selected = _tensors([self.token_ids, self.selected], device)
+        decode = len(self.token_ids) == len(self.slots)
+        return StepTensors(token_ids, positions, slot_of_token, cu_seqlens, kv_lens, slots, selected, decode)
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """The tables of a step on the decoder's device. decode: every row has one token."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_of_token: Tensor
+    cu_seqlens: Tensor
+    kv_lens: Tensor
+    slots: Tensor
+    selected: Tensor
+    decode: bool
+
+
+def _tensors(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Vectors of one dtype on `device`: parts of one copy, each at a multiple of 16 bytes, as kernels want it."""
+    if device.type == "cpu":
+        return [torch.from_numpy(a) for a in arrays]
+    places = np.cumsum([0] + [-(-len(a) // 4) * 4 for a in arrays])
+    together = np.zeros(places[-1], dtype=arrays[0].dtype)
+    for a, place in zip(arrays, places.tolist(), strict=False):
+        together[place : place + len(a)] = a
+    moved = torch.from_numpy(together).to(device)
+    return [moved[place : place + len(a)] for a, place in zip(arrays, places.tolist(), strict=False)]
+
 
 class Decoder:
     """A fused decoder over the weights of a model.
 
     Args:
         spec: from `decoder_spec(model)`.
-        dtype: of packs, activations and cache; default: that of the embedding. float32 or bfloat16.
-        backend: None (native kernels where they are, else the reference), "cpu", "reference",
-            "triton" or "cuda".
+        dtype: of packs, activations and cache; default: that of the embedding. float32 or bfloat16, on a GPU
+            float16 too.
+        backend: None (the fastest that runs on the device of the weights, see `resolve_backend`), "cpu",
+            "triton", "cuda" or "reference".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
         weights: "model": packs in `dtype`; "int8": quantised while packing, a scale an output column.
 
@@ -309,20 +352,23 @@ class Decoder:
         check_weights(weights)
         embed: Any = spec.embed
         self.dtype: torch.dtype = dtype or embed.weight.dtype
-        if self.dtype not in DTYPES:
+        self.device: torch.device = embed.weight.device
+        if self.device.type == "meta":
+            raise Unsupported("the model is on meta, without values: load its weights first.")
+        allowed = DTYPES if self.device.type == "cpu" and backend in (None, "cpu", "reference") else OP_DTYPES
+        if self.dtype not in allowed:
+            also = ", float16" if len(allowed) > 2 else ""
             raise Unsupported(
-                f"the model's dtype is {self.dtype}: the fused decoder runs float32 and bfloat16."
-            )
-        if embed.weight.device.type != "cpu":
-            raise Unsupported(
-                f"the model is on {embed.weight.device}: the fused decoder runs on the CPU in this version."
+                f"the model's dtype is {self.dtype}: the fused decoder runs float32 and bfloat16{also}."
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
         if backend not in (None, "cpu", "triton", "cuda", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
-        if backend in ("triton", "cuda"):  # on CPU tensors in tests only: a model on a GPU is refused above
-            resolve_backend("decoder", backend, embed.weight)
+        if self.device.type != "cpu" or backend in ("triton", "cuda"):  # on CPU tensors in tests only
+            backend = resolve_backend("decoder", backend, embed.weight)
+        if backend in ("triton", "cuda") and spec.head_dim > MAX_HEAD_DIM:
+            raise Unsupported(f"head_dim is {spec.head_dim}: the {backend} kernels go to {MAX_HEAD_DIM}.")
         if backend == "cpu" and native() is None:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
@@ -341,7 +387,7 @@ class Decoder:
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
         self.embed_table = self.position_table = torch.empty(0)
-        self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi)
+        self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi, device=self.device)
         self.ropes: list[tuple[Tensor, Tensor]] = []
         self.limit = spec.position_limit()
         self._rope_specs = spec.ropes()
@@ -371,8 +417,8 @@ class Decoder:
         Reads every weight once to see what changed; a changed one is read once more and written once.
 
         Raises:
-            Unsupported: a projection can no longer be packed (an adapter of another kind), or has another
-                shape; nothing was changed.
+            Unsupported: a projection can no longer be packed (an adapter of another kind), has another shape,
+                or lies on another device than the embedding; nothing was changed.
         """
         start = time.perf_counter()
         stats = RefreshStats()
@@ -384,6 +430,7 @@ class Decoder:
                 raise Unsupported(
                     f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
                 )
+        self._check_devices(parts)
         with torch.no_grad():
             for name, group in self.groups.items():
                 self._refresh_group(group, parts[name], digests, stats)
@@ -391,7 +438,7 @@ class Decoder:
                 key = digests.of(norm.spec.sources())
                 stats.total += 1
                 if key != self._norm_keys.get(name):
-                    norm.fill()
+                    norm.fill(self.device)
                     self._norm_keys[name] = key
                     stats.changed += 1
             self._refresh_tables(digests, stats)
@@ -400,6 +447,23 @@ class Decoder:
             self.executor.rebind()
         stats.seconds = time.perf_counter() - start
         return stats
+
+    def _check_devices(self, parts: Mapping[str, Sequence[ResolvedLinear]]) -> None:
+        held = {name: [t for p in own for t in p.tensors()] for name, own in parts.items()}
+        held |= {name: list(norm.spec.sources()) for name, norm in self.norms.items()}
+        held |= {f"table {i}": [t] for i, t in enumerate(self._tables())}
+        for name, tensors in held.items():
+            for tensor in tensors:
+                if tensor.device != self.device:
+                    raise Unsupported(
+                        f"{name} is on {tensor.device} and the embedding was on {self.device}: "
+                        "the fused decoder needs the model on one device."
+                    )
+
+    def _tables(self) -> list[Tensor]:
+        """Embedding and, where there are learned positions, their table."""
+        modules: list[Any] = [m for m in (self.spec.embed, self.spec.positions) if m is not None]
+        return [m.weight.detach() for m in modules]
 
     def _refresh_group(
         self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
@@ -426,8 +490,7 @@ class Decoder:
 
     def _refresh_tables(self, digests: _Digests, stats: RefreshStats) -> None:
         """Embedding and learned positions are used where they are (copied only when the dtypes differ)."""
-        modules: list[Any] = [m for m in (self.spec.embed, self.spec.positions) if m is not None]
-        tables: list[Tensor] = [m.weight.detach() for m in modules]
+        tables = self._tables()
         in_place = all(t.dtype == self.dtype and t.is_contiguous() for t in tables)
         key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else digests.of(tables)
         stats.total += 1
@@ -443,7 +506,8 @@ class Decoder:
         ropes = self._rope_specs
         if ropes and (not self.ropes or self.ropes[0][0].shape[0] < positions):
             size = 1 << max(9, (positions - 1).bit_length())
-            self.ropes = [rope.tables(size) for rope in ropes]
+            made = [rope.tables(size) for rope in ropes]
+            self.ropes = [(cos.to(self.device), sin.to(self.device)) for cos, sin in made]
             self.executor.rebind()
         return self.ropes
 
@@ -460,13 +524,15 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------ steps
 
-    def new_cache(self, num_slots: int, max_tokens: int, num_pages: int | None = None) -> PagedKVCache:
+    def new_cache(
+        self, num_slots: int, max_tokens: int, num_pages: int | None = None, *, padding: bool = False
+    ) -> PagedKVCache:
         """A cache for `num_slots` sequences of up to `max_tokens` tokens (`num_pages` limits the pool;
-        default: enough)."""
+        default: enough; `padding`: see PagedKVCache)."""
         spec, pages = self.spec, pages_for(max_tokens)
         return PagedKVCache(
             len(spec.layers), spec.num_kv_heads, spec.head_dim, num_pages or num_slots * pages, num_slots,
-            pages, self.dtype,
+            pages, self.dtype, self.device, padding,
         )  # fmt: skip
 
     def step(
@@ -480,7 +546,7 @@ class Decoder:
         """Appends tokens to rows of the cache and returns logits (without a head: hidden states).
 
         Args:
-            tokens: int64 [T], the new tokens of all rows one after the other.
+            tokens: int64 [T] on the CPU, the new tokens of all rows one after the other.
             slots: cache slot of each row, each named once.
             q_lens: new tokens of each row, all at least 1; default: one each.
             logits: "last" gives float32 [rows, vocab] for each row's last token, "all" [T, vocab], "none"
@@ -532,8 +598,8 @@ class Decoder:
                 "check the tokenizer."
             )
         spec = self.spec
-        ours = (self.dtype, len(spec.layers), spec.num_kv_heads, spec.head_dim)
-        if (cache.dtype, cache.num_layers, cache.num_kv_heads, cache.head_dim) != ours:
+        ours = (self.dtype, len(spec.layers), spec.num_kv_heads, spec.head_dim, self.device)
+        if (cache.dtype, cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.device) != ours:
             raise ValueError(f"the cache ({cache}) was not made for this decoder: use decoder.new_cache().")
         if slots.min() < 0 or slots.max() >= cache.num_slots:
             bad = int(slots.min() if slots.min() < 0 else slots.max())
@@ -742,19 +808,28 @@ class NativeExecutor:
 
 
 class PythonExecutor:
-    """Walks the plan with the public ops, on the decoder's backend. `trace` receives every call and its
-    output."""
+    """Walks the plan op by op on the decoder's backend and device. `trace` receives every call and its output.
+
+    On the triton and cuda backends the ops over the cache are called without their own checks, which would wait for
+    the GPU at every call: `Decoder.step` has checked the same tables on the CPU.
+    """
 
     def __init__(self, decoder: Decoder, trace: Trace | None = None):
         self.decoder = decoder
         self.trace = trace
+        self.checked = decoder.backend in ("reference", "cpu")
 
     def rebind(self) -> None:
         """Nothing is bound: tensors are looked up at every call."""
 
-    @torch.no_grad()
     def run(self, t: StepTables, cache: PagedKVCache) -> Tensor:
         """The last output of the plan, float32 logits [selected, vocab] where the model has a head."""
+        cache.sync()
+        return self.walk(t.on(self.decoder.device), cache)
+
+    @torch.no_grad()
+    def walk(self, t: StepTensors, cache: PagedKVCache) -> Tensor:
+        """`run` on tables that are there already, with a cache that is in sync."""
         buffers: dict[str, Tensor] = {}
         for call in self.decoder.plan.calls:
             buffers[call.out] = self.execute(call, buffers, t, cache)
@@ -762,16 +837,18 @@ class PythonExecutor:
                 self.trace(call, buffers[call.out])
         return buffers[self.decoder.plan.calls[-1].out]
 
-    def execute(self, c: OpCall, buffers: Mapping[str, Tensor], t: StepTables, cache: PagedKVCache) -> Tensor:
+    def execute(
+        self, c: OpCall, buffers: Mapping[str, Tensor], t: StepTensors, cache: PagedKVCache
+    ) -> Tensor:
         """The output of one call; `buffers` hold its inputs and stay as they are."""
         d, spec, backend = self.decoder, self.decoder.spec, self.decoder.backend
         if c.op == "embed":
-            return d.embed_table[torch.from_numpy(t.token_ids)]
+            return d.embed_table[t.token_ids]
         x = buffers[c.input]
         if c.op == "add_positions":
-            return x + d.position_table[torch.from_numpy(t.positions).long() + spec.position_offset]
+            return x + d.position_table[t.positions.long() + spec.position_offset]
         if c.op == "select_rows":
-            return x[torch.from_numpy(t.selected)]
+            return x[t.selected]
         if c.op == "norm":
             return d.norms[c.weights].apply(x, backend)
         if c.op == "scale":
@@ -793,26 +870,43 @@ class PythonExecutor:
             )  # fmt: skip
         if c.op == "rope_append":
             return self._rope_append(c, x, t, cache)
+        return self._attention(c, x, t, cache)
+
+    def _attention(self, c: OpCall, x: Tensor, t: StepTensors, cache: PagedKVCache) -> Tensor:
+        d, spec = self.decoder, self.decoder.spec
         layer, dim = spec.layers[c.layer], spec.head_dim
-        out = attention(
-            x[:, : spec.num_heads * dim].reshape(-1, spec.num_heads, dim), cache.k[c.layer], cache.v[c.layer],
-            cache.block_table, torch.from_numpy(t.cu_seqlens), torch.from_numpy(t.kv_lens), scale=layer.scale,
-            window=layer.window, softcap=spec.attn_softcap, alibi_slopes=d.alibi, slots=torch.from_numpy(t.slots),
-            backend=backend,
-        )  # fmt: skip
+        q = x[:, : spec.num_heads * dim].reshape(-1, spec.num_heads, dim)
+        where = (q, cache.k[c.layer], cache.v[c.layer], cache.block_table, t.cu_seqlens, t.kv_lens)
+        if self.checked:
+            out = attention(
+                *where, scale=layer.scale, window=layer.window, softcap=spec.attn_softcap, alibi_slopes=d.alibi,
+                slots=t.slots, backend=d.backend,
+            )  # fmt: skip
+        else:
+            how = (t.slots, float(layer.scale), layer.window, spec.attn_softcap, d.alibi)
+            if t.decode:
+                out = implementation("attention_decode", d.backend, q, cache.k)(*where, *how, 0)
+            else:
+                out = implementation("attention", d.backend, q, cache.k)(*where, *how)
         return out.reshape(len(x), -1)
 
-    def _rope_append(self, c: OpCall, x: Tensor, t: StepTables, cache: PagedKVCache) -> Tensor:
+    def _rope_append(self, c: OpCall, x: Tensor, t: StepTensors, cache: PagedKVCache) -> Tensor:
         d, spec = self.decoder, self.decoder.spec
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         q, k, v = x.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
         cos, sin = d.rope_of(c.layer) or (None, None)
         rope = spec.layers[c.layer].rope
-        rotary: dict[str, Any] = {} if rope is None else {"style": rope.style, "rotary_dim": rope.rotary_dim}
-        q = rope_append(
-            q, k, v, cos, sin, torch.from_numpy(t.positions), torch.from_numpy(t.slot_of_token),
-            cache.k[c.layer], cache.v[c.layer], cache.block_table, backend=d.backend, **rotary,
+        arguments = (
+            q, k, v, cos, sin, t.positions, t.slot_of_token, cache.k[c.layer], cache.v[c.layer], cache.block_table
         )  # fmt: skip
+        if self.checked:
+            rotary: dict[str, Any] = (
+                {} if rope is None else {"style": rope.style, "rotary_dim": rope.rotary_dim}
+            )
+            q = rope_append(*arguments, backend=d.backend, **rotary)
+        else:
+            style, rotary_dim = ("half", 0) if rope is None else (rope.style, rope.rotary_dim)
+            q = implementation("rope_append", d.backend, q, cache.k)(*arguments, rotary_dim, style)
         return torch.cat([q.reshape(len(x), heads * dim), x[:, heads * dim :]], dim=1)
 
 
@@ -822,9 +916,9 @@ def factor(decoder: Decoder, call: OpCall) -> float:
 
 
 def softcap(x: Tensor, cap: float, backend: str | None) -> Tensor:
-    """cap * tanh(x / cap) of float32 x, with the tanh of the backend's kernels."""
-    module: Any = native()
-    if backend == "reference" or module is None:
+    """cap * tanh(x / cap) of float32 x; on the cpu backend with the tanh of its kernels."""
+    module: Any = native() if backend == "cpu" else None
+    if module is None:
         return cap * torch.tanh(x / cap)
     y = (x / cap).contiguous()
     module.vector_function(1, ptr(y), ptr(y), y.numel())  # csrc/cpu/vector_math.h: tanh
@@ -858,7 +952,7 @@ def _norm_rows(
     if spec.kind == "layer":
         y = layer_norm(x, weight, bias, spec.eps, backend=backend)
     else:
-        scale = torch.ones(x.shape[-1], dtype=x.dtype) if weight is None else weight
+        scale = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if weight is None else weight
         offset, rounding = spec.weight_offset, spec.rounding
         y = rms_norm(x, scale, spec.eps, weight_offset=offset, rounding=rounding, backend=backend)
     assert isinstance(y, Tensor)

@@ -29,14 +29,14 @@ class HybridEngine:
     """Generation, log-probs and optimizer steps of one model.
 
     Args:
-        model: a Hugging Face causal language model or a PEFT model around one, on the CPU, float32 or
-            bfloat16.
+        model: a Hugging Face causal language model or a PEFT model around one, on the CPU or on one GPU, float32
+            or bfloat16, on a GPU float16 too.
         optimizer: a torch optimizer over its parameters; only `step` needs it.
         max_slots: rows that are generated at a time; more rows wait.
         dtype: of the rollout, where it is not to be the model's (float32 weights, bfloat16 rollouts).
         exact: the training forward runs the packed kernels of the rollout: `logprobs` equals
             `rollout.logprobs` bit for bit, at the cost of repacking after every step.
-        backend: None, "cpu" or "reference".
+        backend: None (the fastest on the model's device), "cpu", "triton", "cuda" or "reference".
         rollout_weights: "model", or "int8": matrices are quantised at every flip (LoRA fused first), one scale an
             output column, so decoding reads half the bytes. The training forward keeps the model's weights;
             `logprobs` against `rollout.logprobs` says how far apart they are, and PPO's and GRPO's importance_cap
@@ -115,10 +115,12 @@ class HybridEngine:
         """Samples `sampling.n` completions of every prompt.
 
         Args:
-            input_ids: int64 [prompts, P], left-padded as for HF generate.
+            input_ids: int64 [prompts, P], left-padded as for HF generate, on the CPU or on the model's device.
             attention_mask: bool or 0/1 [prompts, P]; None: no padding.
             sampling: where its eos_token_id is unset the completions run to max_new_tokens.
             on_token: called with (row, token) for every token as it is drawn.
+
+        The rollout's tensors are on the model's device.
 
         Raises ValueError or TypeError, before anything is generated, for a bad batch, an empty prompt, or a
         prompt that leaves no room in the model's context; MemoryError where the cache of one row does not fit.
@@ -132,7 +134,7 @@ class HybridEngine:
         assert mask is not None
         if input_ids.shape[0] == 0:
             raise ValueError("input_ids hold no prompt: give at least one row.")
-        mask = mask.bool()
+        input_ids, mask = input_ids.cpu(), mask.bool().cpu()  # rows are scheduled there
         rows = pack_rows(input_ids, mask)
         prompts = list(rows.ids.split(rows.cu_seqlens.diff().tolist()))
         self._check_prompts(prompts, sampling)
@@ -143,9 +145,10 @@ class HybridEngine:
         run.run()
         run.stats.flip = flip.seconds
         run.stats.total = time.perf_counter() - start
+        device = self.decoder.device
         return Rollout(
-            input_ids.repeat_interleave(sampling.n, 0),
-            mask.repeat_interleave(sampling.n, 0),
+            input_ids.repeat_interleave(sampling.n, 0).to(device),
+            mask.repeat_interleave(sampling.n, 0).to(device),
             *run.completions(),
             sampling=sampling,
             stats=run.stats,
@@ -300,7 +303,7 @@ def completion_rows(rollout: Rollout) -> Any:
     rows = pack_rows(rollout.input_ids, torch.cat([prompt, fed], dim=1))
     # The place before a row's first completion token is its last prompt token; the others follow it.
     before = rows.cu_seqlens[:-1].long() + prompt.sum(1) - 1
-    offsets = torch.arange(mask.shape[1])[None].expand_as(mask)
+    offsets = torch.arange(mask.shape[1], device=mask.device)[None].expand_as(mask)
     places = mask.reshape(-1).nonzero().squeeze(1)
     select = (before[:, None] + offsets).reshape(-1)[places]
     return rows, select, rollout.completion_ids.reshape(-1)[places], places

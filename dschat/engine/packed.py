@@ -31,8 +31,9 @@ class PackedRows:
 
     def index(self) -> Tensor:
         """int64 [rows, columns]: the packed place of each token, -1 for padding."""
-        index = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64)
-        index[self.places] = torch.arange(len(self.places))
+        device = self.places.device
+        index = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64, device=device)
+        index[self.places] = torch.arange(len(self.places), device=device)
         return index.view(self.shape)
 
 
@@ -44,14 +45,14 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor) -> PackedRows:
     if not bool((lengths > 0).all()):
         row = int((lengths == 0).nonzero()[0])
         raise ValueError(f"row {row} of the batch has no token: its attention mask is all zero.")
-    cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=mask.device)
     cu[1:] = lengths.cumsum(0)
     places = mask.reshape(-1).nonzero().squeeze(1)
     return PackedRows(input_ids.reshape(-1)[places], cu, places, (input_ids.shape[0], input_ids.shape[1]))
 
 
 def check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Shapes, dtypes and device of a padded batch; one sentence for what is wrong."""
+    """Shapes, dtypes and devices of a padded batch; one sentence for what is wrong."""
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}: give a torch.Tensor [rows, columns].")
@@ -65,8 +66,15 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
             "give one shape."
         )
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if value.device.type != "cpu":
-            raise ValueError(f"{name} is on {value.device}: this version runs on the CPU, call .cpu().")
+        if value.device.type == "meta":
+            raise ValueError(
+                f"{name} is on meta, without values: give it on the CPU or on the model's device."
+            )
+    if attention_mask.device != input_ids.device:
+        raise ValueError(
+            f"attention_mask is on {attention_mask.device} and input_ids on {input_ids.device}: "
+            "move them to one device."
+        )
     if attention_mask.dtype.is_floating_point:
         raise TypeError(
             f"attention_mask is {attention_mask.dtype}: give booleans or 0 and 1, not an additive mask."

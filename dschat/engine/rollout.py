@@ -186,7 +186,10 @@ class RolloutRun:
         self.open: deque[_Prompt] = deque()  # prefilled, with samples that wait for a slot
         longest = max(len(p) for p in prompts)
         self.max_active = fit_rows(
-            min(rows, max_slots), sampling.n, slot_bytes(decoder, longest + sampling.max_new_tokens)
+            min(rows, max_slots),
+            sampling.n,
+            slot_bytes(decoder, longest + sampling.max_new_tokens),
+            decoder.device,
         )
         slots = slots_needed(self.max_active, sampling.n)
         self.cache = decoder.new_cache(slots, longest + sampling.max_new_tokens)
@@ -277,20 +280,30 @@ class RolloutRun:
         """Draws one token for each row; rows that are done leave, the others stay or become active."""
         start = time.perf_counter()
         s = self.sampling
+        streams, positions = (
+            torch.from_numpy(numbers[rows]).to(logits.device) for numbers in (self.streams, self.counts)
+        )
         tokens, logprobs = sample(
             logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=s.seed,
-            streams=torch.from_numpy(self.streams[rows]), positions=torch.from_numpy(self.counts[rows]),
-            backend=self.decoder.backend,
+            streams=streams, positions=positions, backend=self.decoder.backend,
         )  # fmt: skip
-        drawn = tokens.numpy()
+        self._take(rows, slots, tokens.cpu().numpy(), logprobs.cpu().numpy())
+        self.stats.sample += time.perf_counter() - start
+
+    def _take(self, rows: list[int], slots: list[int], drawn: np.ndarray, logprobs: np.ndarray) -> None:
+        """Books one token of each row."""
         at = self.counts[rows]
         self.ids[rows, at] = drawn
-        self.logprobs[rows, at] = logprobs.numpy()
+        self.logprobs[rows, at] = logprobs
         self.counts[rows] += 1
         ended = np.isin(drawn, self.eos)
         self.finished[rows] = ended
         for row, slot, token, done in zip(
-            rows, slots, drawn.tolist(), (ended | (at + 1 == s.max_new_tokens)).tolist(), strict=True
+            rows,
+            slots,
+            drawn.tolist(),
+            (ended | (at + 1 == self.sampling.max_new_tokens)).tolist(),
+            strict=True,
         ):
             if self.on_token is not None:
                 self.on_token(row, token)
@@ -300,17 +313,17 @@ class RolloutRun:
             else:
                 self.active_rows.append(row)
                 self.active_slots.append(slot)
-        self.stats.sample += time.perf_counter() - start
 
     def completions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(completion_ids, completion_mask, logprobs, finished), cut to the longest completion."""
-        width = int(self.counts.max())
+        """(completion_ids, completion_mask, logprobs, finished) on the decoder's device, cut to the longest
+        completion."""
+        width, device = int(self.counts.max()), self.decoder.device
         mask = np.arange(width)[None] < self.counts[:, None]
         return (
-            torch.from_numpy(self.ids[:, :width].copy()),
-            torch.from_numpy(mask),
-            torch.from_numpy(self.logprobs[:, :width].copy()),
-            torch.from_numpy(self.finished),
+            torch.from_numpy(self.ids[:, :width].copy()).to(device),
+            torch.from_numpy(mask).to(device),
+            torch.from_numpy(self.logprobs[:, :width].copy()).to(device),
+            torch.from_numpy(self.finished).to(device),
         )
 
 
@@ -348,6 +361,14 @@ def available_memory() -> int | None:
         return None
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a GPU, what PyTorch keeps for itself included; None where nobody says."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def slots_needed(rows: int, n: int) -> int:
     """Cache slots for `rows` rows at a time: with several samples, one prompt is half started."""
     return rows + (n > 1)
@@ -360,12 +381,12 @@ def slot_bytes(decoder: Decoder, tokens: int) -> int:
     return pages_for(tokens) * PAGE * len(spec.layers) * per_token
 
 
-def fit_rows(rows: int, n: int, bytes_per_slot: int) -> int:
-    """Rows at a time, at most `rows`, whose cache fits into three quarters of the free memory.
+def fit_rows(rows: int, n: int, bytes_per_slot: int, device: torch.device | None = None) -> int:
+    """Rows at a time, at most `rows`, whose cache fits into three quarters of the device's free memory.
 
     Fewer rows at a time give the same results, later.
     """
-    free = available_memory()
+    free = available_memory() if device is None or device.type == "cpu" else device_memory(device)
     if free is None:
         return rows
     budget = int(0.75 * free)

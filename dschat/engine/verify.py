@@ -330,10 +330,12 @@ class _Probe:
         self.buffers: dict[str, Tensor] = {}
         places = np.arange(count)
         zeros = np.zeros(count, dtype=np.int32)
-        self.tables = StepTables(
+        tables = StepTables(
             prompt.numpy(), places.astype(np.int32), zeros, np.array([0, count], dtype=np.int32),
             np.array([count], dtype=np.int32), zeros[:1], places,
         )  # fmt: skip
+        cache.sync()
+        self.tables = tables.on(decoder.device)
 
     def __call__(self, call: OpCall, out: Tensor) -> None:
         expected = self.reference.execute(call, self.buffers, self.tables, self.cache)

@@ -115,6 +115,24 @@ def runs_on_cuda() -> bool:
     return _cuda_kernels.get() is not None
 
 
+_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Within, calls become part of a graph: their results cannot be looked at."""
+    token = _capturing.set(True)
+    try:
+        yield
+    finally:
+        _capturing.reset(token)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether calls on `tensor` become part of a graph: of `capturing`, or of the caller's own torch.cuda.graph."""
+    return _capturing.get() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _why_no_native() -> str:
     from dschat_kernels import build
 

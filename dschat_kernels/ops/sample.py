@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dschat_kernels.ops import _common
 from dschat_kernels.ops._common import (
     DTYPES,
     LIBRARY,
@@ -153,7 +154,7 @@ def sample_reference(
     status = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     status[(z == float("-inf")).all(-1)] = _ALL_MASKED
     status[(z.isnan() | (z == float("inf"))).any(-1)] = _NOT_FINITE
-    _raise_for_bad_rows(status, temperature)
+    raise_for_bad_rows(status, temperature)
     if temperature == 0.0:
         tokens = (z == z.amax(-1, keepdim=True)).long().argmax(-1)
     else:
@@ -167,7 +168,11 @@ def sample_reference(
     return tokens, log_probs.float()
 
 
-def _raise_for_bad_rows(tokens: Tensor, temperature: float) -> None:
+def raise_for_bad_rows(tokens: Tensor, temperature: float) -> None:
+    """Raises for a row whose token is one of the two marks above. While a graph is captured nobody can look: who
+    replays it calls this on what came out."""
+    if _common.is_capturing(tokens):
+        return
     if not bool((tokens < 0).any()):
         return
     row = int((tokens < 0).long().argmax())
@@ -206,8 +211,7 @@ def _forward_cpu(
         DTYPES[logits.dtype], ptr(rows), rows.shape[0], rows.shape[1], stride, temperature, top_k, top_p,
         min_p, seed, ptr(streams), ptr(positions), ptr(tokens), ptr(log_probs),
     )  # fmt: skip
-    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph cannot look at its tokens
-        _raise_for_bad_rows(tokens, temperature)
+    raise_for_bad_rows(tokens, temperature)
     return tokens, log_probs
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dschat_kernels.ops.sample import _raise_for_bad_rows
+from dschat_kernels.ops.sample import raise_for_bad_rows
 from dschat_kernels.triton._launch import Config, as_rows, launch
 from dschat_kernels.triton._logsumexp import VOCAB_CHUNK, chunk_of, row_logsumexp
 
@@ -203,5 +203,5 @@ def sample(
         },
         Config(num_warps=8, num_stages=1),
     )  # fmt: skip
-    _raise_for_bad_rows(tokens, temperature)
+    raise_for_bad_rows(tokens, temperature)
     return tokens, log_probs
