@@ -27,6 +27,7 @@ from .hf_cache import PagedDynamicCache
 from .models import parts
 from .models.source import mechanism
 from .models.spec import DecoderSpec, Unsupported, decoder_spec
+from .models.versions import cache_name
 from .ops._common import DTYPES as OP_DTYPES
 from .packing import DTYPES
 from .plan import Decoder
@@ -41,6 +42,7 @@ _KNOWN_ARGUMENTS = frozenset(
         "attention_mask",
         "position_ids",
         "past_key_values",
+        "cache",
         "use_cache",
         "logits_to_keep",
         "return_dict",
@@ -164,7 +166,7 @@ class FusedForward:
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], max_length: int) -> None:
         """After transformers chose the cache of a `generate` call: replace its plain dynamic cache by
         ours."""
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(cache_name())
         if cache is None:
             return
         if isinstance(cache, PagedDynamicCache):
@@ -179,7 +181,7 @@ class FusedForward:
         if any(cache.is_recording_past(layer) for layer in range(len(cache.layers))):
             ours.activate_past_recording()
         ours.fresh_packs = True
-        model_kwargs["past_key_values"] = ours
+        model_kwargs[cache_name()] = ours
 
     @staticmethod
     def _unsupported_generation(
@@ -213,7 +215,7 @@ class FusedForward:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             self._release(arguments)
             return None
-        cache = arguments.get("past_key_values")
+        cache = arguments.get(cache_name())
         if getattr(cache, _NOTED, False) or getattr(cache, "is_dense", False):
             return None  # the reason was noted when this cache went to transformers
         use_cache = arguments.get("use_cache")
@@ -233,7 +235,7 @@ class FusedForward:
 
     @staticmethod
     def _release(arguments: dict[str, Any]) -> None:
-        cache = arguments.get("past_key_values")
+        cache = arguments.get(cache_name())
         if isinstance(cache, PagedDynamicCache):
             cache.to_dense()
 
@@ -258,10 +260,10 @@ class FusedForward:
                 return "the model is in training mode with gradient checkpointing"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        cache = arguments.get("past_key_values")
+        cache = arguments.get(cache_name())
         if cache is not None and not isinstance(cache, PagedDynamicCache):
             return (
-                f"past_key_values is a {type(cache).__name__} that dschat did not make (pass none to get one)"
+                f"{cache_name()} is a {type(cache).__name__} that dschat did not make (pass none to get one)"
             )
         return None
 
@@ -270,7 +272,7 @@ class FusedForward:
         if self.decoder.device.type != "cpu":
             arguments = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         ids = arguments["input_ids"]
-        cache = arguments.get("past_key_values")
+        cache = arguments.get(cache_name())
         unused = cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0)
         reason = self.refresh() if unused else self._hook()
         if reason is not None:
@@ -279,7 +281,7 @@ class FusedForward:
             cache = self.new_cache()
         elif cache.owner is not self.decoder:
             if cache.get_seq_length() != 0:
-                return "past_key_values belongs to another model or patch"
+                return f"{cache_name()} belongs to another model or patch"
             cache.adopt(self._pages, self.decoder)
         rows, columns = ids.shape
         past = cache.get_seq_length()
@@ -300,7 +302,7 @@ class FusedForward:
         if not only_last and not (isinstance(keep, int) and keep == 0):
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         cache.wrote(new)
-        output = self._output_class(logits=logits, past_key_values=cache)
+        output = self._output_class(logits=logits, **{cache_name(): cache})
         return_dict = arguments.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.model.config, "return_dict", True)

@@ -28,6 +28,7 @@ from .models import parts
 from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
+from .models.versions import cache_name
 from .ops._common import CPU_DTYPES, DTYPES, resolve_backend
 from .report import Entry, Report, make_report
 
@@ -186,7 +187,10 @@ def _causal_lm(original: Any) -> dict[str, Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         patch = vars(self).get(_MARK)
         if patch is not None and patch.fused is not None:
-            output = patch.fused.forward({**dict(zip(names, args, strict=False)), **kwargs})
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if cache_name() not in given and "past_key_values" in given:
+                given[cache_name()] = given.pop("past_key_values")  # its name before transformers 5.24
+            output = patch.fused.forward(given)
             if output is not None:
                 return output
         return original.forward(self, *args, **kwargs)

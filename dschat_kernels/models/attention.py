@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import parts
-from .rotary import Rotation, rotation
+from .rotary import Rotation, rotation, table_rope
 from .source import global_of, mechanism
 from .spec import LinearSpec, NormSpec, RopeSpec, Unsupported
 
@@ -166,31 +166,34 @@ def _gptj(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> Att
     """Its own table of sines; the first `rotary_dim` features rotate, in neighbouring pairs."""
     helpers = ("_attn", "_split_heads", "_merge_heads", "_get_embed_positions")
     parts.require_helpers(module, name, "attention.gptj", helpers)
-    parts.require_globals(
-        module,
-        name,
-        apply_rotary_pos_emb="rotate.gptj",
-        rotate_every_two="rotate_pairs",
-        create_sinusoidal_positions="rotary.table",
+    parts.require_globals(module, name, create_sinusoidal_positions="rotary.table")
+    dropout.see(f"{name}.attn_dropout", module.attn_dropout)
+    base = _gptj_parts(module, name, dropout, 1.0 / float(module.scale_attn))
+    make = global_of(module, "create_sinusoidal_positions")
+    return replace(
+        base, rope=table_rope(module.embed_positions, make, base.head_dim, f"{name}.embed_positions")
     )
-    for place in ("attn_dropout", "resid_dropout"):
-        dropout.see(f"{name}.{place}", getattr(module, place))
-    heads, dim, rotary_dim = int(module.num_attention_heads), int(module.head_dim), int(module.pos_embd_dim)
-    if rotary_dim > dim:
-        raise Unsupported(f"{name} rotates {rotary_dim} features of heads with {dim}; set config.rotary_dim")
-    inv_freq = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim)
-    table = module.embed_positions
-    expected = global_of(module, "create_sinusoidal_positions")(len(table), rotary_dim)
-    if float((table.cpu().double() - expected.double()).abs().max()) > 2.0**-8:  # a cast may have rounded it
-        raise Unsupported(f"{name}.embed_positions does not hold the sines and cosines it is built with")
-    linears = _projections(module, name, "out_proj")
+
+
+def _gptj_trunk_table(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> Attention:
+    """As `_gptj`; the trunk holds the table."""
+    parts.attention_call(module, config, name)
+    dropout.see(f"{name}.attention_dropout", module.attention_dropout)
+    base = _gptj_parts(module, name, dropout, float(module.scaling))
+    width = None if module.rotary_dim is None else int(module.rotary_dim)
+    return replace(base, rotation=Rotation("interleaved", "table", partial=False), rotary_width=width)
+
+
+def _gptj_parts(module: Any, name: str, dropout: parts.DropoutLog, scale: float) -> Attention:
+    parts.require_globals(module, name, apply_rotary_pos_emb="rotate.gptj", rotate_every_two="rotate_pairs")
+    dropout.see(f"{name}.resid_dropout", module.resid_dropout)
+    heads = int(module.num_attention_heads)
     return Attention(
-        **linears,
+        **_projections(module, name, "out_proj"),
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=dim,
-        scale=1.0 / float(module.scale_attn),
-        rope=RopeSpec(inv_freq, 1.0, "interleaved", rotary_dim),
+        head_dim=int(module.head_dim),
+        scale=scale,
     )
 
 
@@ -356,6 +359,7 @@ READERS: dict[str, Reader] = {
     "attention.gpt2": _gpt2,
     "attention.gpt_neo": _gpt_neo,
     "attention.gptj": _gptj,
+    "attention.gptj_trunk_table": _gptj_trunk_table,
     "attention.bloom": _bloom,
     "attention.falcon": _falcon,
     "attention.opt": _opt,

@@ -3,12 +3,13 @@ model's rotary module)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from .parts import class_name, require
+from .parts import class_name, require, require_globals
 from .source import global_of, recognise
 from .spec import RopeSpec, Unsupported
 
@@ -19,10 +20,11 @@ FIXED_KINDS = ("default", "linear", "llama3", "yarn")
 @dataclass(frozen=True)
 class Rotation:
     """How an attention rotates: pairs of "half" or "interleaved" features, from cos and sin laid out by a rotary
-    module of kind `source`; `partial`: features beyond cos and sin pass through."""
+    module of kind `source` (a "table" holds one row of sines and cosines a position); `partial`: features beyond cos
+    and sin pass through."""
 
     style: Literal["half", "interleaved"]
-    source: Literal["halves", "pairs"]
+    source: Literal["halves", "pairs", "table"]
     partial: bool
 
 
@@ -34,7 +36,12 @@ _ROTATIONS = {
     ("rotate.pairs_from_halves", "rotate_pairs"): Rotation("interleaved", "halves", False),
     ("rotate.pairs_from_halves_partial", "rotate_pairs"): Rotation("interleaved", "halves", True),
 }
-_SOURCES = {"rotary": "halves", "rotary.layer_types": "halves", "rotary.pairs": "pairs"}
+_SOURCES = {
+    "rotary": "halves",
+    "rotary.layer_types": "halves",
+    "rotary.pairs": "pairs",
+    "rotary.table_module": "table",
+}
 
 
 def rotation(module: Any, name: str) -> Rotation:
@@ -66,6 +73,10 @@ def rope(
     source = _SOURCES[require(module, tuple(_SOURCES), name, "cos and sin")]
     if source != how.source:
         raise Unsupported(f"{name} ({class_name(module)}) lays cos and sin out as {source}, not {how.source}")
+    if source == "table":
+        require_globals(module, name, create_sinusoidal_positions="rotary.table")
+        make = global_of(module, "create_sinusoidal_positions")
+        return table_rope(module.embed_positions, make, head_dim if width is None else width, name)
     prefix = "" if layer_type is None else f"{layer_type}_"
     kind = module.rope_type if layer_type is None else module.rope_type.get(layer_type)
     limit, reason = _limit(module, kind, layer_type, name)
@@ -100,3 +111,20 @@ def _limit(module: Any, kind: Any, layer_type: str | None, name: str) -> tuple[i
     raise Unsupported(
         f"{name} ({class_name(module)}) has rope_type={kind!r}, which no adapter covers exactly"
     )
+
+
+def table_rope(
+    table: torch.Tensor, make: Callable[[int, int], torch.Tensor], width: int, name: str
+) -> RopeSpec:
+    """The rotation of neighbouring pairs by a table of sines and cosines, [positions, rotary_dim], that
+    `make(positions, rotary_dim)` made; `width`: features of a head that may rotate."""
+    rotary_dim = table.shape[1]
+    if rotary_dim > width:
+        raise Unsupported(
+            f"{name} rotates {rotary_dim} features of heads with {width}; set config.rotary_dim"
+        )
+    expected = make(len(table), rotary_dim)
+    if float((table.cpu().double() - expected.double()).abs().max()) > 2.0**-8:  # a cast may have rounded it
+        raise Unsupported(f"{name} does not hold the sines and cosines it is built with")
+    inv_freq = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim)
+    return RopeSpec(inv_freq, 1.0, "interleaved", rotary_dim)

@@ -8,7 +8,7 @@ hashes of the forwards that the adapters describe; code that hashes to none of t
 wrote it and whatever it is called. A transformers release that changes a forward therefore turns into a
 refusal with a reason, never into wrong numbers.
 
-`python -m dschat_kernels.models.source` prints the table of the installed transformers.
+`python -m dschat_kernels.models.source` prints what the installed transformers has and the table has not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import textwrap
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
+
+from .versions import installed, minor
 
 # Wrappers defined in these packages only add bookkeeping around a forward (tuple outputs, hooks,
 # checkpointing, no_grad).
@@ -108,7 +110,8 @@ def global_of(module: Any, name: str) -> Any:
     return function.__globals__.get(name)
 
 
-# mechanism -> where transformers has it: "model:object", inside transformers.models.<model>.modeling_<model>.
+# mechanism -> where transformers has it: "model:object", inside transformers.models.<model>.modeling_<model>; with
+# " until 5.23" or " since 5.24" where not every supported version has it.
 SOURCES: dict[str, tuple[str, ...]] = {
     "head.plain": (
         "llama:LlamaForCausalLM.forward",
@@ -190,11 +193,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention.gpt_neo._split_heads": ("gpt_neo:GPTNeoSelfAttention._split_heads",),
     "attention.gpt_neo._merge_heads": ("gpt_neo:GPTNeoSelfAttention._merge_heads",),
     "wrapper.gpt_neo": ("gpt_neo:GPTNeoAttention.forward",),
-    "attention.gptj": ("gptj:GPTJAttention.forward",),
-    "attention.gptj._attn": ("gptj:GPTJAttention._attn",),
-    "attention.gptj._split_heads": ("gptj:GPTJAttention._split_heads",),
-    "attention.gptj._merge_heads": ("gptj:GPTJAttention._merge_heads",),
-    "attention.gptj._get_embed_positions": ("gptj:GPTJAttention._get_embed_positions",),
+    "attention.gptj": ("gptj:GPTJAttention.forward until 5.23",),
+    "attention.gptj_trunk_table": ("gptj:GPTJAttention.forward since 5.24",),
+    "attention.gptj._attn": ("gptj:GPTJAttention._attn until 5.23",),
+    "attention.gptj._split_heads": ("gptj:GPTJAttention._split_heads until 5.23",),
+    "attention.gptj._merge_heads": ("gptj:GPTJAttention._merge_heads until 5.23",),
+    "attention.gptj._get_embed_positions": ("gptj:GPTJAttention._get_embed_positions until 5.23",),
     "attention.bloom": ("bloom:BloomAttention.forward",),
     "attention.bloom._reshape": ("bloom:BloomAttention._reshape",),
     "attention.bloom._merge_heads": ("bloom:BloomAttention._merge_heads",),
@@ -206,6 +210,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "gpt2:eager_attention_forward",
         "opt:eager_attention_forward",
         "gpt_neox:eager_attention_forward",
+        "gptj:eager_attention_forward since 5.24",
     ),
     "eager.softcap": ("gemma2:eager_attention_forward",),
     "mlp.gated": ("llama:LlamaMLP.forward",),
@@ -231,6 +236,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "rotary": ("llama:LlamaRotaryEmbedding.forward", "olmo:OlmoRotaryEmbedding.forward"),
     "rotary.pairs": ("cohere:CohereRotaryEmbedding.forward",),
     "rotary.layer_types": ("gemma3:Gemma3RotaryEmbedding.forward",),
+    "rotary.table_module": ("gptj:GPTJRotaryEmbedding.forward since 5.24",),
     "rotary.table": ("gptj:create_sinusoidal_positions",),
     "rotate.half": ("llama:apply_rotary_pos_emb", "olmo:apply_rotary_pos_emb"),
     "rotate.half_partial": ("phi3:apply_rotary_pos_emb", "gpt_neox:apply_rotary_pos_emb"),
@@ -252,16 +258,31 @@ def reference_table() -> dict[str, set[str]]:
     table: dict[str, set[str]] = {}
     for name, places in SOURCES.items():
         for place in places:
+            place, *bound = place.split(" ")
+            if bound and not _within(*bound):
+                continue
             model, _, path = place.partition(":")
             found: Any = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
             for attribute in path.split("."):
-                found = getattr(found, attribute)
-            table.setdefault(name, set()).add(fingerprint(found) or f"no source: {place}")
+                found = getattr(found, attribute, None)
+            value = fingerprint(found) if found is not None else None
+            table.setdefault(name, set()).add(value or f"no source: {place}")
     return table
 
 
+def _within(kind: str, bound: str) -> bool:
+    """Whether the installed transformers is "until" or "since" a minor version."""
+    ours, limit = minor(installed()), minor(bound)
+    return ours <= limit if kind == "until" else ours >= limit
+
+
+def _pin(table: dict[str, set[str]]) -> None:
+    for name, hashes in table.items():
+        KNOWN.setdefault(name, set()).update(hashes)
+
+
 # transformers 5.23
-KNOWN.update(
+_pin(
     {
         "head.plain": {
             "09999c771af42fb9",
@@ -380,12 +401,76 @@ KNOWN.update(
     }
 )
 
-if __name__ == "__main__":
-    import transformers
+# transformers 5.24: past_key_values became cache, and GPT-J was written anew
+_pin(
+    {
+        "head.plain": {
+            "3310b71be986fcb0",
+            "4762c5b75fee1d41",
+            "9e785cbb65466aad",
+            "ab235c790165fb59",
+            "b17885a36ceac0b0",
+            "cc8ccf47d3e18809",
+            "eca785c0d317c666",
+            "f42d183e88bd140d",
+            "f8860a41eb33f632",
+        },
+        "head.softcap": {"2d8c9539dada9819"},
+        "head.logit_scale": {"15a80b38ae8bf91b"},
+        "head.logits_scaling": {"7726a42a64745212"},
+        "trunk.causal": {"0c8b8ec9b87a4e82", "7341a6a6793a8ae2", "f36c08e3e3eb73f2"},
+        "trunk.multiplier": {"7b032d0eb341ccc8"},
+        "trunk.window": {"02fdb7eb60caf7e6", "5ffcc2b7af6196c0"},
+        "trunk.layer_types": {"c684b5d8badf0b87", "e1ded131e1a34ce2", "f55cf127a59c3856"},
+        "trunk.rope_types": {"0616582a7e0512a5"},
+        "trunk.phi": {"042c40b497ea97e5"},
+        "trunk.neox": {"01f6929987b14df5"},
+        "trunk.gpt2": {"e48d82cdd4902d8d"},
+        "trunk.gpt_neo": {"5ac8f35de386ef89"},
+        "trunk.gptj": {"394bf6d9bd158192"},
+        "trunk.bloom": {"cc18e88d3b33ff0f"},
+        "trunk.falcon": {"9ef5044e9b8ae759"},
+        "trunk.opt": {"66866e001f87ad05"},
+        "wrapper.opt": {"71c81cc6b747e8ab"},
+        "layer.sequential": {"3de6c16874d68263"},
+        "layer.sequential_dropout": {"be6904ba46b904b6"},
+        "layer.sandwich": {"937c8486053f4d27"},
+        "layer.branch_norm": {"6dc027daef0f9c8b"},
+        "layer.multiplier": {"d21a8544c26addc7"},
+        "layer.parallel": {"10e5c7af1d17e205", "bcae035a3966ac8c", "dae5360dacc37085"},
+        "layer.stablelm": {"9cc886863ea82937"},
+        "layer.gpt2": {"4c5aa5519bccb4cc"},
+        "layer.gptj": {"421cc1bb31a7899c"},
+        "layer.opt": {"85125201b9ce5977"},
+        "attention.separate": {
+            "9a49f36ab5a067b5",
+            "bf618384a2a02d5a",
+            "f977f133e3e62d39",
+            "faf54a98a37c85c9",
+        },
+        "attention.clipped": {"dcdf8e29f86be1cc"},
+        "attention.norm_heads": {"3b2eb3f12231267b", "755b8d9822f12758"},
+        "attention.norm_full": {"19ea1409fd7eb1a3"},
+        "attention.softcap": {"ded07fde05d05531"},
+        "attention.use_rope": {"40d2fae8a3cdeb5f"},
+        "attention.cohere": {"b47e098d9ba2564c"},
+        "attention.rope_in_window": {"55a27882870d0b37"},
+        "attention.partial": {"7d5cab0f2f945e29", "fa44c61f17ffd4f1"},
+        "attention.fused": {"9470179ecdf4c080"},
+        "attention.gpt2": {"9130ec45493963f5"},
+        "attention.gptj_trunk_table": {"e5df16e0a9135062"},
+        "attention.opt": {"b4aa9887e1f2b22b"},
+        "eager": {"fa08c8ff51782af4"},
+        "rotary.table_module": {"dd5f81836048baff"},
+        "positions.opt": {"3e90760f444d4566"},
+    }
+)
 
-    print(f"# transformers {transformers.__version__}")
+if __name__ == "__main__":
+    from dschat_kernels.models import source as _known  # not this copy of it, whose table is filled as well
+
+    print(f"# transformers {installed()}: what is not pinned yet")
     for mechanism_name, hashes in reference_table().items():
-        print(
-            f'        "{mechanism_name}": {{{", ".join(repr(h) for h in sorted(hashes))}}},'.replace("'", '"')
-        )
+        if new := sorted(hashes - _known.KNOWN.get(mechanism_name, set())):
+            print(f'        "{mechanism_name}": {{{", ".join(repr(h) for h in new)}}},'.replace("'", '"'))
     sys.exit(0)

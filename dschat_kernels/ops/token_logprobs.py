@@ -279,7 +279,7 @@ def _backward_cpu(
     h, stride = as_rows(hidden.detach().to(compute))
     w = weight.detach().to(compute).contiguous()
     targets = targets.to(torch.int64).contiguous()
-    offsets, dlogprob, dentropy = widen(bias), widen(dlogprob), widen(dentropy)
+    offsets, d_logprob, d_entropy = widen(bias), widen(dlogprob), widen(dentropy)
     dh = torch.zeros(tokens, size) if wanted[0] else None
     dw = torch.empty_like(w) if wanted[1] else None
     db = torch.empty(vocab) if want_bias else None
@@ -292,7 +292,7 @@ def _backward_cpu(
         rows = slice(first, first + count)
         module.token_logprobs_backward(
             dtype, ptr(h), stride, ptr(w[rows]), 0 if offsets is None else ptr(offsets[rows]), ptr(targets), tokens,
-            size, first, count, ptr(dlogprob), ptr(dentropy), ptr(lse), ptr(entropy), temperature,
+            size, first, count, ptr(d_logprob), ptr(d_entropy), ptr(lse), ptr(entropy), temperature,
             logit_softcap or 0.0, ptr(dlogits), dlogits.shape[1], ptr(dh), ptr(panels),
         )  # fmt: skip
         if dw is not None:
