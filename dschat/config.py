@@ -183,7 +183,7 @@ class StageConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
-    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
 
     lora_r: int = opt(0, "LoRA rank; 0: train all weights")
     lora_alpha: float = opt(0.0, "LoRA alpha (scaling is alpha / r); 0: 2 * r")
@@ -610,7 +610,7 @@ class _ModelCommand(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
-    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
     backend: str | None = opt(None, "force a kernel backend (reference, cpu); none: the best that runs")
 
 
