@@ -208,17 +208,34 @@ def parse_workload(text: str) -> tuple[int, int, int]:
 
 
 def bench_generate(config: configs.BenchGenerateConfig) -> None:
+    from . import peers
+
+    if config.isa:
+        peers.limit_isa(config.isa)  # before torch is imported
+    import torch
+
     from . import bench
+    from .rlhf import models
 
     workloads = [parse_workload(w) for w in config.workload]
+    pythons, converted = (
+        dict(text.split("=", 1) for text in given) for given in (config.peer_python, config.peer_model)
+    )
     model, _ = _load(config)
-    result = bench.generate(
-        model, workloads, repeats=config.repeats, compare_hf=config.compare_hf, backend=config.backend,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    others = peers.start(
+        config.against, models.resolve(config.model), dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), pythons=pythons, models=converted,
     )  # fmt: skip
+    with others as sides:
+        result = bench.generate(
+            model, workloads, repeats=config.repeats, compare_hf=False, peers=sides, backend=config.backend,
+            progress=lambda text: print(text, file=sys.stderr, flush=True),
+        )  # fmt: skip
     print("  ".join(f"{k}: {v}" for k, v in (result.machine | result.model).items()))
     print(result.to_markdown())
     _write(config.output, result.to_json())
+    if config.plot:
+        result.plot(config.plot)
 
 
 def verify(config: configs.VerifyConfig) -> int:
