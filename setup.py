@@ -7,7 +7,6 @@ will use.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
@@ -27,13 +26,13 @@ def version() -> str:
 
 
 def build_module() -> ModuleType:
-    """dschat_kernels/build.py by its path: neither the package nor torch is there while a wheel is built."""
-    spec = importlib.util.spec_from_file_location("dschat_build", ROOT / "dschat_kernels" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """dschat_kernels.build of this folder, which needs the standard library only: there is no torch while a wheel is
+    built."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from dschat_kernels import build
+
+    return build
 
 
 def levels() -> list[str]:

@@ -1,7 +1,9 @@
-"""Generation throughput, ours beside Hugging Face in one run, as a share of what the machine can do.
+"""Generation throughput, ours beside Hugging Face and other projects in one run, as a share of what the machine can do.
 
 Random prompts of exact length, greedy, EOS ignored; tokens/s = batch x generated / total time, prefill included.
-Runs of the two sides alternate, so a machine that drifts drifts for both; figures are medians with their spread.
+Runs of the sides alternate, so a machine that drifts drifts for all; figures are medians with their spread. Other
+projects run in processes of their own (dschat/peers.py). The bound is that of dschat/bounds.py at the rates measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -9,18 +11,29 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dschat_kernels.backends import backends, read_bandwidth
+from dschat_kernels.backends import backends, matmul_peak, read_bandwidth
 
+from . import bounds
 from .engine import HybridEngine, SamplingConfig
 from .engine.verify import logprob_gap
+from .peers import Here
+
+
+class Side(Protocol):
+    """Somebody who generates: peers.Peer, peers.Here."""
+
+    name: str
+    version: str
+
+    def run(self, ids: list[list[int]], new: int) -> tuple[float, list[list[int]]]: ...
 
 
 @dataclass
@@ -35,10 +48,23 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
+    def __str__(self) -> str:
+        return f"{self.median:.0f} [{self.low:.0f}-{self.high:.0f}]"
+
+
+@dataclass
+class PeerRow:
+    """Another side's figures of a workload; `same_first`: share of the rows whose first token is ours."""
+
+    rate: Spread
+    prefill: float
+    decode_ms: float
+    same_first: float
+
 
 @dataclass
 class GenerateRow:
-    """One workload. Times in seconds, decode in milliseconds a step, rates in tokens a second."""
+    """One workload. Times in seconds, decode in milliseconds a step, rates in tokens a second; the bound's too."""
 
     batch_size: int
     prompt_length: int
@@ -48,50 +74,126 @@ class GenerateRow:
     decode_ms: float
     decode_gb_per_s: float
     bandwidth_share: float
+    bound_rate: float = 0.0
+    bound_decode_ms: float = 0.0
+    bound_limit: str = ""
     hf: Spread | None = None
     hf_prefill: float | None = None
     hf_decode_ms: float | None = None
+    hf_same_first: float | None = None
+    peers: dict[str, PeerRow] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
         return None if self.hf is None else self.ours.median / self.hf.median
 
+    @property
+    def bound_share(self) -> float:
+        """Our rate as a share of what the machine allows."""
+        return self.ours.median / self.bound_rate
+
+    def add(self, name: str, side: PeerRow) -> None:
+        """Hugging Face has fields of its own, everybody else is in `peers`."""
+        if name == "hf":
+            self.hf, self.hf_prefill, self.hf_decode_ms = side.rate, side.prefill, side.decode_ms
+            self.hf_same_first = side.same_first
+        else:
+            self.peers[name] = side
+
 
 @dataclass
 class GenerateReport:
-    """Everything a table needs to be read: machine, model, rows."""
+    """Everything a table needs to be read: machine, model, versions of the other sides, rows."""
 
     machine: dict[str, Any]
     model: dict[str, Any]
     rows: list[GenerateRow] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        rows = [{**asdict(r), "speedup": r.speedup} for r in self.rows]
-        return json.dumps({"machine": self.machine, "model": self.model, "rows": rows}, indent=2)
+        rows = [
+            {**asdict(r), "speedup": r.speedup, "bound_share": r.bound_share,
+             "speedups": {name: r.ours.median / p.rate.median for name, p in r.peers.items()}}
+            for r in self.rows
+        ]  # fmt: skip
+        return json.dumps(
+            {"machine": self.machine, "model": self.model, "versions": self.versions, "rows": rows}, indent=2
+        )
 
     def to_markdown(self) -> str:
-        head = (
-            "| batch, prompt + new | dschat tok/s | HF tok/s | ratio | prefill s (HF) | decode ms/step (HF) "
-            "| GB/s | share of peak |"
-        )
-        lines = [head, "| --- " * 8 + "|"]
+        names = list(dict.fromkeys(name for r in self.rows for name in r.peers))
+        head = ["batch, prompt + new", "dschat tok/s", "HF tok/s", "ratio"]
+        head += [part for name in names for part in (f"{name} tok/s", "ratio")]
+        head += [
+            "prefill s (HF)",
+            "decode ms/step (HF)",
+            "bound tok/s",
+            "share of bound",
+            "GB/s",
+            "share of peak",
+        ]
+        lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
         for r in self.rows:
-            hf = f"{r.hf.median:.0f} [{r.hf.low:.0f}-{r.hf.high:.0f}]" if r.hf else "-"
-            ratio = f"{r.speedup:.1f}x" if r.speedup else "-"
-            prefill = (
-                f"{r.prefill:.2f} ({r.hf_prefill:.2f})" if r.hf_prefill is not None else f"{r.prefill:.2f}"
+            cells = [f"{r.batch_size}, {r.prompt_length} + {r.new_tokens}", str(r.ours)]
+            cells += [str(r.hf), f"{r.speedup:.1f}x"] if r.hf and r.speedup else ["-", "-"]
+            for name in names:
+                peer = r.peers.get(name)
+                cells += [str(peer.rate), f"{r.ours.median / peer.rate.median:.1f}x"] if peer else ["-", "-"]
+            cells.append(f"{r.prefill:.2f}" + (f" ({r.hf_prefill:.2f})" if r.hf_prefill is not None else ""))
+            cells.append(
+                f"{r.decode_ms:.1f}" + (f" ({r.hf_decode_ms:.1f})" if r.hf_decode_ms is not None else "")
             )
-            decode = (
-                f"{r.decode_ms:.1f} ({r.hf_decode_ms:.1f})"
-                if r.hf_decode_ms is not None
-                else f"{r.decode_ms:.1f}"
-            )
-            lines.append(
-                f"| {r.batch_size}, {r.prompt_length} + {r.new_tokens} "
-                f"| {r.ours.median:.0f} [{r.ours.low:.0f}-{r.ours.high:.0f}] "
-                f"| {hf} | {ratio} | {prefill} | {decode} | {r.decode_gb_per_s:.1f} | {100 * r.bandwidth_share:.0f} % |"
-            )
+            cells += [f"{r.bound_rate:.0f}", f"{100 * r.bound_share:.0f} %"]
+            cells += [f"{r.decode_gb_per_s:.1f}", f"{100 * r.bandwidth_share:.0f} %"]
+            lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Rates as bars, one group a workload, each beside what the machine allows."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        names = [
+            "dschat",
+            *dict.fromkeys(n for r in self.rows for n in ((["hf"] if r.hf else []) + [*r.peers])),
+        ]
+        rates = {
+            name: [
+                r.ours
+                if name == "dschat"
+                else r.hf
+                if name == "hf"
+                else p.rate
+                if (p := r.peers.get(name))
+                else None
+                for r in self.rows
+            ]
+            for name in names
+        }
+        figure, axes = pyplot.subplots(figsize=(1.8 + 2.0 * len(self.rows), 3.6), layout="constrained")
+        width = 0.8 / len(names)
+        for i, (name, spreads) in enumerate(rates.items()):
+            found = [(x, s) for x, s in enumerate(spreads) if s is not None]
+            at = [x - 0.4 + (i + 0.5) * width for x, _ in found]
+            medians = [s.median for _, s in found]
+            errors = [[s.median - s.low for _, s in found], [s.high - s.median for _, s in found]]
+            label = name if name == "dschat" else self.versions.get(name, name).split(",")[0]
+            bars = axes.bar(at, medians, width * 0.92, yerr=errors, label=label, capsize=2)
+            axes.bar_label(bars, [f"{m:.0f}" for m in medians], fontsize=7, padding=1)
+        for x, r in enumerate(self.rows):
+            axes.hlines(r.bound_rate, x - 0.4, x + 0.4, colors="black", linestyles="dashed", linewidth=1,
+                        label="the machine allows" if x == 0 else None)  # fmt: skip
+        labels = [f"batch {r.batch_size}\n{r.prompt_length} + {r.new_tokens} tokens" for r in self.rows]
+        axes.set_xticks(range(len(self.rows)), labels)
+        axes.set_ylabel("tokens/s")
+        axes.set_title(f"{self.model['type']} {self.model['parameters'] / 1e6:.0f} M, {self.model['dtype']}, "
+                       f"{self.machine['cpu']}, {self.machine['threads']} threads", fontsize=9)  # fmt: skip
+        axes.legend(fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
 
 
 def generate(
@@ -100,6 +202,7 @@ def generate(
     *,
     repeats: int = 3,
     compare_hf: bool = True,
+    peers: Sequence[Side] = (),
     backend: str | None = None,
     weights: str = "model",
     progress: Callable[[str], None] | None = None,
@@ -107,6 +210,7 @@ def generate(
     """Measures `workloads`, each (batch size, prompt length, new tokens), on a causal language model.
 
     Each side is warmed up once with the workload, then measured `repeats` times, the sides taking turns.
+    compare_hf: Hugging Face runs in this process, unless a peer does it. peers: other sides with the same model.
     weights: "model", or "int8": then the facts also hold how far the log-probs of a sampled rollout of the first
     workload are from those of the training forward.
     """
@@ -120,15 +224,22 @@ def generate(
                 f"workload {workload}: give a batch size, prompt length and number of new tokens of at least 1."
             )
     model.eval()
+    sides = list(peers)
+    if compare_hf and all(side.name != "hf" for side in sides):
+        sides.insert(0, Here(model))
     engine = HybridEngine(
         model, max_slots=max(b for b, _, _ in workloads), backend=backend, rollout_weights=weights
     )
-    peak = read_bandwidth()
-    report = GenerateReport(machine_facts(peak), _model_facts(engine))
+    engine.flip()
+    machine = bounds.Machine(read_bandwidth(), matmul_peak(engine.decoder.dtype))
+    report = GenerateReport(
+        machine_facts(machine.read) | {"gflops": round(machine.flops / 1e9)}, _model_facts(engine)
+    )
+    report.versions = {side.name: side.version for side in sides}
     for batch, prompt, new in workloads:
         if progress is not None:
             progress(f"batch {batch}, {prompt} + {new} tokens")
-        report.rows.append(_measure(engine, batch, prompt, new, repeats, compare_hf, peak))
+        report.rows.append(_measure(engine, sides, batch, prompt, new, repeats, machine))
     if weights != "model":
         batch, prompt, new = workloads[0]
         rollout = engine.generate(
@@ -145,50 +256,47 @@ def _random_prompts(engine: HybridEngine, batch: int, prompt: int) -> Tensor:
 
 
 def _measure(
-    engine: HybridEngine, batch: int, prompt: int, new: int, repeats: int, compare_hf: bool, peak: float
+    engine: HybridEngine,
+    sides: Sequence[Side],
+    batch: int,
+    prompt: int,
+    new: int,
+    repeats: int,
+    machine: bounds.Machine,
 ) -> GenerateRow:
     ids = _random_prompts(engine, batch, prompt)
     sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)
-    engine.generate(ids, None, sampling)
-    if compare_hf:
-        _hf_generate(engine.model, ids, min(new, 8))
-    ours, hf, hf_prefill, stats = [], [], [], []
+    rows = ids.tolist()
+    first = engine.generate(ids, None, sampling).completion_ids[:, 0].tolist()
+    agree = {}
+    for side in sides:
+        _, tokens = side.run(rows, min(new, 8))
+        agree[side.name] = sum(t[0] == f for t, f in zip(tokens, first, strict=True)) / batch
+    stats, whole, start = [], {s.name: [] for s in sides}, {s.name: [] for s in sides}  # type: ignore[var-annotated]
     for _ in range(repeats):
-        rollout = engine.generate(ids, None, sampling)
-        stats.append(rollout.stats)
-        ours.append(rollout.stats.total)
-        if compare_hf:
-            hf_prefill.append(_seconds(lambda: _hf_generate(engine.model, ids, 1)))
-            hf.append(_seconds(lambda: _hf_generate(engine.model, ids, new)))
+        stats.append(engine.generate(ids, None, sampling).stats)
+        for side in sides:
+            start[side.name].append(side.run(rows, 1)[0])
+            whole[side.name].append(side.run(rows, new)[0])
     decode = statistics.median((s.decode + s.sample) / max(1, s.steps) for s in stats)
-    rate = _bytes_per_step(engine, batch, prompt + new / 2) / decode
-    tokens = batch * new
+    tokens_out = batch * new
+    step = bounds.decode_step(engine.decoder, [prompt + new / 2] * batch)
     row = GenerateRow(
-        batch, prompt, new, Spread.of([tokens / t for t in ours]), statistics.median(s.prefill for s in stats),
-        1e3 * decode, rate / 1e9, rate / peak,
+        batch, prompt, new,
+        ours=Spread.of([tokens_out / s.total for s in stats]),
+        prefill=statistics.median(s.prefill for s in stats),
+        decode_ms=1e3 * decode,
+        decode_gb_per_s=step.bytes / decode / 1e9,
+        bandwidth_share=step.bytes / decode / machine.read,
+        bound_rate=tokens_out / bounds.generation_seconds(engine.decoder, machine, batch, prompt, new),
+        bound_decode_ms=1e3 * step.seconds(machine),
+        bound_limit=step.limit(machine),
     )  # fmt: skip
-    if compare_hf:
-        row.hf = Spread.of([tokens / t for t in hf])
-        row.hf_prefill = statistics.median(hf_prefill)
-        row.hf_decode_ms = 1e3 * (statistics.median(hf) - row.hf_prefill) / max(1, new - 1)
+    for name, seconds in whole.items():
+        before = statistics.median(start[name])
+        step_ms = 1e3 * (statistics.median(seconds) - before) / max(1, new - 1)
+        row.add(name, PeerRow(Spread.of([tokens_out / t for t in seconds]), before, step_ms, agree[name]))
     return row
-
-
-@torch.no_grad()
-def _hf_generate(model: Any, ids: Tensor, new: int) -> Tensor:
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-        pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    assert isinstance(out, Tensor) and out.shape[1] == ids.shape[1] + new
-    return out
-
-
-def _bytes_per_step(engine: HybridEngine, batch: int, context: float) -> float:
-    """Packed weights once, and the keys and values of every row."""
-    spec, size = engine.spec, engine.decoder.dtype.itemsize
-    cache = 2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim * size
-    return engine.decoder.packed_bytes + batch * context * cache
 
 
 def machine_facts(peak: float) -> dict[str, Any]:
@@ -218,9 +326,3 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _seconds(fn: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start

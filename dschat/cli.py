@@ -114,10 +114,9 @@ def overview() -> str:
 
 
 def _threads(config: Any) -> None:
-    import torch
+    from dschat_kernels.limits import use_threads
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
 
 
 def _load(config: Any) -> tuple[Any, Any]:
@@ -137,13 +136,19 @@ def doctor(config: Any) -> None:
     import torch
 
     import dschat_kernels as dk
+    from dschat_kernels import limits
 
     from .rlhf import models
     from .rlhf.run import versions
 
     print("  ".join(f"{k} {v}" for k, v in versions().items()))
     capability, dtype = torch.backends.cpu.get_cpu_capability(), str(models.pick_dtype("auto"))[6:]
-    print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch uses {capability}")
+    threads, quota, memory = limits.use_threads(), limits.cpu_quota(), limits.available_memory()
+    print(f"CPU: {os.cpu_count()} cores, {threads} threads, PyTorch uses {capability}")
+    if quota is not None:
+        print(f"control group: {quota:.1f} CPUs' worth of time")
+    if memory is not None:
+        print(f"memory: {memory / 2**30:.1f} GiB may be used")
     print(f"dtype: auto is {dtype} here")
     print(
         f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that PyTorch can use'}"
@@ -204,17 +209,34 @@ def parse_workload(text: str) -> tuple[int, int, int]:
 
 
 def bench_generate(config: configs.BenchGenerateConfig) -> None:
+    from . import peers
+
+    if config.isa:
+        peers.limit_isa(config.isa)  # before torch is imported
+    import torch
+
     from . import bench
+    from .rlhf import models
 
     workloads = [parse_workload(w) for w in config.workload]
+    pythons, converted = (
+        dict(text.split("=", 1) for text in given) for given in (config.peer_python, config.peer_model)
+    )
     model, _ = _load(config)
-    result = bench.generate(
-        model, workloads, repeats=config.repeats, compare_hf=config.compare_hf, backend=config.backend,
-        weights=config.weights, progress=lambda text: print(text, file=sys.stderr, flush=True),
+    others = peers.start(
+        config.against, models.resolve(config.model), dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), pythons=pythons, models=converted,
     )  # fmt: skip
+    with others as sides:
+        result = bench.generate(
+            model, workloads, repeats=config.repeats, compare_hf=False, peers=sides, backend=config.backend,
+            weights=config.weights, progress=lambda text: print(text, file=sys.stderr, flush=True),
+        )  # fmt: skip
     print("  ".join(f"{k}: {v}" for k, v in (result.machine | result.model).items()))
     print(result.to_markdown())
     _write(config.output, result.to_json())
+    if config.plot:
+        result.plot(config.plot)
 
 
 def verify(config: configs.VerifyConfig) -> int:

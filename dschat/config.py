@@ -187,7 +187,7 @@ class StageConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
-    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
 
     lora_r: int = opt(0, "LoRA rank; 0: train all weights")
     lora_alpha: float = opt(0.0, "LoRA alpha (scaling is alpha / r); 0: 2 * r")
@@ -625,7 +625,7 @@ class _ModelCommand(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
-    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
     backend: str | None = opt(None, "force a kernel backend (reference, cpu); none: the best that runs")
 
 
@@ -654,8 +654,33 @@ class BenchGenerateConfig(_ModelCommand):
         ["16x128+128"], "BATCHxPROMPT+NEW in tokens, such as 16x128+128; several one by one"
     )
     repeats: int = opt(3, "measurements of each number")
-    compare_hf: bool = opt(True, "measure Hugging Face generate too")
+    against: list[str] = opt(
+        ["hf"],
+        "who else generates, one by one or with commas: hf, openvino, vllm, trl; each in a process of its own",
+    )
+    compare_hf: bool = opt(True, "false: leave hf out")
+    peer_python: list[str] = opt(
+        [], "NAME=PATH: a peer's own Python, such as openvino=envs/openvino/bin/python"
+    )
+    peer_model: list[str] = opt([], "NAME=DIR: the model in a peer's own format (openvino)")
+    isa: str = opt("", "limit kernels, PyTorch and oneDNN to an ISA level, such as avx2 (hf and trl only)")
     output: str = opt("", "write the table as JSON to this file too")
+    plot: str = opt("", "draw the table into this picture too")
+
+    def check(self) -> None:
+        super().check()
+        self.against = [name for text in self.against for name in text.split(",") if name and name != "none"]
+        if not self.compare_hf:
+            self.against = [name for name in self.against if name != "hf"]
+        for key in ("peer_python", "peer_model"):
+            for text in getattr(self, key):
+                if not all(text.partition("=")[::2]):
+                    raise ConfigError(
+                        f"{key} is {text!r}, but it must be NAME=PATH, such as openvino=some/where"
+                    )
+        others = [name for name in self.against if name not in ("hf", "trl")]
+        if self.isa and others:
+            raise ConfigError(f"isa limits hf and trl only; leave {', '.join(others)} out of against")
 
 
 @dataclass(kw_only=True)

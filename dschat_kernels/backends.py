@@ -142,3 +142,19 @@ def read_bandwidth(repeats: int = 5) -> float:
 def known_bandwidth() -> float | None:
     """What `read_bandwidth` gave last in this process, or None."""
     return _bandwidth
+
+
+def matmul_peak(dtype: Any = None, repeats: int = 3) -> float:
+    """Floating-point operations a second of PyTorch's square matrix products, all threads; the best of some sizes and
+    runs. dtype: default float32.
+    """
+    import torch
+
+    best = 0.0
+    for size in (1024, 2048):
+        a, b = (torch.rand(size, size).to(dtype or torch.float32) for _ in range(2))
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

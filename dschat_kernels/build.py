@@ -49,6 +49,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+from dschat_kernels import limits
+
 try:
     import fcntl
 except ImportError:  # Windows: load() says so
@@ -145,22 +147,13 @@ def max_jobs() -> int:
         if not text.isdecimal() or int(text) < 1:
             raise BuildError(f"MAX_JOBS is {text!r}: give a whole number from 1, or unset it.")
         return int(text)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _available_memory() >> 30))
+    return max(1, min(limits.cpus(), _available_memory() >> 30))
 
 
 def _available_memory() -> int:
     """Bytes that this process may still use, or a large number where nobody says."""
-    available = 1 << 50
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-        if match:
-            available = int(match[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # a container's limit (cgroup v2); "max" is not a number
-        group = Path("/sys/fs/cgroup")
-        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
-        available = min(available, max(limit - used, 0))
-    return available
+    free = limits.available_memory()
+    return 1 << 50 if free is None else free
 
 
 # -------------------------------------------------------------------------------------------- instruction set

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .limits import available_memory
+
 __all__ = ["CHUNK", "LANES", "PAGE", "OutOfPages", "PagedKVCache", "padded_head_dim", "pages_for"]
 
 PAGE = 64
@@ -99,6 +101,8 @@ class PagedKVCache:
         self.device = torch.device(device)
         self.padding_slot = num_slots if padding else None
         pages, slots = num_pages + padding, num_slots + padding
+        if self.device.type == "cpu":
+            _check_memory(pages, self._page_elements() * num_layers * dtype.itemsize)
         # Zeroed: kernels read whole vectors, so padding must be finite. Untouched pages cost no memory.
         self.k = torch.zeros(
             num_layers, pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype, device=self.device
@@ -128,7 +132,11 @@ class PagedKVCache:
     @property
     def bytes_per_page(self) -> int:
         """Bytes that one page costs over all layers."""
-        return self.num_layers * (self.k[0, 0].numel() + self.v[0, 0].numel()) * self.k.element_size()
+        return self.num_layers * self._page_elements() * self.dtype.itemsize
+
+    def _page_elements(self) -> int:
+        """Numbers in one page of one layer, keys and values."""
+        return self.num_kv_heads * PAGE * (self.head_dim + padded_head_dim(self.head_dim))
 
     @property
     def max_length(self) -> int:
@@ -422,6 +430,16 @@ class PagedKVCache:
         self._refs[row] += 1
         self._owned[slot] = len(row)
         self._lengths[slot] = length
+
+
+def _check_memory(pages: int, bytes_per_page: int) -> None:
+    """Raises MemoryError for a cache beyond what is free: its pages would be touched one by one, into the swap."""
+    need, free = pages * bytes_per_page, available_memory()
+    if free is not None and need > free:
+        raise MemoryError(
+            f"a cache of {pages} pages of {PAGE} tokens needs {need / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are "
+            "free: run fewer sequences at once, or shorter ones."
+        )
 
 
 def _int_array(values: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
 
@@ -99,9 +100,24 @@ class HybridEngine:
         self.packed.sync()
         if self.decoder.spec is not self.spec:
             self.decoder = self._make_decoder()
+        self._check_memory()
         stats = self.decoder.refresh()
         self._packed_epoch = self.epoch
         return stats
+
+    def _check_memory(self) -> None:
+        """Raises MemoryError before packs are made that memory has no room for."""
+        groups = {name: group for name, group in self.decoder.groups.items() if group.packed is None}
+        if not groups or self.decoder.device.type != "cpu":
+            return
+        free = available_memory()
+        numbers = sum(part.weight.numel() for name, group in groups.items() for part in group.resolve(name))
+        need = numbers * self.decoder.dtype.itemsize
+        if free is not None and need > free:
+            raise MemoryError(
+                f"the packed weights need {need / 2**20:.1f} MiB beside the model's own and {free / 2**20:.1f} MiB are "
+                "free: take a smaller model, or load it as bfloat16."
+            )
 
     @torch.no_grad()
     def generate(
@@ -123,7 +139,8 @@ class HybridEngine:
         The rollout's tensors are on the model's device.
 
         Raises ValueError or TypeError, before anything is generated, for a bad batch, an empty prompt, or a
-        prompt that leaves no room in the model's context; MemoryError where the cache of one row does not fit.
+        prompt that leaves no room in the model's context; MemoryError, before they are allocated, where the packs
+        or the cache of one row do not fit (more rows than fit wait for their turn).
         """
         start = time.perf_counter()
         sampling = sampling or SamplingConfig()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dschat_kernels.cache import PAGE, padded_head_dim, pages_for
+from dschat_kernels.limits import available_memory
 from dschat_kernels.ops.sample import sample
 from dschat_kernels.plan import Decoder
 
@@ -185,12 +186,11 @@ class RolloutRun:
         )
         self.open: deque[_Prompt] = deque()  # prefilled, with samples that wait for a slot
         longest = max(len(p) for p in prompts)
+        tokens = sum(sorted(map(len, prompts))[-max_slots:])  # of one prefill
         self.max_active = fit_rows(
-            min(rows, max_slots),
-            sampling.n,
-            slot_bytes(decoder, longest + sampling.max_new_tokens),
-            decoder.device,
-        )
+            min(rows, max_slots), sampling.n, slot_bytes(decoder, longest + sampling.max_new_tokens),
+            step_bytes(decoder, max(tokens, max_slots), 0), step_bytes(decoder, 0, 1), decoder.device,
+        )  # fmt: skip
         slots = slots_needed(self.max_active, sampling.n)
         self.cache = decoder.new_cache(slots, longest + sampling.max_new_tokens)
         self.free = list(range(slots - 1, -1, -1))  # slots
@@ -351,16 +351,6 @@ def _streams(prompts: Iterable[Tensor], n: int) -> np.ndarray:
     return np.asarray(streams, dtype=np.int64)
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def device_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated on a GPU, what PyTorch keeps for itself included; None where nobody says."""
     if device.type != "cuda":
@@ -381,20 +371,34 @@ def slot_bytes(decoder: Decoder, tokens: int) -> int:
     return pages_for(tokens) * PAGE * len(spec.layers) * per_token
 
 
-def fit_rows(rows: int, n: int, bytes_per_slot: int, device: torch.device | None = None) -> int:
-    """Rows at a time, at most `rows`, whose cache fits into three quarters of the device's free memory.
+def step_bytes(decoder: Decoder, tokens: int, rows: int) -> int:
+    """Bytes of the buffers of steps of up to `tokens` tokens in `rows` rows; logits exist three times (buffer, result,
+    what the sampler reads)."""
+    per_row = decoder.spec.vocab_size * torch.float32.itemsize * 3
+    widths = sum(width for name, width in decoder.plan.widths.items() if name != "logits")
+    return min(tokens, decoder.max_tokens) * widths * decoder.dtype.itemsize + rows * per_row
 
-    Fewer rows at a time give the same results, later.
+
+def fit_rows(
+    rows: int, n: int, bytes_per_slot: int, buffers: int = 0, bytes_per_row: int = 0,
+    device: torch.device | None = None,
+) -> int:  # fmt: skip
+    """Rows at a time, at most `rows`, whose cache and buffers fit into three quarters of the device's free memory.
+
+    bytes_per_slot: cache of one sequence. buffers: what steps need whatever the number of rows; bytes_per_row: what a
+    row needs besides its cache. Fewer rows at a time give the same results, later.
     """
     free = available_memory() if device is None or device.type == "cpu" else device_memory(device)
     if free is None:
         return rows
     budget = int(0.75 * free)
-    fit = budget // bytes_per_slot - slots_needed(0, n)
+    idle = slots_needed(0, n) * bytes_per_slot
+    fit = (budget - buffers - idle) // (bytes_per_slot + bytes_per_row)
     if fit < 1:
         raise MemoryError(
-            f"one row needs {slots_needed(1, n) * bytes_per_slot / 2**20:.1f} MiB of cache and "
-            f"{budget / 2**20:.1f} MiB may be used: shorten the prompts or max_new_tokens."
+            f"one row needs {(bytes_per_slot + idle) / 2**20:.1f} MiB of cache and "
+            f"{(buffers + bytes_per_row) / 2**20:.1f} MiB of buffers, and {budget / 2**20:.1f} MiB may be used (three "
+            "quarters of what is free): shorten the prompts or max_new_tokens."
         )
     return min(rows, fit)
 

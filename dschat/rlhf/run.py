@@ -26,6 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dschat_kernels.limits import use_threads
+
 from .. import config as configs
 from ..config import ConfigError, StageConfig
 from . import checkpoint, data
@@ -157,8 +159,7 @@ class Run:
             self._continue(json.loads(file.read_text(encoding="utf-8")))
         if self.result is not None:
             return
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
+        use_threads(self.config.threads)
         random.seed(self.config.seed)
         np.random.seed(self.config.seed % 2**32)
         torch.manual_seed(self.config.seed)

@@ -125,7 +125,10 @@ def low_rank_grads(
         check_device(op, name, tensor, x)
     rank = lora_a.shape[0]
     check(
-        len(x) == len(dy) and lora_a.shape[1] == x.shape[1] and lora_b.shape == (dy.shape[1], rank) and rank > 0,
+        len(x) == len(dy)
+        and lora_a.shape[1] == x.shape[1]
+        and lora_b.shape == (dy.shape[1], rank)
+        and rank > 0,
         f"{op}: x {list(x.shape)}, dy {list(dy.shape)}, lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do "
         "not fit; give [T, k], [T, n], [rank, k] and [n, rank].",
     )

@@ -270,7 +270,17 @@ def _backward_cpu(
     """Block by block by csrc/cpu/token_logprobs_backward.h."""
     if runs_on_cuda():
         return _backward_blocks(
-            dlogprob, dentropy, hidden, weight, targets, bias, lse, entropy, temperature, logit_softcap, wanted
+            dlogprob,
+            dentropy,
+            hidden,
+            weight,
+            targets,
+            bias,
+            lse,
+            entropy,
+            temperature,
+            logit_softcap,
+            wanted,
         )
     (tokens, size), vocab = hidden.shape, weight.shape[0]
     want_bias = wanted[2] and bias is not None

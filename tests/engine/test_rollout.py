@@ -9,7 +9,15 @@ import torch
 
 from dschat import HybridEngine, SamplingConfig
 from dschat.engine import rollout as module
-from dschat.engine.rollout import Rollout, RolloutRun, fit_rows, slot_bytes, slots_needed, stats_dict
+from dschat.engine.rollout import (
+    Rollout,
+    RolloutRun,
+    fit_rows,
+    slot_bytes,
+    slots_needed,
+    stats_dict,
+    step_bytes,
+)
 from tests.tiny_models import build
 
 PROMPTS = ([5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, 16, 17, 18], [3] * 9)
@@ -246,19 +254,32 @@ def test_little_memory_means_fewer_rows_and_the_same_tokens(
     for n in (1, 3):
         sampling = SamplingConfig(max_new_tokens=8, n=n)
         plenty = engine.generate(*left(PROMPTS), sampling)
-        one = slot_bytes(engine.decoder, 9 + 8)
-        monkeypatch.setattr(
-            module, "available_memory", lambda one=one, n=n: int(one * (2 + (n > 1)) / 0.75) + 9
-        )
+        slot, row = slot_bytes(engine.decoder, 9 + 8), step_bytes(engine.decoder, 0, 1)
+        buffers = step_bytes(engine.decoder, 64, 0)
+        need = slot * (2 + (n > 1)) + 2 * row + buffers
+        monkeypatch.setattr(module, "available_memory", lambda need=need: int(need / 0.75) + 9)
         tight = engine.generate(*left(PROMPTS), sampling)
         assert tight.stats.slots == 2 < plenty.stats.slots
         assert same(tight, plenty)
         monkeypatch.setattr(module, "available_memory", lambda: 1000)
         with pytest.raises(
-            MemoryError, match=r"one row needs 0\.\d MiB of cache and 0.0 MiB may be used: shorten"
+            MemoryError,
+            match=r"one row needs 0\.\d MiB of cache and 0\.\d MiB of buffers, and 0.0 MiB may be used \(.*\): shorten",
         ):
             engine.generate(*left(PROMPTS), sampling)
         monkeypatch.undo()
+
+
+def test_step_bytes_is_what_the_buffers_take() -> None:
+    engine = HybridEngine(build("llama-bias"), backend="cpu")
+    prompts = left([[1, 2, 3] * 5, [4, 5] * 4])
+    out = engine.generate(*prompts, SamplingConfig(max_new_tokens=3, n=2))
+    executor: Any = engine.decoder.executor
+    held = sum(b.nbytes for b in executor.buffers.values())
+    logits = executor.buffers["logits"]
+    idle_sel = (23 - 4) * executor.buffers["sel"][0].nbytes  # planned for every token, used by the last ones
+    assert len(out) == 4 and logits.shape[0] == 4
+    assert step_bytes(engine.decoder, 23, 4) == held + 2 * logits.nbytes + idle_sel
 
 
 def test_slot_bytes_is_what_a_cache_takes(engine: HybridEngine) -> None:
