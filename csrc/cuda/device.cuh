@@ -221,10 +221,10 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 
 #ifdef DSCHAT_EMULATE_CUDA
 template <> inline void multiply<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma_16816(emulation::Half::bfloat16, d, a, b);
+  emulation::mma(emulation::Element::bfloat16, 16, d, a, b);
 }
 template <> inline void multiply<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma_16816(emulation::Half::float16, d, a, b);
+  emulation::mma(emulation::Element::float16, 16, d, a, b);
 }
 #else
 #define DSCHAT_MULTIPLY(type, name)                                                                                \
