@@ -2,11 +2,16 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda_emulation/checker.h"
 #include "cuda_emulation/float16.h"
+#include "cuda_emulation/ptx_launch.h"
 #include "cuda_emulation/runtime.h"
 
 namespace emulation {
@@ -34,6 +39,20 @@ inline void bind_emulation(pybind11::module_& m) {
     return found;
   });
 #endif
+  m.def("on_unknown_kernel", [](pybind11::function resolve) {
+    ptx::set_resolver([resolve](uintptr_t offset) {
+      pybind11::gil_scoped_acquire gil;
+      return resolve(offset).cast<std::string>();
+    });
+  });
+  m.def("forget_kernels", [] { ptx::set_resolver(nullptr); });
+  using Size = std::array<unsigned, 3>;
+  m.def("launch_library", [](const std::string& path, Size grid, Size block, size_t shared_bytes, const pybind11::bytes& given) {
+    const std::string parameters = given;
+    ptx::launch_library(path, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes,
+                        {parameters.begin(), parameters.end()});
+    if (take_error()) throw std::runtime_error(error_text());
+  });
   m.def("float16_value", [](int bits) { return float16_value(uint16_t(bits)); });
 }
 

@@ -12,13 +12,13 @@ __global__ void __launch_bounds__(kElementThreads)
     forward(Activation a, const T* x, const float* bias, T* y, int64_t rows, int64_t columns, int64_t x_stride,
             int width) {
   int64_t row, column;
-  if (!own_group(rows, columns, row, column)) return;
+  if (!own_group<T>(rows, columns, row, column)) return;
   const int64_t n = columns - column;
-  float v[kGroup];
+  float v[kGroup<T>];
   load_group(x + row * x_stride + column, n, width, v);
-  add_vector(bias ? bias + column : nullptr, n, v);
+  if (bias) add_vector(bias + column, n, width, v);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) v[i] = activate(a, v[i]);
+  for (int i = 0; i < kGroup<T>; ++i) v[i] = activate(a, v[i]);
   store_group(y + row * columns + column, n, width, v);
 }
 
@@ -27,14 +27,14 @@ __global__ void __launch_bounds__(kElementThreads)
     backward(Activation a, const T* dy, const T* x, const float* bias, T* dx, int64_t rows, int64_t columns,
              int64_t x_stride, int width) {
   int64_t row, column;
-  if (!own_group(rows, columns, row, column)) return;
+  if (!own_group<T>(rows, columns, row, column)) return;
   const int64_t n = columns - column, at = row * columns + column;
-  float v[kGroup], g[kGroup];
+  float v[kGroup<T>], g[kGroup<T>];
   load_group(x + row * x_stride + column, n, width, v);
   load_group(dy + at, n, width, g);
-  add_vector(bias ? bias + column : nullptr, n, v);
+  if (bias) add_vector(bias + column, n, width, v);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) g[i] *= activate_grad(a, v[i]);
+  for (int i = 0; i < kGroup<T>; ++i) g[i] *= activate_grad(a, v[i]);
   store_group(dx + at, n, width, g);
 }
 
@@ -57,8 +57,8 @@ extern "C" int launch_bias_act(int type, int activation, const void* x, const fl
   return launched(known_activation(activation) && dispatch(type, [&](auto t) {
     using T = decltype(t);
     const int64_t step = int64_t(sizeof(T));
-    const int width = access_width({x, y}, {columns * step, x_stride * step});
-    DSCHAT_LAUNCH(forward<T>, dim3(Groups{rows, columns}.blocks()), dim3(kElementThreads), 0, stream,
+    const int width = access_width({x, y, bias}, {columns * step, x_stride * step});
+    DSCHAT_LAUNCH(forward<T>, dim3(Groups<T>{rows, columns}.blocks()), dim3(kElementThreads), 0, stream,
                   Activation(activation), static_cast<const T*>(x), bias, static_cast<T*>(y), rows, columns, x_stride,
                   width);
   }));
@@ -70,10 +70,10 @@ extern "C" int launch_bias_act_backward(int type, int activation, const void* dy
   return launched(known_activation(activation) && dispatch(type, [&](auto t) {
     using T = decltype(t);
     const int64_t step = int64_t(sizeof(T));
-    const int width = access_width({dy, x, dx}, {columns * step, x_stride * step});
+    const int width = access_width({dy, x, dx, bias}, {columns * step, x_stride * step});
     const auto *grad = static_cast<const T*>(dy), *input = static_cast<const T*>(x);
     if (rows * columns)
-      DSCHAT_LAUNCH(backward<T>, dim3(Groups{rows, columns}.blocks()), dim3(kElementThreads), 0, stream,
+      DSCHAT_LAUNCH(backward<T>, dim3(Groups<T>{rows, columns}.blocks()), dim3(kElementThreads), 0, stream,
                     Activation(activation), grad, input, bias, static_cast<T*>(dx), rows, columns, x_stride, width);
     if (dbias)
       column_sums(BiasTerm<T>{Activation(activation), grad, input, bias, columns, x_stride}, partial, dbias, rows,

@@ -38,7 +38,7 @@ void column_sums(Term term, float* partial, float* total, int64_t rows, int64_t 
   const int64_t blocks = ceil_div(rows, kRowBlock);
   const unsigned across = unsigned(ceil_div(columns, kColumnThreads));
   if (blocks)
-    DSCHAT_LAUNCH(partial_sums, dim3(unsigned(blocks), across), dim3(kColumnThreads), 0, stream, term, partial, rows,
+    DSCHAT_LAUNCH(partial_sums<Term>, dim3(unsigned(blocks), across), dim3(kColumnThreads), 0, stream, term, partial, rows,
                   columns);
   DSCHAT_LAUNCH(total_sums, dim3(across), dim3(kColumnThreads), 0, stream, partial, total, blocks, columns);
 }

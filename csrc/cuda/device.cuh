@@ -71,9 +71,10 @@ template <typename T> __device__ __forceinline__ float rounded(float x) { return
 
 // --------------------------------------------------------------------------------------------------- vector access
 
-// Rows are read and written in groups of 8 elements. A group belongs to one thread whatever the access width, so the
-// width changes no order of arithmetic; `width` (bytes: 16, 8, 4 or 2) is the widest that every address allows.
-constexpr int kGroup = 8;
+// Rows are read and written in groups of 16 bytes of their type, so that neighbours in a warp meet neighbours in memory.
+// A group belongs to one thread whatever the access width, so the width changes no order of arithmetic; `width` (bytes:
+// 16, 8, 4 or 2) is the widest that every address allows.
+template <typename T> constexpr int kGroup = 16 / int(sizeof(T));
 
 // The widest access for rows that begin at `pointers` (null: absent) and at multiples of `steps` bytes from them.
 inline int access_width(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> steps) {
@@ -83,51 +84,71 @@ inline int access_width(std::initializer_list<const void*> pointers, std::initia
   return int(bits & (~bits + 1));  // the lowest set bit
 }
 
-template <typename Wide, typename T> __device__ __forceinline__ void load_as(const T* p, T* out) {
-  constexpr int count = int(sizeof(T)) * kGroup / int(sizeof(Wide));
+template <typename Wide, typename T, int G> __device__ __forceinline__ void load_as(const T* p, T (&out)[G]) {
+  constexpr int count = int(sizeof(T)) * G / int(sizeof(Wide));
   Wide words[count];
 #pragma unroll
   for (int i = 0; i < count; ++i) words[i] = reinterpret_cast<const Wide*>(p)[i];
   memcpy(out, words, sizeof(words));
 }
 
-template <typename Wide, typename T> __device__ __forceinline__ void store_as(T* p, const T* in) {
-  constexpr int count = int(sizeof(T)) * kGroup / int(sizeof(Wide));
+template <typename Wide, typename T, int G> __device__ __forceinline__ void store_as(T* p, const T (&in)[G]) {
+  constexpr int count = int(sizeof(T)) * G / int(sizeof(Wide));
   Wide words[count];
   memcpy(words, in, sizeof(words));
 #pragma unroll
   for (int i = 0; i < count; ++i) reinterpret_cast<Wide*>(p)[i] = words[i];
 }
 
-// n >= 8: a whole group; else n elements, and zeros behind them.
-template <typename T> __device__ __forceinline__ void load_group(const T* p, int64_t n, int width, float out[kGroup]) {
-  T values[kGroup];
-  if (n >= kGroup && width >= 16) {
+// n >= G: a whole group; else n elements, and zeros behind them.
+template <typename T, int G>
+__device__ __forceinline__ void load_group(const T* p, int64_t n, int width, float (&out)[G]) {
+  static_assert(sizeof(T) * G % 16 == 0, "a group is of 16-byte words");
+  T values[G];
+  if (n >= G && width >= 16) {
     load_as<uint4>(p, values);
-  } else if (n >= kGroup && width == 8) {
+  } else if (n >= G && width == 8) {
     load_as<uint2>(p, values);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = i < n ? p[i] : from_float<T>(0.0f);
+    for (int i = 0; i < G; ++i) values[i] = i < n ? p[i] : from_float<T>(0.0f);
   }
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) out[i] = to_float(values[i]);
+  for (int i = 0; i < G; ++i) out[i] = to_float(values[i]);
 }
 
-template <typename T>
-__device__ __forceinline__ void store_group(T* p, int64_t n, int width, const float in[kGroup]) {
-  T values[kGroup];
+template <typename T, int G>
+__device__ __forceinline__ void store_group(T* p, int64_t n, int width, const float (&in)[G]) {
+  static_assert(sizeof(T) * G % 16 == 0, "a group is of 16-byte words");
+  T values[G];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) values[i] = from_float<T>(in[i]);
-  if (n >= kGroup && width >= 16) {
+  for (int i = 0; i < G; ++i) values[i] = from_float<T>(in[i]);
+  if (n >= G && width >= 16) {
     store_as<uint4>(p, values);
-  } else if (n >= kGroup && width == 8) {
+  } else if (n >= G && width == 8) {
     store_as<uint2>(p, values);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i)
+    for (int i = 0; i < G; ++i)
       if (i < n) p[i] = values[i];
   }
+}
+
+// x += n numbers of a float32 vector, and x *= them; what lies behind the end is of no use afterwards.
+template <int G>
+__device__ __forceinline__ void add_vector(const float* vector, int64_t n, int width, float (&x)[G]) {
+  float v[G];
+  load_group(vector, n, width, v);
+#pragma unroll
+  for (int i = 0; i < G; ++i) x[i] += v[i];
+}
+
+template <int G>
+__device__ __forceinline__ void multiply_vector(const float* vector, int64_t n, int width, float (&x)[G]) {
+  float v[G];
+  load_group(vector, n, width, v);
+#pragma unroll
+  for (int i = 0; i < G; ++i) x[i] *= v[i];
 }
 
 // ------------------------------------------------------------------------------------------------------ reductions
@@ -200,10 +221,10 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 
 #ifdef DSCHAT_EMULATE_CUDA
 template <> inline void multiply<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma_16816(emulation::Half::bfloat16, d, a, b);
+  emulation::mma(emulation::Element::bfloat16, 16, d, a, b);
 }
 template <> inline void multiply<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma_16816(emulation::Half::float16, d, a, b);
+  emulation::mma(emulation::Element::float16, 16, d, a, b);
 }
 #else
 #define DSCHAT_MULTIPLY(type, name)                                                                                \

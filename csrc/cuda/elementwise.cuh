@@ -1,4 +1,4 @@
-// Groups of 8 elements of a matrix, one a thread.
+// Groups of elements of a matrix (kGroup of its type), one a thread.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -7,27 +7,20 @@ namespace dschat::cuda {
 
 constexpr int kElementThreads = 128;
 
-struct Groups {
+template <typename T> struct Groups {
   int64_t rows, columns;
 
-  int64_t a_row() const { return ceil_div(columns, kGroup); }
+  int64_t a_row() const { return ceil_div(columns, kGroup<T>); }
   unsigned blocks() const { return unsigned(ceil_div(rows * a_row(), kElementThreads)); }
 };
 
 // This thread's row and first column; false beyond the end.
+template <typename T>
 __device__ __forceinline__ bool own_group(int64_t rows, int64_t columns, int64_t& row, int64_t& column) {
-  const int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, a_row = (columns + kGroup - 1) / kGroup;
+  const int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, a_row = (columns + kGroup<T> - 1) / kGroup<T>;
   row = group / a_row;
-  column = group % a_row * kGroup;
+  column = group % a_row * kGroup<T>;
   return row < rows;
-}
-
-// Adds n numbers of a float32 vector, null: nothing, to x.
-__device__ __forceinline__ void add_vector(const float* vector, int64_t n, float x[kGroup]) {
-  if (!vector) return;
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i)
-    if (i < n) x[i] += vector[i];
 }
 
 }  // namespace dschat::cuda

@@ -15,22 +15,22 @@ template <typename T> struct Inputs {
 
 template <typename T>
 __device__ __forceinline__ void load_inputs(const Inputs<T>& in, int64_t row, int64_t column, int64_t n, int width,
-                                            float g[kGroup], float u[kGroup]) {
+                                            float (&g)[kGroup<T>], float (&u)[kGroup<T>]) {
   load_group(in.gate + row * in.gate_stride + column, n, width, g);
   load_group(in.up + row * in.up_stride + column, n, width, u);
-  add_vector(in.gate_bias ? in.gate_bias + column : nullptr, n, g);
-  add_vector(in.up_bias ? in.up_bias + column : nullptr, n, u);
+  if (in.gate_bias) add_vector(in.gate_bias + column, n, width, g);
+  if (in.up_bias) add_vector(in.up_bias + column, n, width, u);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
     forward(Activation a, Inputs<T> in, T* y, int64_t rows, int64_t columns, int width) {
   int64_t row, column;
-  if (!own_group(rows, columns, row, column)) return;
-  float g[kGroup], u[kGroup];
+  if (!own_group<T>(rows, columns, row, column)) return;
+  float g[kGroup<T>], u[kGroup<T>];
   load_inputs(in, row, column, columns - column, width, g, u);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) g[i] = activate(a, g[i]) * u[i];
+  for (int i = 0; i < kGroup<T>; ++i) g[i] = activate(a, g[i]) * u[i];
   store_group(y + row * columns + column, columns - column, width, g);
 }
 
@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(kElementThreads)
     backward(Activation a, const T* dy, Inputs<T> in, T* dgate, T* dup, int64_t rows, int64_t columns,
              int64_t grad_stride, int width) {
   int64_t row, column;
-  if (!own_group(rows, columns, row, column)) return;
+  if (!own_group<T>(rows, columns, row, column)) return;
   const int64_t n = columns - column;
-  float d[kGroup], g[kGroup], u[kGroup];
+  float d[kGroup<T>], g[kGroup<T>], u[kGroup<T>];
   load_group(dy + row * columns + column, n, width, d);
   load_inputs(in, row, column, n, width, g, u);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
+  for (int i = 0; i < kGroup<T>; ++i) {
     const float grad_gate = d[i] * u[i] * activate_grad(a, g[i]);
     u[i] = d[i] * activate(a, g[i]);
     g[i] = grad_gate;
@@ -76,9 +76,9 @@ extern "C" int launch_gated_act(int type, int activation, const void* gate, cons
   return launched(known_activation(activation) && dispatch(type, [&](auto t) {
     using T = decltype(t);
     const int64_t step = int64_t(sizeof(T));
-    const int width = access_width({gate, up, y}, {columns * step, gate_stride * step, up_stride * step});
+    const int width = access_width({gate, up, y, gate_bias, up_bias}, {columns * step, gate_stride * step, up_stride * step});
     const Inputs<T> in{static_cast<const T*>(gate), static_cast<const T*>(up), gate_bias, up_bias, gate_stride, up_stride};
-    DSCHAT_LAUNCH(forward<T>, dim3(Groups{rows, columns}.blocks()), dim3(kElementThreads), 0, stream,
+    DSCHAT_LAUNCH(forward<T>, dim3(Groups<T>{rows, columns}.blocks()), dim3(kElementThreads), 0, stream,
                   Activation(activation), in, static_cast<T*>(y), rows, columns, width);
   }));
 }
@@ -91,13 +91,13 @@ extern "C" int launch_gated_act_backward(int type, int activation, const void* d
   return launched(known_activation(activation) && dispatch(type, [&](auto t) {
     using T = decltype(t);
     const int64_t step = int64_t(sizeof(T));
-    const int width = access_width({dy, gate, up, dgate, dup},
+    const int width = access_width({dy, gate, up, dgate, dup, gate_bias, up_bias},
                                    {columns * step, gate_stride * step, up_stride * step, grad_stride * step});
     const Inputs<T> in{static_cast<const T*>(gate), static_cast<const T*>(up), gate_bias, up_bias, gate_stride, up_stride};
     const Activation a = Activation(activation);
     const auto* grad = static_cast<const T*>(dy);
     if (rows * columns)
-      DSCHAT_LAUNCH(backward<T>, dim3(Groups{rows, columns}.blocks()), dim3(kElementThreads), 0, stream, a, grad, in,
+      DSCHAT_LAUNCH(backward<T>, dim3(Groups<T>{rows, columns}.blocks()), dim3(kElementThreads), 0, stream, a, grad, in,
                     static_cast<T*>(dgate), static_cast<T*>(dup), rows, columns, grad_stride, width);
     if (dgate_bias)
       column_sums(BiasTerm<T, true>{a, grad, in, columns}, partial, dgate_bias, rows, columns, stream);

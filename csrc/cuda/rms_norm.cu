@@ -15,22 +15,23 @@ __global__ void __launch_bounds__(256)
   DSCHAT_SHARED(float, scratch, kWarp);
   const int64_t row = blockIdx.x, at = row * columns;
   const RowReader<T> rows{x + row * x_stride, residual ? residual + at : nullptr, residual_out + at,
-                          cached ? reinterpret_cast<float*>(memory) : nullptr, columns, width};
+                          cached ? reinterpret_cast<T*>(memory) : nullptr, columns, width};
   float sum = 0.0f;
-  each_group(columns, [&](int64_t begin) {
-    float h[kGroup];
+  each_group<T>(columns, [&](int64_t begin) {
+    float h[kGroup<T>];
     rows.first(begin, h);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sum = fmaf(h[i], h[i], sum);  // zeros behind the end
+    for (int i = 0; i < kGroup<T>; ++i) sum = fmaf(h[i], h[i], sum);  // zeros behind the end
   });
   const float rstd = 1.0f / sqrtf(block_sum(sum, scratch) / float(columns) + eps);
-  each_group(columns, [&](int64_t begin) {
-    float h[kGroup];
+  each_group<T>(columns, [&](int64_t begin) {
+    float h[kGroup<T>], factor[kGroup<T>];
     rows.again(begin, h);
+    load_group(scale + begin, columns - begin, width, factor);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kGroup<T>; ++i) {
       const float n = h[i] * rstd;
-      if (begin + i < columns) h[i] = (round_first ? rounded<T>(n) : n) * scale[begin + i];
+      h[i] = (round_first ? rounded<T>(n) : n) * factor[i];
     }
     store_group(y + at + begin, columns - begin, width, h);
   });
@@ -45,29 +46,31 @@ __global__ void __launch_bounds__(256)
   DSCHAT_SHARED(float, scratch, kWarp);
   const int64_t row = blockIdx.x, at = row * columns;
   const float rstd = rstd_in[row];
-  const auto load = [&](int64_t begin, float g[kGroup], float n[kGroup]) {
+  const auto load = [&](int64_t begin, float (&g)[kGroup<T>], float (&n)[kGroup<T>]) {
     load_group(dy + at + begin, columns - begin, width, g);
     load_group(h + at + begin, columns - begin, width, n);
+    float factor[kGroup<T>];
+    load_group(scale + begin, columns - begin, width, factor);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kGroup<T>; ++i) {
       n[i] *= rstd;
-      if (begin + i < columns) g[i] *= scale[begin + i];
+      g[i] *= factor[i];
     }
   };
   float product = 0.0f;
-  each_group(columns, [&](int64_t begin) {
-    float g[kGroup], n[kGroup];
+  each_group<T>(columns, [&](int64_t begin) {
+    float g[kGroup<T>], n[kGroup<T>];
     load(begin, g, n);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) product = fmaf(g[i], n[i], product);
+    for (int i = 0; i < kGroup<T>; ++i) product = fmaf(g[i], n[i], product);
   });
   const float mean_gn = block_sum(product, scratch) / float(columns);
-  each_group(columns, [&](int64_t begin) {
-    float g[kGroup], n[kGroup], extra[kGroup] = {};
+  each_group<T>(columns, [&](int64_t begin) {
+    float g[kGroup<T>], n[kGroup<T>], extra[kGroup<T>] = {};
     load(begin, g, n);
     if (d_residual_out) load_group(d_residual_out + at + begin, columns - begin, width, extra);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) g[i] = fmaf(rstd, g[i] - n[i] * mean_gn, extra[i]);
+    for (int i = 0; i < kGroup<T>; ++i) g[i] = fmaf(rstd, g[i] - n[i] * mean_gn, extra[i]);
     store_group(dx + at + begin, columns - begin, width, g);
   });
 }
@@ -106,9 +109,9 @@ extern "C" int launch_rms_norm(int x_type, int y_type, const void* x, const void
     using Y = decltype(u);
     const int64_t step = int64_t(sizeof(T)), y_step = int64_t(sizeof(Y));
     const int width =
-        access_width({x, residual, y, residual_out}, {hidden * step, hidden * y_step, x_stride * step});
-    const size_t cache = row_cache_bytes(hidden);
-    DSCHAT_LAUNCH((forward<T, Y>), dim3(unsigned(rows)), dim3(row_threads(hidden)), cache, stream,
+        access_width({x, residual, y, residual_out, scale}, {hidden * step, hidden * y_step, x_stride * step});
+    const size_t cache = row_cache_bytes<T>(hidden);
+    DSCHAT_LAUNCH((forward<T, Y>), dim3(unsigned(rows)), dim3(row_threads<T>(hidden)), cache, stream,
                   static_cast<const T*>(x), static_cast<const T*>(residual), scale, static_cast<Y*>(y),
                   static_cast<T*>(residual_out), rstd, hidden, x_stride, eps, rounding == 0, width, cache != 0);
   }));
@@ -123,9 +126,9 @@ extern "C" int launch_rms_norm_backward(int x_type, int y_type, const void* dy, 
     const auto* grad = static_cast<const Y*>(dy);
     const auto* input = static_cast<const T*>(h);
     const int width =
-        access_width({dy, d_residual_out, h, dx}, {hidden * int64_t(sizeof(T)), hidden * int64_t(sizeof(Y))});
+        access_width({dy, d_residual_out, h, dx, scale}, {hidden * int64_t(sizeof(T)), hidden * int64_t(sizeof(Y))});
     if (rows)
-      DSCHAT_LAUNCH((backward<T, Y>), dim3(unsigned(rows)), dim3(row_threads(hidden)), 0, stream, grad,
+      DSCHAT_LAUNCH((backward<T, Y>), dim3(unsigned(rows)), dim3(row_threads<T>(hidden)), 0, stream, grad,
                     static_cast<const T*>(d_residual_out), input, scale, rstd, static_cast<T*>(dx), hidden,
                     width);
     if (dscale)

@@ -21,8 +21,15 @@
 #define blockDim ::emulation::block_size
 #define gridDim ::emulation::grid_size
 
+#ifdef DSCHAT_EMULATION_COMPILED
+// Only the launchers are the host compiler's: the kernels that run are those that nvcc compiled.
+#include "cuda_emulation/ptx_launch.h"
+#define DSCHAT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::emulation::ptx::launch(kernel, grid, block, shared_bytes, __VA_ARGS__)
+#else
 #define DSCHAT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::emulation::launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
+#endif
 #define DSCHAT_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(::emulation::dynamic_shared())
 // An array in shared memory, of trivial elements.
 #define DSCHAT_SHARED(type, name, count)       \

@@ -371,75 +371,96 @@ void copy_wait(int pending) {
 
 namespace {
 
-float half_value(uint32_t bits, Half type) {
-  return type == Half::bfloat16 ? bfloat16_value(uint16_t(bits)) : float16_value(uint16_t(bits));
+float element_value(uint32_t bits, Element type) {
+  switch (type) {
+    case Element::float16: return float16_value(uint16_t(bits));
+    case Element::bfloat16: return bfloat16_value(uint16_t(bits));
+    default: return bits_float(bits & 0xffffe000u);
+  }
 }
 
 struct MmaArguments {
-  Half type;
+  Element type;
+  int depth;
   float* d;
   const uint32_t *a, *b;
 };
 
+// A register holds 2 neighbours of 16 bits, or 1 of 32.
 void finish_mma(void** arguments, unsigned) {
   static float a[16][16], b[16][8];
+  const auto& any = *static_cast<MmaArguments*>(arguments[0]);
+  const int packed = any.type == Element::tfloat32 ? 1 : 2, bits = 32 / packed, pieces = any.depth / (4 * packed);
   for (int l = 0; l < kWarp; ++l) {
     const auto& x = *static_cast<MmaArguments*>(arguments[l]);
-    for (int r = 0; r < 4; ++r)
-      for (int e = 0; e < 2; ++e)
-        a[l / 4 + r % 2 * 8][l % 4 * 2 + e + r / 2 * 8] = half_value(x.a[r] >> (16 * e), x.type);
-    for (int r = 0; r < 2; ++r)
-      for (int e = 0; e < 2; ++e) b[l % 4 * 2 + e + r * 8][l / 4] = half_value(x.b[r] >> (16 * e), x.type);
+    for (int piece = 0; piece < pieces; ++piece)
+      for (int e = 0; e < packed; ++e) {
+        const int k = l % 4 * packed + e + piece * 4 * packed;
+        for (int half = 0; half < 2; ++half)
+          a[l / 4 + half * 8][k] = element_value(x.a[piece * 2 + half] >> (bits * e), x.type);
+        b[k][l / 4] = element_value(x.b[piece] >> (bits * e), x.type);
+      }
   }
   for (int l = 0; l < kWarp; ++l) {
     const auto& x = *static_cast<MmaArguments*>(arguments[l]);
     for (int r = 0; r < 4; ++r) {
       const int i = l / 4 + r / 2 * 8, j = l % 4 * 2 + r % 2;
       float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += a[i][k] * b[k][j];
+      for (int k = 0; k < x.depth; ++k) sum += a[i][k] * b[k][j];
       x.d[r] += sum;
     }
   }
 }
 
-struct LoadArguments {
+struct MatrixArguments {
   uint32_t* registers;
-  const void* row;
+  char* row;
   int count;
-  bool transposed;
+  bool transposed, storing;
 };
 
-void finish_load(void** arguments, unsigned) {
+void finish_matrix(void** arguments, unsigned) {
   for (int l = 0; l < kWarp; ++l) {
-    const auto& x = *static_cast<LoadArguments*>(arguments[l]);
+    const auto& x = *static_cast<MatrixArguments*>(arguments[l]);
     for (int m = 0; m < x.count; ++m) {
-      uint16_t element[2];
+      uint16_t element[2] = {uint16_t(x.registers[m]), uint16_t(x.registers[m] >> 16)};
       for (int e = 0; e < 2; ++e) {
         const int row = x.transposed ? l % 4 * 2 + e : l / 4, column = x.transposed ? l / 4 : l % 4 * 2 + e;
-        std::memcpy(&element[e],
-                    static_cast<const char*>(static_cast<LoadArguments*>(arguments[m * 8 + row])->row) + 2 * column, 2);
+        char* place = static_cast<MatrixArguments*>(arguments[m * 8 + row])->row + 2 * column;
+        if (x.storing) std::memcpy(place, &element[e], 2);
+        else std::memcpy(&element[e], place, 2);
       }
       x.registers[m] = element[0] | uint32_t(element[1]) << 16;
     }
   }
 }
 
+void move_matrix(uint32_t* registers, char* row, int count, bool transposed, bool storing) {
+  const char* name = storing ? "stmatrix" : "ldmatrix";
+  if (lane() < 8 * count) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) stop("%s: a row is not at a multiple of 16 bytes", name);
+    if (row < shared || row + 16 > shared + sizeof(shared)) stop("%s: a row is not in shared memory", name);
+    checker::access(row, 16, storing ? checker::kWrite : checker::kRead, __builtin_return_address(0));
+  }
+  MatrixArguments x{registers, row, count, transposed, storing};
+  collective(0xffffffffu, name, transposed, &x, finish_matrix);
+}
+
 }  // namespace
 
-void mma_16816(Half type, float* d, const uint32_t* a, const uint32_t* b) {
-  MmaArguments x{type, d, a, b};
-  collective(0xffffffffu, "mma", 0, &x, finish_mma);
+void mma(Element type, int depth, float* d, const uint32_t* a, const uint32_t* b) {
+  MmaArguments x{type, depth, d, a, b};
+  collective(0xffffffffu, "mma", depth, &x, finish_mma);
 }
 
 void load_matrix(uint32_t* registers, const void* row, int count, bool transposed) {
-  if (lane() < 8 * count) {
-    if (reinterpret_cast<uintptr_t>(row) % 16) stop("ldmatrix: a row is not at a multiple of 16 bytes");
-    if (static_cast<const char*>(row) < shared || static_cast<const char*>(row) + 16 > shared + sizeof(shared))
-      stop("ldmatrix: a row is not in shared memory");
-    checker::access(row, 16, checker::kRead, __builtin_return_address(0));
-  }
-  LoadArguments x{registers, row, count, transposed};
-  collective(0xffffffffu, "ldmatrix", transposed, &x, finish_load);
+  move_matrix(registers, const_cast<char*>(static_cast<const char*>(row)), count, transposed, false);
+}
+
+void store_matrix(const uint32_t* registers, void* row, int count, bool transposed) {
+  uint32_t copy[4];
+  std::copy(registers, registers + count, copy);
+  move_matrix(copy, static_cast<char*>(row), count, transposed, true);
 }
 
 }  // namespace emulation

@@ -65,10 +65,13 @@ void copy_async(void* shared, const void* global, int bytes, int valid);  // byt
 void copy_commit();
 void copy_wait(int pending);
 
-// ---- matrix instructions (layouts: PTX ISA, mma.m16n8k16 and ldmatrix)
+// ---- matrix instructions (layouts: PTX ISA, mma.m16n8k*, ldmatrix and stmatrix)
 
-enum class Half : int { float16, bfloat16 };
-void mma_16816(Half type, float* d, const uint32_t* a, const uint32_t* b);
+enum class Element : int { float16, bfloat16, tfloat32 };
+
+// d[16 x 8] += a[16 x depth] b[depth x 8]; depth 8 or 16, tfloat32: 4 or 8.
+void mma(Element type, int depth, float* d, const uint32_t* a, const uint32_t* b);
 void load_matrix(uint32_t* registers, const void* row, int count, bool transposed);
+void store_matrix(const uint32_t* registers, void* row, int count, bool transposed);
 
 }  // namespace emulation
