@@ -351,10 +351,17 @@ class OnlineConfig(StageConfig):
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
 
+    environment: str = opt(
+        "",
+        "class of an environment of several turns (module:Class or file.py:Class), see docs/environments.md",
+    )
+    max_turns: int = opt(4, "most actions in an episode of the environment")
+    turn_tokens: int = opt(0, "most tokens in one action; 0: max_new_tokens / max_turns")
+
     prompts_per_step: int = opt(16, "prompts in one step")
     samples_per_prompt: int = opt(1, "answers sampled for each prompt")
     max_prompt_length: int = opt(256, "most tokens in a prompt")
-    max_new_tokens: int = opt(128, "most tokens in an answer")
+    max_new_tokens: int = opt(128, "most tokens in an answer, or in an episode after its prompt")
     temperature: float = opt(1.0, "of sampling and of every log-probability")
     top_k: int = opt(0, "must stay 0: log-probabilities are those of the full distribution")
     top_p: float = opt(1.0, "must stay 1: log-probabilities are those of the full distribution")
@@ -446,11 +453,13 @@ class OnlineConfig(StageConfig):
                     f"{key} is {getattr(self, key)}, but {name} uses log-probs of the full distribution, "
                     f"which cut sampling does not follow; set {key} to {off} and use temperature instead"
                 )
-        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+        sources = len(self.reward) + bool(self.environment)
+        if self.reward_weights and len(self.reward_weights) != sources:
             raise ConfigError(
-                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
-                "give one weight a reward"
+                f"reward_weights has {len(self.reward_weights)} entries for {sources} rewards; "
+                f"give one weight a reward{', the environment first' if self.environment else ''}"
             )
+        self._check_environment()
         self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
         self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
@@ -476,6 +485,30 @@ class OnlineConfig(StageConfig):
                 "kl_control is adaptive and kl_coef is 0, which stays 0 whatever it is multiplied by; "
                 "set kl_coef to a start value such as 0.05"
             )
+
+    def _check_environment(self) -> None:
+        self.require(self.max_turns >= 1, "max_turns", "1 or more")
+        self.require(self.turn_tokens >= 0, "turn_tokens", "0 or more")
+        if not self.environment:
+            return
+        if not 1 <= self.action_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"turn_tokens is {self.turn_tokens}, max_turns {self.max_turns} and max_new_tokens "
+                f"{self.max_new_tokens}, which has to hold at least one action; raise max_new_tokens to "
+                f"{max(self.turn_tokens, self.max_turns)} or more"
+            )
+        if self.compare_hf:
+            raise ConfigError(
+                f"compare_hf is {self.compare_hf} and environment {self.environment}, which Hugging Face generate "
+                "cannot play; set compare_hf to 0"
+            )
+
+    @property
+    def action_tokens(self) -> int:
+        """Most tokens that one generate call draws a row."""
+        if not self.environment:
+            return self.max_new_tokens
+        return self.turn_tokens or self.max_new_tokens // self.max_turns
 
 
 @dataclass(kw_only=True)

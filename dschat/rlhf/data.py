@@ -31,6 +31,7 @@ from torch import Tensor
 Message = Mapping[str, str]
 PromptText = str | list[dict[str, str]]
 RESPONSE_COLUMNS = ("completion", "response", "chosen", "messages")
+MARKER = "dschat-marker"  # stands for an assistant's words, to see what a chat template puts behind them
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -262,13 +263,21 @@ class Encoder:
 
     def _end_of_turn(self) -> int:
         """The token with which the chat template ends an assistant's turn (Llama 3: <|eot_id|>, not EOS)."""
-        marker = "dschat-marker"
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}]
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:
-            return self.eos_id
-        after = self.tokenizer(text[text.rfind(marker) + len(marker) :], add_special_tokens=False)[
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{self.name} has a chat template that fails on a question and its answer: {reason}; mend "
+                "tokenizer.chat_template, or set it to None for plain texts"
+            ) from error
+        if MARKER not in text:
+            raise DataError(
+                f"{self.name} has a chat template that leaves out what the assistant says, so no end of a turn can "
+                "be found; mend tokenizer.chat_template, or set it to None for plain texts"
+            )
+        after = self.tokenizer(text[text.rfind(MARKER) + len(MARKER) :], add_special_tokens=False)[
             "input_ids"
         ]
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
@@ -300,6 +309,33 @@ class Encoder:
     def completion(self, text: str) -> list[int]:
         """Ids of an answer, the token that ends the turn included."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+
+    def observation(self, said: str | Message, chat: bool, ended: bool) -> list[int]:
+        """Ids of what an environment answers, up to where the policy speaks again.
+
+        In a chat: the message (a text is the user's) as the template puts it behind an assistant's turn, whose end
+        is added where the turn did not end by itself. In plain text: the text as it is.
+        """
+        if not chat:
+            if not isinstance(said, str):
+                raise DataError(
+                    f"the observation is {_short(said)}, but the prompt is a text; answer with a text"
+                )
+            return list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+        message = (
+            {"role": "user", "content": said}
+            if isinstance(said, str)
+            else _messages([said], "observation")[0]
+        )
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}, message]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise DataError(
+                f"the chat template refuses the observation: {str(error).splitlines()[0]}"
+            ) from None
+        ids = self.tokenizer(text[text.rfind(MARKER) + len(MARKER) :], add_special_tokens=False)["input_ids"]
+        return list(ids[1:] if ended and ids and ids[0] == self.end_id else ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
@@ -428,14 +464,20 @@ def pair_examples(
 def prompt_examples(
     records: Sequence[Record], encoder: Encoder, stats: DataStats, *, max_prompt_length: int = 256,
     overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
+    make_prompt: Callable[[Mapping[str, Any]], PromptText] | None = None,
 ) -> list[Example]:  # fmt: skip
     """Prompts alone. A prompt that is cut keeps its last tokens, which is where the question to the
-    assistant stands.
+    assistant stands. make_prompt: makes the prompt of a row's columns; None: the row has one.
     """
-    require_columns(records, ["prompt", "messages", "chosen"])
+    if make_prompt is None:
+        require_columns(records, ["prompt", "messages", "chosen"])
 
     def make(record: Record) -> Example | None:
-        prompt = prompt_of(record.columns, "chosen" if "messages" not in record.columns else None)
+        columns = record.columns
+        if make_prompt is None:
+            prompt = prompt_of(columns, "chosen" if "messages" not in columns else None)
+        else:
+            prompt = make_prompt(columns)
         ids = encoder.prompt(prompt)
         if not ids:
             raise DataError("the prompt has no token")
