@@ -167,6 +167,18 @@ class StageConfig(Config):
     data: list[str] = opt([], "training files (.jsonl, .json, .csv, .parquet, also .gz) or hub data sets")
     eval_data: list[str] = opt([], "held-out files; none: no evaluation")
     output_dir: str = opt("runs/run", "where everything of this run goes")
+    data_weights: list[float] = opt(
+        [], "proportions of the rows from each of data, such as 3 1; none: all rows"
+    )
+    data_split: str = opt(
+        "", "parts of data for SFT, for pairs and for RL, such as 2,4,4; each stage takes its own; empty: all"
+    )
+    eval_split: float = opt(0.0, "share of the rows of data that is held out, by content; 0: use eval_data")
+    stream: bool = opt(
+        False, "leave rows in their .jsonl file and read and encode them when a step needs them"
+    )
+    token_cache: str = opt("", "folder that keeps token ids for the next run on the same rows; empty: none")
+    data_workers: int = opt(0, "processes that encode rows; 0: this one")
     max_train_rows: int = opt(0, "use only the first N training rows; 0: all")
     max_eval_rows: int = opt(0, "use only the first N held-out rows; 0: all")
     system_prompt: str | None = opt(
@@ -234,10 +246,12 @@ class StageConfig(Config):
                 "lora_alpha",
                 "lora_last",
                 "warmup_steps",
+                "data_workers",
             ),
             *("weight_decay", "max_grad_norm", "max_steps", "eval_every", "save_every", "learning_rate"),
         ):
             self.require(getattr(self, key) >= 0, key, "0 or more")
+        self._check_data()
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("adam_beta1", "adam_beta2"):
@@ -258,6 +272,31 @@ class StageConfig(Config):
         if self.lr_schedule == "exponential" and not self.lr_final:
             raise ConfigError(
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
+
+    def _check_data(self) -> None:
+        self.require(0 <= self.eval_split < 1, "eval_split", "at least 0 and below 1")
+        if self.eval_split and self.eval_data:
+            raise ConfigError(
+                f"eval_split is {self.eval_split} and eval_data {self.eval_data}; held-out rows come from one of the "
+                "two, leave the other out"
+            )
+        if self.data_weights and (len(self.data_weights) != len(self.data) or min(self.data_weights) <= 0):
+            raise ConfigError(
+                f"data_weights is {self.data_weights} for {len(self.data)} data sources; give each one a number above 0"
+            )
+        try:
+            shares = [float(s) for s in self.data_split.split(",")] if self.data_split else [1.0] * 3
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
+            raise ConfigError(
+                f"data_split is {self.data_split!r}, but it must be three numbers with commas, for SFT, pairs and RL, "
+                "such as 2,4,4"
+            )
+        if self.stream and (self.token_cache or self.data_workers):
+            raise ConfigError(
+                "stream is true, which encodes a row when it is needed; leave out token_cache and data_workers"
             )
 
 

@@ -18,7 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
-from . import data, environments, evaluate, losses, models, report
+from . import data, environments, evaluate, losses, models, report, sources
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, shape_scores
 from .metrics import Metrics
@@ -410,8 +410,8 @@ def train(
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
-        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+        train_set, train_stats = _examples(config, encoder, "train")
+        eval_set, eval_stats = _examples(config, encoder, "eval")
 
         if config.reference:
             require_same_tokenizer(config.reference, tokenizer)
@@ -476,13 +476,13 @@ def train(
 
 
 def _examples(
-    config: OnlineConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
-) -> tuple[list[data.Example], data.DataStats]:
-    records, stats = data.read(sources, limit, config.bad_rows)
+    config: OnlineConfig, encoder: data.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], data.DataStats]:
+    records, stats = sources.records(config, which)
     factory = environments.load_environment(config.environment) if config.environment else None
     examples = data.prompt_examples(
         records, encoder, stats, max_prompt_length=config.max_prompt_length,
-        overlong=config.overlong, bad_rows=config.bad_rows,
+        **data.preparation(config),
         make_prompt=partial(environments.first_prompt, factory) if factory else None,
     )  # fmt: skip
     return examples, stats

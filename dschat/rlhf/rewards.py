@@ -74,8 +74,9 @@ def load_function(source: str, key: str = "reward") -> RewardFunction:
     function = getattr(module, function_name, None)
     if not callable(function):
         there = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")][:8]
+        kind = "function" if key == "reward" else "class"
         raise ConfigError(
-            f"{key} {source}: {module_name} has no {'function' if key == 'reward' else 'class'} {function_name}; it has {', '.join(there)}"
+            f"{key} {source}: {module_name} has no {kind} {function_name}; it has {', '.join(there)}"
         )
     return function
 
