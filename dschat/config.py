@@ -171,6 +171,18 @@ class StageConfig(Config):
     data: list[str] = opt([], "training files (.jsonl, .json, .csv, .parquet, also .gz) or hub data sets")
     eval_data: list[str] = opt([], "held-out files; none: no evaluation")
     output_dir: str = opt("runs/run", "where everything of this run goes")
+    data_weights: list[float] = opt(
+        [], "proportions of the rows from each of data, such as 3 1; none: all rows"
+    )
+    data_split: str = opt(
+        "", "parts of data for SFT, for pairs and for RL, such as 2,4,4; each stage takes its own; empty: all"
+    )
+    eval_split: float = opt(0.0, "share of the rows of data that is held out, by content; 0: use eval_data")
+    stream: bool = opt(
+        False, "leave rows in their .jsonl file and read and encode them when a step needs them"
+    )
+    token_cache: str = opt("", "folder that keeps token ids for the next run on the same rows; empty: none")
+    data_workers: int = opt(0, "processes that encode rows; 0: this one")
     max_train_rows: int = opt(0, "use only the first N training rows; 0: all")
     max_eval_rows: int = opt(0, "use only the first N held-out rows; 0: all")
     system_prompt: str | None = opt(
@@ -238,10 +250,12 @@ class StageConfig(Config):
                 "lora_alpha",
                 "lora_last",
                 "warmup_steps",
+                "data_workers",
             ),
             *("weight_decay", "max_grad_norm", "max_steps", "eval_every", "save_every", "learning_rate"),
         ):
             self.require(getattr(self, key) >= 0, key, "0 or more")
+        self._check_data()
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("adam_beta1", "adam_beta2"):
@@ -262,6 +276,31 @@ class StageConfig(Config):
         if self.lr_schedule == "exponential" and not self.lr_final:
             raise ConfigError(
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
+
+    def _check_data(self) -> None:
+        self.require(0 <= self.eval_split < 1, "eval_split", "at least 0 and below 1")
+        if self.eval_split and self.eval_data:
+            raise ConfigError(
+                f"eval_split is {self.eval_split} and eval_data {self.eval_data}; held-out rows come from one of the "
+                "two, leave the other out"
+            )
+        if self.data_weights and (len(self.data_weights) != len(self.data) or min(self.data_weights) <= 0):
+            raise ConfigError(
+                f"data_weights is {self.data_weights} for {len(self.data)} data sources; give each one a number above 0"
+            )
+        try:
+            shares = [float(s) for s in self.data_split.split(",")] if self.data_split else [1.0] * 3
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
+            raise ConfigError(
+                f"data_split is {self.data_split!r}, but it must be three numbers with commas, for SFT, pairs and RL, "
+                "such as 2,4,4"
+            )
+        if self.stream and (self.token_cache or self.data_workers):
+            raise ConfigError(
+                "stream is true, which encodes a row when it is needed; leave out token_cache and data_workers"
             )
 
 
@@ -355,10 +394,17 @@ class OnlineConfig(StageConfig):
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
 
+    environment: str = opt(
+        "",
+        "class of an environment of several turns (module:Class or file.py:Class), see docs/environments.md",
+    )
+    max_turns: int = opt(4, "most actions in an episode of the environment")
+    turn_tokens: int = opt(0, "most tokens in one action; 0: max_new_tokens / max_turns")
+
     prompts_per_step: int = opt(16, "prompts in one step")
     samples_per_prompt: int = opt(1, "answers sampled for each prompt")
     max_prompt_length: int = opt(256, "most tokens in a prompt")
-    max_new_tokens: int = opt(128, "most tokens in an answer")
+    max_new_tokens: int = opt(128, "most tokens in an answer, or in an episode after its prompt")
     temperature: float = opt(1.0, "of sampling and of every log-probability")
     top_k: int = opt(0, "must stay 0: log-probabilities are those of the full distribution")
     top_p: float = opt(1.0, "must stay 1: log-probabilities are those of the full distribution")
@@ -451,11 +497,13 @@ class OnlineConfig(StageConfig):
                     f"{key} is {getattr(self, key)}, but {name} uses log-probs of the full distribution, "
                     f"which cut sampling does not follow; set {key} to {off} and use temperature instead"
                 )
-        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+        sources = len(self.reward) + bool(self.environment)
+        if self.reward_weights and len(self.reward_weights) != sources:
             raise ConfigError(
-                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward)} rewards; "
-                "give one weight a reward"
+                f"reward_weights has {len(self.reward_weights)} entries for {sources} rewards; "
+                f"give one weight a reward{', the environment first' if self.environment else ''}"
             )
+        self._check_environment()
         self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
         self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
@@ -491,6 +539,30 @@ class OnlineConfig(StageConfig):
                 "kl_control is adaptive and kl_coef is 0, which stays 0 whatever it is multiplied by; "
                 "set kl_coef to a start value such as 0.05"
             )
+
+    def _check_environment(self) -> None:
+        self.require(self.max_turns >= 1, "max_turns", "1 or more")
+        self.require(self.turn_tokens >= 0, "turn_tokens", "0 or more")
+        if not self.environment:
+            return
+        if not 1 <= self.action_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"turn_tokens is {self.turn_tokens}, max_turns {self.max_turns} and max_new_tokens "
+                f"{self.max_new_tokens}, which has to hold at least one action; raise max_new_tokens to "
+                f"{max(self.turn_tokens, self.max_turns)} or more"
+            )
+        if self.compare_hf:
+            raise ConfigError(
+                f"compare_hf is {self.compare_hf} and environment {self.environment}, which Hugging Face generate "
+                "cannot play; set compare_hf to 0"
+            )
+
+    @property
+    def action_tokens(self) -> int:
+        """Most tokens that one generate call draws a row."""
+        if not self.environment:
+            return self.max_new_tokens
+        return self.turn_tokens or self.max_new_tokens // self.max_turns
 
 
 @dataclass(kw_only=True)

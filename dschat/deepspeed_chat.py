@@ -39,7 +39,7 @@ OFF = ("false", "0", "0.0", "none")
 TABLE = (
     Flag("learning_rate critic_learning_rate lora_learning_rate critic_lora_learning_rate weight_decay", same=True),
     Flag("critic_weight_decay gradient_accumulation_steps ppo_epochs unsup_coef beta label_smoothing", same=True),
-    Flag("seed output_dir", same=True),
+    Flag("seed output_dir data_split", same=True),
     Flag("dtype", same=True, values={"bf16": "bfloat16", "fp32": "float32"}),
     Flag("model_name_or_path actor_model_name_or_path", to="model"),
     Flag("critic_model_name_or_path", to="reward"),  # the critic starts from the reward model, as it does there
@@ -72,7 +72,7 @@ TABLE = (
     Flag("compute_fp32_loss", note="losses are float32 always"),
     Flag("add_eot_token", note="the end-of-turn token is appended always"),
     Flag("eot_token", note="the end of a turn is the chat template's, or EOS"),
-    Flag("data_output_path", note="nothing is cached on disk"),
+    Flag("data_output_path", to="token_cache"),
     Flag("per_device_eval_batch_size", note="evaluation runs in pieces of batch_size, which changes no result"),
     Flag("print_loss", note="the loss is always shown"),
     Flag("print_answers print_answers_interval", note="completions are always logged"),
@@ -91,7 +91,6 @@ TABLE = (
     Flag("generation_batches", instead="raise prompts_per_step instead", harmless=("1",)),
     Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
-    Flag("data_split", instead="give the files of each stage in its own data key"),
     Flag("eval_iters", instead="max_eval_rows counts rows: give eval_iters times the batch size there"),
     Flag("enable_mixed_precision_lora", instead="the frozen weights keep their dtype; leave it out", harmless=OFF),
     Flag("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",

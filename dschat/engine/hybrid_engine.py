@@ -239,19 +239,19 @@ class HybridEngine:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """The frozen reference: the model with its LoRA adapters switched off, inside the context."""
+        """The frozen reference: the model with its LoRA adapters switched off, inside the context.
+
+        An exact engine packs the base weights for it and the adapter's again after it, so that a policy which is
+        still its reference has KL 0 to it, bit for bit.
+        """
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError(
                 f"{type(self.model).__name__} has no adapters to switch off: use a PEFT model, or keep a frozen "
                 "copy as reference."
             )
-        exact, self.exact = self.exact, False  # repacking without the adapters would buy nothing
-        try:
-            model: Any = self.model
-            with model.disable_adapter():
-                yield
-        finally:
-            self.exact = exact
+        model: Any = self.model
+        with model.disable_adapter():
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients."""

@@ -19,8 +19,10 @@ import csv
 import gzip
 import io
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -28,9 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import token_cache
+
 Message = Mapping[str, str]
 PromptText = str | list[dict[str, str]]
 RESPONSE_COLUMNS = ("completion", "response", "chosen", "messages")
+MARKER = "dschat-marker"  # stands for an assistant's words, to see what a chat template puts behind them
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -56,6 +61,7 @@ class DataStats:
     cut: int = 0
     bad: int = 0
     first_bad: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def sentence(self, what: str) -> str:
         parts = [f"{what}: {self.kept} of {self.read} rows"]
@@ -65,6 +71,7 @@ class DataStats:
             parts.append(f"{self.cut} over the length limit cut")
         if self.bad:
             parts.append(f"{self.bad} unreadable skipped (first: {self.first_bad})")
+        parts += self.notes
         return ", ".join(parts)
 
 
@@ -80,7 +87,7 @@ def read(
     stats = DataStats()
     records: list[Record] = []
     for source in sources:
-        for item in _read_source(str(source)):
+        for item in read_source(str(source)):
             if limit and len(records) >= limit:
                 break
             stats.read += 1
@@ -94,7 +101,31 @@ def read(
     return records, stats
 
 
-def _read_source(source: str) -> Iterator[Record | DataError]:
+def require_file(source: str) -> None:
+    """Raise DataError for a path without a file."""
+    if os.path.isfile(source):
+        return
+    folder = os.path.dirname(source) or "."
+    there = sorted(os.listdir(folder))[:8] if os.path.isdir(folder) else []
+    hint = f"{folder} has {', '.join(there)}" if there else f"and neither does the folder {folder}"
+    raise DataError(f"data file {source} does not exist; {hint}")
+
+
+def parse_line(line: str | bytes, where: str) -> Record | DataError:
+    """A row of a .jsonl file."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return DataError(f"{where} is not valid JSON: {error.msg} (column {error.colno})")
+    except UnicodeDecodeError as error:
+        return DataError(f"{where} is not UTF-8: {error}")
+    if not isinstance(row, dict):
+        return DataError(f"{where} is a {type(row).__name__}, not an object")
+    return Record(where, row)
+
+
+def read_source(source: str) -> Iterator[Record | DataError]:
+    """The rows of one file or hub data set, with DataError in the place of a bad one."""
     plain = source[:-3] if source.endswith(".gz") else source
     if os.path.isdir(source):
         there = sorted(f for f in os.listdir(source) if f.removesuffix(".gz").endswith(FILE_ENDINGS))
@@ -104,10 +135,7 @@ def _read_source(source: str) -> Iterator[Record | DataError]:
         )
     if not os.path.exists(source):
         if plain.endswith(FILE_ENDINGS) or source.count("/") != 1 or source.startswith((".", "/", "~")):
-            folder = os.path.dirname(source) or "."
-            there = sorted(os.listdir(folder))[:8] if os.path.isdir(folder) else []
-            hint = f"{folder} has {', '.join(there)}" if there else f"and neither does the folder {folder}"
-            raise DataError(f"data file {source} does not exist; {hint}")
+            require_file(source)
         yield from _read_hub(source)
         return
     if plain.endswith(".parquet"):
@@ -154,17 +182,7 @@ def _read_source(source: str) -> Iterator[Record | DataError]:
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON texts may hold U+2028
             if not line.strip():
                 continue
-            where = f"{source} line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield DataError(f"{where} is not valid JSON: {error.msg} (column {error.colno})")
-                continue
-            yield (
-                Record(where, row)
-                if isinstance(row, dict)
-                else DataError(f"{where} is a {type(row).__name__}, not an object")
-            )
+            yield parse_line(line, f"{source} line {number}")
 
 
 def _read_hub(source: str) -> Iterator[Record]:
@@ -262,18 +280,30 @@ class Encoder:
 
     def _end_of_turn(self) -> int:
         """The token with which the chat template ends an assistant's turn (Llama 3: <|eot_id|>, not EOS)."""
-        marker = "dschat-marker"
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}]
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:
-            return self.eos_id
-        after = self.tokenizer(text[text.rfind(marker) + len(marker) :], add_special_tokens=False)[
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{self.name} has a chat template that fails on a question and its answer: {reason}; mend "
+                "tokenizer.chat_template, or set it to None for plain texts"
+            ) from error
+        if MARKER not in text:
+            raise DataError(
+                f"{self.name} has a chat template that leaves out what the assistant says, so no end of a turn can "
+                "be found; mend tokenizer.chat_template, or set it to None for plain texts"
+            )
+        after = self.tokenizer(text[text.rfind(MARKER) + len(MARKER) :], add_special_tokens=False)[
             "input_ids"
         ]
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         return int(after[0]) if after and after[0] in special else self.eos_id
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the ids that come out, as plain values."""
+        return {"tokenizer": token_cache.fingerprint(self.tokenizer), "system_prompt": self.system_prompt}
 
     @property
     def stop_ids(self) -> list[int]:
@@ -301,6 +331,33 @@ class Encoder:
         """Ids of an answer, the token that ends the turn included."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
 
+    def observation(self, said: str | Message, chat: bool, ended: bool) -> list[int]:
+        """Ids of what an environment answers, up to where the policy speaks again.
+
+        In a chat: the message (a text is the user's) as the template puts it behind an assistant's turn, whose end
+        is added where the turn did not end by itself. In plain text: the text as it is.
+        """
+        if not chat:
+            if not isinstance(said, str):
+                raise DataError(
+                    f"the observation is {_short(said)}, but the prompt is a text; answer with a text"
+                )
+            return list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+        message = (
+            {"role": "user", "content": said}
+            if isinstance(said, str)
+            else _messages([said], "observation")[0]
+        )
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}, message]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise DataError(
+                f"the chat template refuses the observation: {str(error).splitlines()[0]}"
+            ) from None
+        ids = self.tokenizer(text[text.rfind(MARKER) + len(MARKER) :], add_special_tokens=False)["input_ids"]
+        return list(ids[1:] if ended and ids and ids[0] == self.end_id else ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -318,36 +375,127 @@ class Example:
 
 
 E = TypeVar("E")
+Outcome = token_cache.Outcome
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the rows of a data set become token ids.
+
+    encode: (prompt ids, answers' ids, cut) of a row's columns, None for one over the length limit. prompt: the
+    row's prompt as it was. limit: what the length limit is called. settings: everything that decides `encode`;
+    None: it must not be remembered.
+    """
+
+    encode: Callable[[Mapping[str, Any]], Outcome]
+    prompt: Callable[[Mapping[str, Any]], PromptText]
+    limit: str
+    settings: Mapping[str, Any] | None
+
+    def attempt(self, record: Record) -> Outcome:
+        """What becomes of a row; a text says why it is bad."""
+        try:
+            return self.encode(record.columns)
+        except DataError as error:
+            return f"{record.where}: {error}"
+
+    def example(self, record: Record, outcome: tuple[list[int], list[list[int]], bool]) -> Example:
+        return Example(outcome[0], outcome[1], self.prompt(record.columns), record.columns, record.where)
+
+
+class StreamedExamples(Sequence[Example]):
+    """Examples that are read and encoded when they are asked for; nothing of them is kept.
+
+    In the place of a row that is too long (or bad, where bad rows are skipped) stands the next that is not.
+    """
+
+    def __init__(self, records: Sequence[Record], encoding: Encoding, bad_rows: str) -> None:
+        self.records, self.encoding, self.bad_rows = records, encoding, bad_rows
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        for shift in range(len(self)):
+            place = self.records[(index + shift) % len(self)]
+            record = Record(place.where, place.columns)  # read once
+            outcome = self.encoding.attempt(record)
+            if isinstance(outcome, tuple):
+                return self.encoding.example(record, outcome)
+            if isinstance(outcome, str) and self.bad_rows == "error":
+                raise DataError(outcome)
+        raise DataError(
+            f"no row is left: all are bad or over {self.encoding.limit}; raise it, or set overlong to cut"
+        )
+
+
+_forked: tuple[Encoding, Sequence[Record]] | None = None  # what the workers work on: they inherit it by fork
+
+
+def _attempt_rows(rows: range) -> list[Outcome]:
+    assert _forked is not None
+    encoding, records = _forked
+    return [encoding.attempt(records[i]) for i in rows]
+
+
+def _attempts(records: Sequence[Record], encoding: Encoding, workers: int) -> list[Outcome]:
+    """The outcome of every row, in order, from `workers` processes (0: this one)."""
+    global _forked
+    if workers < 1 or len(records) < 2:
+        return [encoding.attempt(r) for r in records]
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise DataError(f"data_workers is {workers}, but this system has no fork; set data_workers to 0")
+    size = -(-len(records) // (4 * workers))
+    pieces = [range(i, min(i + size, len(records))) for i in range(0, len(records), size)]
+    _forked = encoding, records
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            return [outcome for piece in pool.map(_attempt_rows, pieces) for outcome in piece]
+    finally:
+        _forked = None
 
 
 def _convert(
-    records: Sequence[Record],
-    stats: DataStats,
-    bad_rows: str,
-    make: Callable[[Record], Example | None],
-    limit_key: str,
-) -> list[Example]:
-    """`make` over all rows: an Example, None for one over the length limit, DataError for a bad one."""
+    records: Sequence[Record], stats: DataStats, encoding: Encoding, bad_rows: str, workers: int, cache: str,
+    stream: bool,
+) -> Sequence[Example]:  # fmt: skip
+    """All rows encoded, from the cache where it has them; what is bad or too long is counted and left out."""
+    if stream:
+        stats.kept = len(records)
+        stats.notes.append("streamed, the next row in the place of one that does not fit")
+        return StreamedExamples(records, encoding, bad_rows)
+    outcomes: list[Outcome] | None = None
+    if cache and encoding.settings is not None:
+        key = token_cache.key_of((r.columns for r in records), encoding.settings)
+        outcomes = token_cache.find(cache, key)
+        if outcomes is None:
+            outcomes = _attempts(records, encoding, workers)
+            token_cache.store(cache, key, outcomes)
+        else:
+            stats.notes.append("token ids from the cache")
+    else:
+        outcomes = _attempts(records, encoding, workers)
     out: list[Example] = []
-    for record in records:
-        try:
-            example = make(record)
-        except DataError as error:
-            message = f"{record.where}: {error}"
+    for record, outcome in zip(records, outcomes, strict=True):
+        if isinstance(outcome, str):
             if bad_rows == "error":
-                raise DataError(message) from None
+                raise DataError(outcome)
             stats.bad += 1
-            stats.first_bad = stats.first_bad or message
-            continue
-        if example is None:
+            stats.first_bad = stats.first_bad or outcome
+        elif outcome is None:
             stats.dropped += 1
         else:
-            out.append(example)
+            stats.cut += outcome[2]
+            out.append(encoding.example(record, outcome))
     stats.kept = len(out)
     if records and not out:
         source = records[0].where.rsplit(" ", 2)[0]
         why = (
-            f"all are over {limit_key}; raise it, or set overlong to cut"
+            f"all are over {encoding.limit}; raise it, or set overlong to cut"
             if stats.dropped
             else f"first: {stats.first_bad}"
         )
@@ -355,58 +503,72 @@ def _convert(
     return out
 
 
-def _fit(
-    prompt: list[int], answers: list[list[int]], limit: int, overlong: str, stats: DataStats
-) -> list[list[int]] | None:
-    """Answers that fit with the prompt into `limit` tokens. Cut answers lose their end-of-turn token:
-    nothing ended there.
+def _fit(prompt: list[int], answers: list[list[int]], limit: int, overlong: str) -> Outcome:
+    """Prompt and answers that fit together into `limit` tokens. Cut answers lose their end-of-turn token: nothing
+    ended there.
     """
     if not prompt:
         raise DataError("the prompt has no token")
     room = limit - len(prompt)
     if all(len(a) <= room for a in answers):
-        return answers
+        return prompt, answers, False
     if overlong == "drop" or room < 1:
         return None
-    stats.cut += 1
-    return [a[:room] for a in answers]
+    return prompt, [a[:room] for a in answers], True
+
+
+def preparation(config: Any) -> dict[str, Any]:
+    """The keywords of sft_examples, pair_examples and prompt_examples that every stage's config has."""
+    return {
+        "overlong": config.overlong, "bad_rows": config.bad_rows, "workers": config.data_workers,
+        "cache": config.token_cache, "stream": config.stream,
+    }  # fmt: skip
 
 
 def sft_examples(
     records: Sequence[Record], encoder: Encoder, stats: DataStats, *, response: str = "auto",
     max_length: int = 512, overlong: Literal["drop", "cut"] = "drop",
-    bad_rows: Literal["error", "skip"] = "error",
-) -> list[Example]:  # fmt: skip
+    bad_rows: Literal["error", "skip"] = "error", workers: int = 0, cache: str = "", stream: bool = False,
+) -> Sequence[Example]:  # fmt: skip
     """Prompt and response of each row. response: the column, or "auto" for the first of RESPONSE_COLUMNS
-    that a row has.
+    that a row has. workers, cache, stream: see `_convert`.
     """
     names = RESPONSE_COLUMNS if response == "auto" else (response,)
-    require_columns(records, names)
+    require_columns(records[:1] if stream else records, names)
 
-    def make(record: Record) -> Example | None:
-        name = next((n for n in names if n in record.columns), None)
+    def name_in(columns: Mapping[str, Any]) -> str:
+        name = next((n for n in names if n in columns), None)
         if name is None:
             raise DataError(f"there is no response; a column {' or '.join(names)} is needed")
-        text = answer_text(record.columns[name], name)
-        prompt = prompt_of(record.columns, name)
-        ids = encoder.prompt(prompt)
-        answers = _fit(ids, [encoder.completion(text)], max_length, overlong, stats)
-        return None if answers is None else Example(ids, answers, prompt, record.columns, record.where)
+        return name
 
-    return _convert(records, stats, bad_rows, make, f"max_length {max_length}")
+    def encode(columns: Mapping[str, Any]) -> Outcome:
+        name = name_in(columns)
+        text = answer_text(columns[name], name)
+        ids = encoder.prompt(prompt_of(columns, name))
+        return _fit(ids, [encoder.completion(text)], max_length, overlong)
+
+    settings = {"kind": "sft", "response": response, "max_length": max_length, "overlong": overlong}
+    encoding = Encoding(
+        encode, lambda columns: prompt_of(columns, name_in(columns)), f"max_length {max_length}",
+        settings | encoder.settings(),
+    )  # fmt: skip
+    return _convert(records, stats, encoding, bad_rows, workers, cache, stream)
 
 
 def pair_examples(
     records: Sequence[Record], encoder: Encoder, stats: DataStats, *, max_length: int = 512, margin: str = "",
     overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
-) -> list[Example]:  # fmt: skip
+    workers: int = 0, cache: str = "", stream: bool = False,
+) -> Sequence[Example]:  # fmt: skip
     """Prompt, chosen and rejected of each row; pairs of equal answers are bad rows. margin: a numeric
-    column, or empty.
+    column, or empty. workers, cache, stream: see `_convert`.
     """
-    require_columns(records, ["chosen"], ["rejected"], *([[margin]] if margin else []))
+    require_columns(
+        records[:1] if stream else records, ["chosen"], ["rejected"], *([[margin]] if margin else [])
+    )
 
-    def make(record: Record) -> Example | None:
-        columns = record.columns
+    def encode(columns: Mapping[str, Any]) -> Outcome:
         for name in ("chosen", "rejected", *([margin] if margin else [])):
             if columns.get(name) is None:
                 raise DataError(f"there is no {name}")
@@ -415,38 +577,48 @@ def pair_examples(
         chosen, rejected = (answer_text(columns[name], name) for name in ("chosen", "rejected"))
         if chosen == rejected:
             raise DataError("chosen and rejected are equal, so nothing can be learnt from them")
-        prompt = prompt_of(columns, "chosen")
-        ids = encoder.prompt(prompt)
-        answers = _fit(
-            ids, [encoder.completion(chosen), encoder.completion(rejected)], max_length, overlong, stats
-        )
-        return None if answers is None else Example(ids, answers, prompt, columns, record.where)
+        ids = encoder.prompt(prompt_of(columns, "chosen"))
+        return _fit(ids, [encoder.completion(chosen), encoder.completion(rejected)], max_length, overlong)
 
-    return _convert(records, stats, bad_rows, make, f"max_length {max_length}")
+    settings = {"kind": "pairs", "margin": margin, "max_length": max_length, "overlong": overlong}
+    encoding = Encoding(
+        encode, lambda columns: prompt_of(columns, "chosen"), f"max_length {max_length}",
+        settings | encoder.settings(),
+    )  # fmt: skip
+    return _convert(records, stats, encoding, bad_rows, workers, cache, stream)
 
 
 def prompt_examples(
     records: Sequence[Record], encoder: Encoder, stats: DataStats, *, max_prompt_length: int = 256,
     overlong: Literal["drop", "cut"] = "drop", bad_rows: Literal["error", "skip"] = "error",
-) -> list[Example]:  # fmt: skip
+    workers: int = 0, cache: str = "", stream: bool = False,
+    make_prompt: Callable[[Mapping[str, Any]], PromptText] | None = None,
+) -> Sequence[Example]:  # fmt: skip
     """Prompts alone. A prompt that is cut keeps its last tokens, which is where the question to the
-    assistant stands.
+    assistant stands. make_prompt: makes the prompt of a row's columns; None: the row has one. workers, cache,
+    stream: see `_convert`.
     """
-    require_columns(records, ["prompt", "messages", "chosen"])
+    if make_prompt is None:
+        require_columns(records[:1] if stream else records, ["prompt", "messages", "chosen"])
 
-    def make(record: Record) -> Example | None:
-        prompt = prompt_of(record.columns, "chosen" if "messages" not in record.columns else None)
-        ids = encoder.prompt(prompt)
+    def of(columns: Mapping[str, Any]) -> PromptText:
+        return prompt_of(columns, "chosen" if "messages" not in columns else None)
+
+    prompt_for = make_prompt or of
+
+    def encode(columns: Mapping[str, Any]) -> Outcome:
+        ids = encoder.prompt(prompt_for(columns))
         if not ids:
             raise DataError("the prompt has no token")
-        if len(ids) > max_prompt_length:
-            if overlong == "drop":
-                return None
-            stats.cut += 1
-            ids = ids[-max_prompt_length:]
-        return Example(ids, [], prompt, record.columns, record.where)
+        if len(ids) <= max_prompt_length:
+            return ids, [], False
+        return None if overlong == "drop" else (ids[-max_prompt_length:], [], True)
 
-    return _convert(records, stats, bad_rows, make, f"max_prompt_length {max_prompt_length}")
+    settings = {"kind": "prompts", "max_length": max_prompt_length, "overlong": overlong} | encoder.settings()
+    encoding = Encoding(
+        encode, prompt_for, f"max_prompt_length {max_prompt_length}", None if make_prompt else settings
+    )
+    return _convert(records, stats, encoding, bad_rows, workers, cache, stream)
 
 
 # ---------------------------------------------------------------------------------------------------- batches

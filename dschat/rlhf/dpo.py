@@ -17,7 +17,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import DPOConfig
 from ..engine.hybrid_engine import HybridEngine
-from . import data, losses, models
+from . import data, losses, models, sources
 from .checkpoint import atomic_folder
 from .rewards import require_same_tokenizer
 from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
@@ -42,8 +42,8 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
-        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+        train_set, train_stats = _examples(config, encoder, "train")
+        eval_set, eval_stats = _examples(config, encoder, "eval")
 
         if config.reference:
             require_same_tokenizer(config.reference, tokenizer)
@@ -89,12 +89,11 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
 
 def _examples(
-    config: DPOConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
-) -> tuple[list[data.Example], data.DataStats]:
-    records, stats = data.read(sources, limit, config.bad_rows)
+    config: DPOConfig, encoder: data.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], data.DataStats]:
+    records, stats = sources.records(config, which)
     examples = data.pair_examples(
-        records, encoder, stats, max_length=config.max_length, overlong=config.overlong,
-        bad_rows=config.bad_rows,
+        records, encoder, stats, max_length=config.max_length, **data.preparation(config),
     )  # fmt: skip
     return examples, stats
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from . import data, losses, models
+from .environments import action_mask
 from .rewards import prompt_text
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ def evaluate(trainer: Trainer, examples: Sequence[data.Example], seed: int) -> d
     texts = trainer.texts(rollout)
     scores, valid = trainer.score(rollout, examples, texts)
     scores = torch.where(valid, scores, torch.zeros_like(scores))
-    mask = rollout.completion_mask.bool()
+    mask = action_mask(rollout)
     gap = losses.kl(rollout.logprobs, trainer.reference_logprobs(rollout), "k1", mask)
     return {
         "scores": scores.view(len(examples), -1).mean(1).tolist(),
         "kl": float(losses.masked_sum(gap, mask, dim=-1).mean()),
-        "length": float(mask.sum(1).float().mean()),
+        "length": float(rollout.completion_mask.sum(1).float().mean()),
         "finished": float(rollout.finished.float().mean()),
         "texts": texts[::samples],
     }

@@ -17,7 +17,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
-from . import data, evaluate, losses, models, report
+from . import data, environments, evaluate, losses, models, report, sources
+from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, shape_scores
 from .metrics import Metrics
 from .pretraining import PretrainingMix, WeightAverage
@@ -81,6 +83,7 @@ class Trainer:
             else losses.FixedKLController(config.kl_coef)
         )
         self.dtype = next(engine.model.parameters()).dtype
+        self.environment = environments.load_environment(config.environment) if config.environment else None
         self.mix = PretrainingMix(config, encoder) if config.unsup_coef else None
         self.average = WeightAverage(engine.model, config.ema_decay) if config.ema_decay else None
 
@@ -134,13 +137,18 @@ class Trainer:
     def generate(self, examples: Sequence[data.Example], samples: int, seed: int) -> Rollout:
         ids, mask = data.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
         sampling = SamplingConfig(
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=self.config.action_tokens,
             temperature=self.config.temperature,
             n=samples,
             seed=seed,
             eos_token_id=self.encoder.stop_ids,
             pad_token_id=self.encoder.pad_id,
         )
+        if self.environment is not None:
+            return environments.play(
+                self.engine, self.encoder, self.environment, examples, sampling,
+                max_turns=self.config.max_turns, max_tokens=self.config.max_new_tokens,
+            )  # fmt: skip
         return self.engine.generate(ids, mask, sampling)
 
     def texts(self, rollout: Rollout) -> list[str]:
@@ -200,7 +208,7 @@ class Trainer:
         with metrics.phase("score"):
             scores, valid = self.score(rollout, examples, texts)
         kept = valid & rollout.finished if config.mask_truncated else valid
-        mask = rollout.completion_mask.bool() & kept[:, None]
+        mask = action_mask(rollout) & kept[:, None]
         with metrics.phase("logprobs"):
             # In exact mode the rollout's log-probs *are* those of the training forward; the ratio check
             # proves it.
@@ -235,6 +243,7 @@ class Trainer:
             "rollout/finished": float(rollout.finished.float().mean()),
             "time/rollout_tokens_per_s": rollout.stats.completion_tokens / generation,
             **{f"gap/{k}": v for k, v in gap.items()},
+            **(rollout.numbers() if isinstance(rollout, Episodes) else {}),
         }
         rows = [
             {"prompt": prompt_text(examples[i // config.samples_per_prompt].prompt), "completion": texts[i],
@@ -393,7 +402,7 @@ def train(
     config names.
     """
     require_data(config)
-    if not config.reward and not rewards:
+    if not config.reward and not rewards and not config.environment:
         raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
     name = config.command.upper()
     with Run(config, config.command) as run, interruptible(run):
@@ -401,8 +410,8 @@ def train(
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
-        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+        train_set, train_stats = _examples(config, encoder, "train")
+        eval_set, eval_stats = _examples(config, encoder, "eval")
 
         if config.reference:
             require_same_tokenizer(config.reference, tokenizer)
@@ -413,7 +422,7 @@ def train(
             frozen = (
                 models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
             )
-            reference = HybridEngine(frozen.requires_grad_(False))
+            reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
         engine = HybridEngine(policy, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
@@ -467,12 +476,14 @@ def train(
 
 
 def _examples(
-    config: OnlineConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
-) -> tuple[list[data.Example], data.DataStats]:
-    records, stats = data.read(sources, limit, config.bad_rows)
+    config: OnlineConfig, encoder: data.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], data.DataStats]:
+    records, stats = sources.records(config, which)
+    factory = environments.load_environment(config.environment) if config.environment else None
     examples = data.prompt_examples(
         records, encoder, stats, max_prompt_length=config.max_prompt_length,
-        overlong=config.overlong, bad_rows=config.bad_rows,
+        **data.preparation(config),
+        make_prompt=partial(environments.first_prompt, factory) if factory else None,
     )  # fmt: skip
     return examples, stats
 

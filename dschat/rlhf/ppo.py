@@ -21,6 +21,7 @@ from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
 from . import data, losses, online
 from .critic import Critic, build_rewards_and_critic
+from .environments import credit_turns
 from .experience import Experience, shape_scores
 from .metrics import Metrics
 from .online import RatioError
@@ -73,6 +74,8 @@ class PPO(online.Trainer):
         rewards = losses.kl_penalised_rewards(
             scores, experience.old_logp, experience.ref_logp, mask, beta, config.kl_kind
         )
+        if config.reward_norm == "none":  # turns' rewards are then on the scale of the score
+            rewards = credit_turns(rewards, rollout, self.rewards.weight_of("environment"))
         if config.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
         advantages, experience.returns = losses.gae(rewards, values, mask, config.gamma, config.lam)

@@ -8,12 +8,12 @@ them out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..config import RewardConfig
-from . import data, losses, models
+from . import data, losses, models, sources
 from .run import Run, clip_gradients, interruptible, learning_rate, make_optimizer, require_data, set_lr
 
 NORMALISE_ON = 128  # training pairs whose scores give mean and deviation
@@ -31,8 +31,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
-        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+        train_set, train_stats = _examples(config, encoder, "train")
+        eval_set, eval_stats = _examples(config, encoder, "eval")
 
         model = model or models.load_scorer(config.model, models.pick_dtype(config.dtype), config.seed)
         models.set_scorer_padding(model, tokenizer, encoder)
@@ -90,12 +90,12 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
 
 
 def _examples(
-    config: RewardConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
-) -> tuple[list[data.Example], data.DataStats]:
-    records, stats = data.read(sources, limit, config.bad_rows)
+    config: RewardConfig, encoder: data.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], data.DataStats]:
+    records, stats = sources.records(config, which)
     examples = data.pair_examples(
         records, encoder, stats, max_length=config.max_length, margin=config.margin,
-        overlong=config.overlong, bad_rows=config.bad_rows,
+        **data.preparation(config),
     )  # fmt: skip
     return examples, stats
 

@@ -51,16 +51,16 @@ def is_function_name(source: str) -> bool:
     return bool(colon) and function.isidentifier() and not os.path.exists(source) and bool(module)
 
 
-def load_function(source: str) -> RewardFunction:
+def load_function(source: str, key: str = "reward") -> RewardFunction:
     """The function that `package.module:function` or `path/file.py:function` names; the working directory is
-    searched too.
+    searched too. key: what it is in the config.
     """
     module_name, _, function_name = source.rpartition(":")
     try:
         if module_name.endswith(".py"):
             spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
             if spec is None or spec.loader is None or not os.path.isfile(module_name):
-                raise ConfigError(f"reward {source} names the file {module_name}, which does not exist")
+                raise ConfigError(f"{key} {source} names the file {module_name}, which does not exist")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
@@ -70,12 +70,13 @@ def load_function(source: str) -> RewardFunction:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"reward {source} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{key} {source} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         there = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")][:8]
+        kind = "function" if key == "reward" else "class"
         raise ConfigError(
-            f"reward {source}: {module_name} has no function {function_name}; it has {', '.join(there)}"
+            f"{key} {source}: {module_name} has no {kind} {function_name}; it has {', '.join(there)}"
         )
     return function
 
@@ -117,6 +118,21 @@ def call_function(
     return torch.tensor(scores, dtype=torch.float32)
 
 
+class EpisodeReturn:
+    """The environment as a reward source: the sum of an episode's rewards."""
+
+    def rate(self, batch: Any) -> Tensor:
+        """float32 [rows]."""
+        bad = ~torch.isfinite(batch.rewards)
+        if bool(bad.any()):
+            row, column = (int(i) for i in bad.nonzero()[0])
+            raise RewardError(
+                f"the environment gave reward {float(batch.rewards[row, column])} in episode {row}; "
+                "return a finite number"
+            )
+        return batch.rewards.sum(1)
+
+
 class Rewards:
     """A weighted sum of reward models and reward functions.
 
@@ -137,6 +153,11 @@ class Rewards:
             )
         self.sources = list(sources)
         self.weights = list(weights) or [1.0] * len(sources)
+
+    def weight_of(self, name: str) -> float:
+        """Weight of the first source of that name; 0 where there is none."""
+        names = [n for n, _ in self.sources]
+        return self.weights[names.index(name)] if name in names else 0.0
 
     def __call__(
         self,
@@ -178,12 +199,14 @@ def load_sources(
     functions: Sequence[RewardFunction] = (),
     encoder: data.Encoder | None = None,
 ) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
-    """(all reward sources by name, functions first; the frozen reward models among them by name).
+    """(all reward sources by name, functions first, then the environment; the frozen reward models among them by name).
 
     encoder: the policy's; with it a reward model whose tokenizer is another one becomes an OwnTokenizer.
     """
     loaded: dict[str, Any] = {}
     sources: list[tuple[str, Any]] = [(getattr(f, "__name__", "function"), f) for f in functions]
+    if config.environment:
+        sources.append(("environment", EpisodeReturn()))
     for name in config.reward:
         if is_function_name(name):
             sources.append((name.rpartition(":")[2], load_function(name)))

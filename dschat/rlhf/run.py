@@ -43,6 +43,9 @@ FREE_KEYS = {
     "keep_checkpoints",
     "threads",
     "output_dir",
+    "token_cache",
+    "data_workers",
+    "stream",
 }
 
 

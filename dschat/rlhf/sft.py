@@ -5,13 +5,13 @@ on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..config import SFTConfig
 from ..engine.hybrid_engine import HybridEngine
-from . import data, losses, models
+from . import data, losses, models, sources
 from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
 
 
@@ -26,8 +26,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-        train_set, train_stats = _examples(config, encoder, config.data, config.max_train_rows)
-        eval_set, eval_stats = _examples(config, encoder, config.eval_data, config.max_eval_rows)
+        train_set, train_stats = _examples(config, encoder, "train")
+        eval_set, eval_stats = _examples(config, encoder, "eval")
 
         model = model or models.load_policy(config.model, models.pick_dtype(config.dtype))
         model = models.make_trainable(model, config, "CAUSAL_LM")
@@ -65,12 +65,12 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
 
 def _examples(
-    config: SFTConfig, encoder: data.Encoder, sources: Sequence[str], limit: int
-) -> tuple[list[data.Example], data.DataStats]:
-    records, stats = data.read(sources, limit, config.bad_rows)
+    config: SFTConfig, encoder: data.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], data.DataStats]:
+    records, stats = sources.records(config, which)
     examples = data.sft_examples(
         records, encoder, stats, response=config.response, max_length=config.max_length,
-        overlong=config.overlong, bad_rows=config.bad_rows,
+        **data.preparation(config),
     )  # fmt: skip
     return examples, stats
 

@@ -137,7 +137,7 @@ def test_clipping() -> None:
 def test_reference_is_the_model_without_adapters(exact: bool) -> None:
     base = build("llama")
     engine, rollout = rollout_of(lora(copy.deepcopy(base)), exact=exact)
-    plain = HybridEngine(base)
+    plain = HybridEngine(base, exact=exact)
     policy = engine.logprobs(rollout)
     with engine.reference(), torch.no_grad():
         reference = engine.logprobs(rollout)

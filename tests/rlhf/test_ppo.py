@@ -145,6 +145,21 @@ def test_reference_is_the_start_and_stays(base, pieces):
     assert after["kl/sequence_k3"] > 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_kl_of_the_first_step_is_zero_when_exact(base, stories_dir, tmp_path, dtype, lora_r):
+    """checklist 2.1 #9: policy and reference run the same kernels on the same packs, so their KL is 0 bit for bit, with
+    an adapter (switched off) and without (a frozen copy), before the first update and only then.
+    """
+    more = {"lora_r": lora_r, "dtype": dtype, "exact": True, "learning_rate": 1e-2, "max_steps": 2}
+    more |= {"critic_update": "head", "samples_per_prompt": 2, "prompts_per_step": 2, "max_new_tokens": 8}
+    config = PPOConfig(**{**base, **more, "output_dir": str(tmp_path / "run")})
+    ppo.train(config, rewards=(lambda prompts, completions, **k: [len(c) / 10 for c in completions],))
+    first, second = numbers(tmp_path / "run")
+    assert first["kl/sequence"] == 0.0 and first["kl/sequence_k3"] == 0.0 and first["kl/token"] == 0.0
+    assert second["kl/sequence_k3"] > 0
+
+
 def test_generator_sees_every_update(pieces):
     """checklist 2.1 #21, #22: after an update the rollout's log-probs are those of the new weights."""
     p = pieces(exact=True)

@@ -1,0 +1,170 @@
+"""Which rows a stage trains on and which it looks at: splits, shares of several sources, and rows left on disk.
+
+Splits go by content: a row's side is a function of its prompt (of the whole row where it has none), so that it
+does not move when rows are added, sorted or repeated, and no prompt stands on both sides.
+
+    data_split: "2,4,4"    SFT, reward model and RL each get their own part, as in DeepSpeed-Chat
+    eval_split: 0.05       this share of a stage's rows is held out
+    data_weights: [3, 1]   rows from the sources in these proportions; a small source is repeated
+    stream: true           rows stay in the file (.jsonl) and are read and encoded when a step needs them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from ..config import StageConfig
+from . import data
+from .data import DataError, DataStats, Record
+from .run import derive_seed
+
+PARTS = {"sft": 0, "reward": 1, "dpo": 1}
+"""The part of data_split that a stage takes; every other stage takes the last."""
+
+
+def place(columns: Mapping[str, Any], salt: str) -> float:
+    """A number in [0, 1) that depends on a row's prompt alone, or on all of a row without one."""
+    for name in ("prompt", "messages", "chosen"):
+        value = columns.get(name)
+        if name == "prompt" and value is not None:
+            break
+        if isinstance(value, list) and len(value) > 1:
+            value = value[:-1]  # the last message is the answer
+            break
+    else:
+        value = dict(columns)
+    text = json.dumps([salt, value], sort_keys=True, ensure_ascii=False, default=repr)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56
+
+
+def in_part(columns: Mapping[str, Any], shares: Sequence[float], part: int) -> bool:
+    """Whether a row belongs to part `part` of a split in these proportions."""
+    at, total = place(columns, "stage"), sum(shares)
+    return (
+        sum(shares[:part]) / total
+        <= at
+        < (sum(shares[: part + 1]) / total if part < len(shares) - 1 else 1.0)
+    )
+
+
+def blend(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[tuple[int, int]]:
+    """(source, row) of a mixture with as many rows as there are, in the proportions of `weights`.
+
+    Every source gives floor or ceil of its share; a larger one gives a random choice, a smaller one all its rows
+    as often as that takes and a random choice of them once more.
+    """
+    total, out = sum(sizes), []
+    bounds = [round(total * sum(weights[:i]) / sum(weights)) for i in range(len(weights) + 1)]
+    for source, size in enumerate(sizes):
+        wanted = bounds[source + 1] - bounds[source]
+        whole, rest = divmod(wanted, size) if size else (0, 0)
+        order = data.epoch_order(size, derive_seed(seed, "blend", source), 0)
+        rows = list(range(size)) * whole + sorted(order[:rest])
+        out += [(source, row) for row in rows]
+    return out
+
+
+def records(config: StageConfig, which: Literal["train", "eval"]) -> tuple[Sequence[Record], DataStats]:
+    """The rows of a stage, or those that it holds out, and what was read for them.
+
+    Raises DataError for what is missing or broken, and where a split leaves nothing.
+    """
+    limit = config.max_train_rows if which == "train" else config.max_eval_rows
+    if which == "eval" and not config.eval_split:
+        return data.read(config.eval_data, limit, config.bad_rows)
+    if which == "train" and not (
+        config.eval_split or config.data_split or config.data_weights or config.stream
+    ):
+        return data.read(config.data, limit, config.bad_rows)
+    stats = DataStats()
+    groups = []
+    for source in config.data:
+        rows = list(_kept(config, source, which, stats))
+        if not rows:
+            raise DataError(
+                f"{source} has no row left for {'held-out data' if which == 'eval' else 'training'} of "
+                f"{config.command} with data_split {config.data_split or 'none'} and eval_split "
+                f"{config.eval_split}; give more rows or other shares"
+            )
+        groups.append(rows)
+    if which == "train" and config.data_weights:
+        chosen = blend([len(g) for g in groups], config.data_weights, config.seed)
+        found = [groups[source][row] for source, row in chosen]
+        for source, name in enumerate(config.data):
+            stats.notes.append(f"{sum(s == source for s, _ in chosen)} of {name}")
+    else:
+        found = [row for group in groups for row in group]
+    return (found[:limit] if limit else found), stats
+
+
+def _kept(config: StageConfig, source: str, which: str, stats: DataStats) -> Iterator[Record]:
+    """Rows of a source on the wanted side of both splits."""
+    shares = [float(s) for s in config.data_split.split(",")] if config.data_split else []
+    part = PARTS.get(config.command, len(shares) - 1)
+    rows = _lines(source) if config.stream else data.read_source(source)
+    for row in rows:
+        stats.read += 1
+        if isinstance(row, DataError):
+            if config.bad_rows == "error":
+                raise row
+            stats.bad += 1
+            stats.first_bad = stats.first_bad or str(row)
+            continue
+        if shares and not in_part(row.columns, shares, part):
+            continue
+        held_out = bool(config.eval_split) and place(row.columns, "eval") < config.eval_split
+        if held_out == (which == "eval"):
+            yield row.forget() if isinstance(row, LineRecord) else row
+
+
+# ------------------------------------------------------------------------------------------------ rows on disk
+
+
+class LineRecord(Record):
+    """A row of a .jsonl file that keeps its place in the file and reads it when its columns are asked for."""
+
+    def __init__(self, path: str, number: int, offset: int, columns: dict[str, Any]) -> None:
+        self.path, self.number, self.offset = path, number, offset
+        self._columns: dict[str, Any] | None = columns
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return f"{self.path} line {self.number}"
+
+    @property
+    def columns(self) -> dict[str, Any]:  # type: ignore[override]
+        if self._columns is not None:
+            return self._columns
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self.offset)
+                row = json.loads(f.readline())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.where} has changed since the run began: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{self.where} has changed since the run began: it is no object any more")
+        return row
+
+    def forget(self) -> LineRecord:
+        """Keep the place alone."""
+        self._columns = None
+        return self
+
+
+def _lines(source: str) -> Iterator[LineRecord | DataError]:
+    """The rows of a .jsonl file, one at a time."""
+    if not source.endswith(".jsonl"):
+        raise DataError(
+            f"{source} cannot be streamed; unpack or convert it to .jsonl, or set stream to false"
+        )
+    data.require_file(source)
+    with open(source, "rb") as f:
+        offset = 0
+        for number, line in enumerate(iter(f.readline, b""), 1):
+            here, offset = offset, offset + len(line)
+            if line.strip():
+                row = data.parse_line(line, f"{source} line {number}")
+                yield row if isinstance(row, DataError) else LineRecord(source, number, here, row.columns)
