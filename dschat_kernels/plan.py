@@ -321,15 +321,15 @@ class Decoder:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
         if backend not in (None, "cpu", "triton", "cuda", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
+        if weights == "int8" and backend in ("triton", "cuda"):
+            raise ValueError(
+                f"weights is 'int8' and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
+            )
         if backend in ("triton", "cuda"):  # on CPU tensors in tests only: a model on a GPU is refused above
             resolve_backend("decoder", backend, embed.weight)
         if backend == "cpu" and native() is None:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
-            )
-        if weights == "int8" and backend in ("triton", "cuda"):
-            raise ValueError(
-                f"weights is 'int8' and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
             )
         self.spec, self.weights = spec, weights
         self.backend = backend or ("cpu" if native() is not None else "reference")
