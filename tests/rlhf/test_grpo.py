@@ -48,7 +48,7 @@ def make(base, stories_tokenizer, tmp_path):
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
         encoder = data.Encoder(stories_tokenizer)
-        engine = HybridEngine(model, optimizer, exact=config.exact)
+        engine = HybridEngine(model, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
         trainer = grpo.GRPO.build(config, engine, encoder, None, functions, torch.float32)
         records, stats = data.read(config.data)
         examples = data.prompt_examples(records, encoder, stats)[::2][:3]
@@ -197,7 +197,16 @@ def test_reward_rises(name, base, tmp_path):
     ("name", "more"),
     [
         ("grpo", {"ppo_epochs": 2, "ratio_level": "sequence", "aggregation": "sequence"}),
-        ("grpo", {"scale": "none", "aggregation": "constant", "cliprange_high": 0.28, "importance_cap": 2.0}),
+        (
+            "grpo",
+            {
+                "scale": "none",
+                "aggregation": "constant",
+                "cliprange_high": 0.28,
+                "importance_cap": 2.0,
+                "rollout_weights": "int8",
+            },
+        ),
         ("rloo", {"lora_r": 0, "kl_control": "adaptive", "reward_norm": "running"}),
     ],
     ids=["gspo", "dr-grpo", "rloo-full"],
