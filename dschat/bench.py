@@ -247,6 +247,7 @@ def generate(
         )
         with torch.no_grad():
             gap = logprob_gap(engine.logprobs(rollout), rollout)
+        report.model["weights"] = weights
         report.model["logprob_gap"] = {k: round(v, 5) for k, v in gap.items()}
     return report
 
@@ -316,7 +317,6 @@ def _model_facts(engine: HybridEngine) -> dict[str, Any]:
         "type": engine.spec.model_type,
         "parameters": sum(parameters.values()),
         "dtype": str(engine.decoder.dtype).removeprefix("torch."),
-        "weights": engine.decoder.weights,
     }
 
 

@@ -369,13 +369,13 @@ class Decoder:
             backend = resolve_backend("decoder", backend, embed.weight)
         if backend in ("triton", "cuda") and spec.head_dim > MAX_HEAD_DIM:
             raise Unsupported(f"head_dim is {spec.head_dim}: the {backend} kernels go to {MAX_HEAD_DIM}.")
-        if backend == "cpu" and native() is None:
-            raise RuntimeError(
-                "backend is 'cpu' and the native kernels are not available: see dschat doctor."
-            )
         if weights == "int8" and backend in ("triton", "cuda"):
             raise ValueError(
                 f"weights is 'int8' and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
+            )
+        if backend == "cpu" and native() is None:
+            raise RuntimeError(
+                "backend is 'cpu' and the native kernels are not available: see dschat doctor."
             )
         self.spec, self.weights = spec, weights
         self.backend = backend or ("cpu" if native() is not None else "reference")

@@ -235,3 +235,13 @@ def test_bench_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "avx2", "avx2", "AVX2",
     ]  # fmt: skip
     assert peers.environment("hf", 2, sys.executable)["ATEN_CPU_CAPABILITY"] == "avx2"
+
+
+def test_int8_says_how_far_its_log_probs_are(stories_model: Any, small_machine: None) -> None:
+    report = bench.generate(stories_model, [(2, 5, 4)], repeats=1, compare_hf=False, weights="int8")
+    assert report.model["weights"] == "int8" and 0 < report.model["logprob_gap"]["mean"] < 0.1
+    plain = bench.generate(stories_model, [(2, 5, 4)], repeats=1, compare_hf=False)
+    ratio = report.rows[0].decode_gb_per_s * report.rows[0].decode_ms
+    assert (
+        ratio < 0.5 * plain.rows[0].decode_gb_per_s * plain.rows[0].decode_ms
+    )  # bytes a step: float32 to int8

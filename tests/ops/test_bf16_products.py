@@ -22,6 +22,7 @@ from dschat_kernels.packing import PackedLinear
 HERE = Path(__file__).parent
 SELECTION = {
     "test_linear.py": "(against_float64 and 300) or inverse or (same_bits and 96) or separate_ops or fuses_lora",
+    "test_linear_int8.py": "(float64 and 300) or half_a_step or (same_bits and 96)",
     "test_lora_linear.py": "do_not_depend",
     "test_token_logprobs.py": "bit",
 }

@@ -48,7 +48,7 @@ def make(base, stories_tokenizer, tmp_path):
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
         encoder = data.Encoder(stories_tokenizer)
-        engine = HybridEngine(model, optimizer, exact=config.exact)
+        engine = HybridEngine(model, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
         trainer = grpo.GRPO.build(config, engine, encoder, None, functions, torch.float32)
         records, stats = data.read(config.data)
         examples = data.prompt_examples(records, encoder, stats)[::2][:3]
@@ -151,6 +151,19 @@ def test_importance_weights_are_those_of_the_gap(make, monkeypatch):
     assert plain()[0].weights is None
 
 
+def test_int8_rollouts_learn_with_importance_weights(make):
+    """The rollout's weights are int8, the update's are not, and the weights of the loss are the ratio between them."""
+    trainer, _, collect = make(rollout_weights="int8", importance_cap=2.0)
+    experience, found = collect()
+    assert experience.rollout.stats.weights == "int8" and found["gap/mean"] > 1e-4
+    ratio = (experience.old_logp - experience.rollout.logprobs).exp()
+    torch.testing.assert_close(experience.weights[experience.mask], ratio.clamp(max=2.0)[experience.mask])
+    assert found["importance/weight"] != 1.0
+    weights = [p.detach().clone() for p in trainer.engine.model.parameters()]
+    trainer.update(experience, 0, 4)
+    assert any(not torch.equal(p, w) for p, w in zip(trainer.engine.model.parameters(), weights, strict=True))
+
+
 def test_kl_loss_pulls_back(make):
     """The KL in the loss holds the policy near the reference."""
     gaps = {}
@@ -184,7 +197,16 @@ def test_reward_rises(name, base, tmp_path):
     ("name", "more"),
     [
         ("grpo", {"ppo_epochs": 2, "ratio_level": "sequence", "aggregation": "sequence"}),
-        ("grpo", {"scale": "none", "aggregation": "constant", "cliprange_high": 0.28, "importance_cap": 2.0}),
+        (
+            "grpo",
+            {
+                "scale": "none",
+                "aggregation": "constant",
+                "cliprange_high": 0.28,
+                "importance_cap": 2.0,
+                "rollout_weights": "int8",
+            },
+        ),
         ("rloo", {"lora_r": 0, "kl_control": "adaptive", "reward_norm": "running"}),
     ],
     ids=["gspo", "dr-grpo", "rloo-full"],
@@ -235,6 +257,8 @@ def test_accumulation_in_a_minibatch(make, mode):
         ),
         (GRPOConfig, {"kl_correction": True, "kl_place": "reward"}, "set kl_place to loss"),
         (GRPOConfig, {"exact": True, "importance_cap": 2}, "nothing is left to correct"),
+        (PPOConfig, {"rollout_weights": "int8"}, "set importance_cap to a number such as 2"),
+        (GRPOConfig, {"rollout_weights": "int8", "exact": True}, "set rollout_weights to model"),
         (PPOConfig, {"kl_control": "adaptive", "kl_coef": 0}, "set kl_coef to a start value such as 0.05"),
         (GRPOConfig, {"top_k": 3}, "top_k is 3, but GRPO uses log-probs of the full distribution"),
         (GRPOConfig, {"scale": "std"}, "scale is 'std', but it must be one of group, batch, none"),
