@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
 
@@ -37,6 +38,9 @@ class HybridEngine:
         exact: the training forward runs the packed kernels of the rollout: `logprobs` equals
             `rollout.logprobs` bit for bit, at the cost of repacking after every step.
         backend: None (the fastest on the model's device), "cpu", "triton", "cuda" or "reference".
+        cuda_graphs: on a GPU, decode steps replay CUDA graphs (`dschat_kernels.graphs`); the cache is kept for them
+            between rollouts, `release()` gives it up. Where none can be recorded, a warning and `graphs.reason` say
+            why.
 
     Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
     """
@@ -50,6 +54,7 @@ class HybridEngine:
         dtype: torch.dtype | None = None,
         exact: bool = False,
         backend: str | None = None,
+        cuda_graphs: bool = True,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
@@ -62,7 +67,8 @@ class HybridEngine:
         self.max_slots = max_slots
         self.exact = exact
         self.packed = PackedModel(model, backend=backend)
-        self._dtype, self._backend = dtype, backend
+        self._dtype, self._backend, self._cuda_graphs = dtype, backend, cuda_graphs
+        self.graphs: DecodeGraphs | None = None
         self.decoder = self._make_decoder()
         model_dtype = Decoder(self.spec, backend=backend).dtype
         if exact and self.decoder.dtype != model_dtype:
@@ -83,7 +89,10 @@ class HybridEngine:
             raise Unsupported(
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
-        return Decoder(self.spec, dtype=self._dtype, backend=self._backend)
+        decoder = Decoder(self.spec, dtype=self._dtype, backend=self._backend)
+        on_gpu = decoder.device.type == "cuda" and decoder.backend in ("cuda", "triton")
+        self.graphs = DecodeGraphs(decoder) if on_gpu and self._cuda_graphs else None
+        return decoder
 
     # ------------------------------------------------------------------------------------------------- rollout
 
@@ -133,7 +142,9 @@ class HybridEngine:
         self._check_prompts(prompts, sampling)
 
         flip = self.flip()
-        run = RolloutRun(self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token)
+        run = RolloutRun(
+            self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token, self.graphs
+        )
         self._check_epoch()
         run.run()
         run.stats.flip = flip.seconds
@@ -146,6 +157,11 @@ class HybridEngine:
             sampling=sampling,
             stats=run.stats,
         )
+
+    def release(self) -> None:
+        """Gives up what is kept between rollouts for CUDA graphs: their recordings and the cache."""
+        if self.graphs is not None:
+            self.graphs.release()
 
     def _check_prompts(self, prompts: Sequence[Tensor], sampling: SamplingConfig) -> None:
         for i, prompt in enumerate(prompts):
