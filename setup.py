@@ -2,7 +2,8 @@
 
 `DSCHAT_AOT=1 pip install .` compiles them now, for this machine's instruction set, so that no compiler is
 needed later; `DSCHAT_AOT=portable,avx2,avx512` names the levels, for an image or a wheel that other machines
-will use.
+will use. GPU architectures go into the same list: `DSCHAT_AOT=avx512,sm_80,sm_90` (`cuda`: all that the kernels are
+written for), compiled by nvcc, with or without a GPU in the machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -36,24 +38,30 @@ def build_module() -> ModuleType:
 
 
 def levels() -> list[str]:
-    """ISA levels to compile ahead of time, from DSCHAT_AOT."""
+    """ISA levels and GPU architectures to compile ahead of time, from DSCHAT_AOT."""
     text = os.environ.get("DSCHAT_AOT", "").strip().lower()
     if text in ("", "0", "false", "no"):
         return []
     build = build_module()
     if text in ("1", "true", "yes"):
         return [build.select_isa()]
-    named = [level.strip() for level in text.split(",")]
-    for level in named:
-        if level not in build.ISA_LEVELS:
-            sys.exit(
-                f"DSCHAT_AOT has {level!r}: give 1, or some of {', '.join(build.ISA_LEVELS)} with commas."
-            )
+    known = (*build.ISA_LEVELS, *build.CUDA_ARCHS)
+    named: list[str] = []
+    for level in (level.strip() for level in text.split(",")):
+        if level not in (*known, "cuda"):
+            sys.exit(f"DSCHAT_AOT has {level!r}: give 1, cuda, or some of {', '.join(known)} with commas.")
+        named += build.CUDA_ARCHS if level == "cuda" else [level]
     return named
 
 
+def kernels(build: ModuleType, level: str) -> Any:
+    """The build of an ISA level or GPU architecture."""
+    return build.cuda_build(level) if level in build.CUDA_ARCHS else build.cpu_build(level)
+
+
 class CompileKernels(build_ext):
-    """Compiles the same source list as dschat_kernels.build.load(), into dschat_kernels/_native/<isa>."""
+    """Compiles the same source lists as dschat_kernels.build.load() and load_cuda(), into
+    dschat_kernels/_native/<level>."""
 
     def _folder(self, level: str) -> Path:
         base = ROOT if self.inplace else Path(self.build_lib)
@@ -63,7 +71,7 @@ class CompileKernels(build_ext):
         build = build_module()
         for level in levels():
             try:
-                build.cpu_build(level).compile_into(self._folder(level))
+                kernels(build, level).compile_into(self._folder(level))
             except build.BuildError as error:
                 sys.exit(str(error))
 
@@ -72,7 +80,7 @@ class CompileKernels(build_ext):
         return [
             str(self._folder(level) / name)
             for level in levels()
-            for name in (build.cpu_build(level).filename, "meta.json")
+            for name in (kernels(build, level).filename, "meta.json")
         ]
 
     def get_output_mapping(self) -> dict[str, str]:

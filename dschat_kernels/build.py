@@ -369,6 +369,10 @@ class KernelBuild:
             }
         )
 
+    def library_flags(self) -> tuple[str, ...]:
+        """Where this machine keeps the libraries that `link_flags` name."""
+        return ()
+
     def toolchain(self) -> dict[str, Any]:
         """Whatever else could change the bytes, or whether they load."""
         compiler = find_compiler()
@@ -614,7 +618,8 @@ class KernelBuild:
 
                 def link() -> None:
                     inputs = [str(target[name]) for name in order]
-                    commands.run([*compiler.argv, *inputs, *self.link_flags, "-o", str(work / self.filename)])
+                    flags = [*self.library_flags(), *self.link_flags]
+                    commands.run([*compiler.argv, *inputs, *flags, "-o", str(work / self.filename)])
 
                 commands.run_all(compile_one, todo, jobs)
                 try:
@@ -802,10 +807,9 @@ class CudaBuild(KernelBuild):
 
     @property
     def link_flags(self) -> tuple[str, ...]:
-        return ("-shared", "-pthread", f"-L{self._library_dir()}", "-lcudart_static", "-ldl", "-lrt")
+        return ("-shared", "-pthread", "-lcudart_static", "-ldl", "-lrt")
 
-    @staticmethod
-    def _library_dir() -> Path:
+    def library_flags(self) -> tuple[str, ...]:
         """Where the toolkit's runtime library is: nvcc itself says where its root is, since the command may be a
         wrapper elsewhere."""
         argv = find_nvcc().argv
@@ -814,7 +818,8 @@ class CudaBuild(KernelBuild):
         top = re.search(r"^#\$ TOP=(.+?)\s*$", said, re.M)
         root = Path(top[1]) if top else Path(argv[0]).parent.parent
         folders = [root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))]
-        return next((f for f in folders if (f / "libcudart_static.a").is_file()), root / "lib64")
+        folder = next((f for f in folders if (f / "libcudart_static.a").is_file()), root / "lib64")
+        return (f"-L{folder}",)
 
     def toolchain(self) -> dict[str, Any]:
         nvcc = find_nvcc()
@@ -842,7 +847,8 @@ _cuda_modules: dict[str, ModuleType | BuildError] = {}
 
 
 def load_cuda(capability: tuple[int, int]) -> ModuleType:
-    """The CUDA kernels for GPUs of a compute capability, built first where they must be.
+    """The CUDA kernels for GPUs of a compute capability: those that setup.py compiled, or built first where they must
+    be.
 
     Raises BuildError, the same one on every call.
     """
@@ -854,7 +860,8 @@ def load_cuda(capability: tuple[int, int]) -> ModuleType:
                     raise BuildError(
                         f"The CUDA kernels need a GPU from sm_80 (A100) on, and this one is {arch}."
                     )
-                _cuda_modules[arch] = cuda_build(arch).load()
+                kernels = cuda_build(arch)
+                _cuda_modules[arch] = _ahead_of_time(kernels) or kernels.load()
             except BuildError as error:
                 _cuda_modules[arch] = error
         found = _cuda_modules[arch]
@@ -864,7 +871,7 @@ def load_cuda(capability: tuple[int, int]) -> ModuleType:
 
 
 def ahead_of_time_dir() -> Path:
-    """Where setup.py puts modules that were compiled ahead of time: one folder an ISA level."""
+    """Where setup.py puts modules that were compiled ahead of time: one folder an ISA level or GPU architecture."""
     return Path(__file__).resolve().parent / "_native"
 
 

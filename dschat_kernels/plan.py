@@ -335,6 +335,7 @@ class Decoder:
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
         weights: "model": packs in `dtype`; "int8": quantised while packing, a scale an output column.
 
+    `bindings` counts the times that something the plan reads may have moved (see `addresses`).
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
     runs on what the last `refresh` left. Call `refresh` after any change of weights, adapters or their
     switches.
@@ -381,7 +382,7 @@ class Decoder:
         self.backend = backend or ("cpu" if native() is not None else "reference")
         self.max_tokens = max_tokens
         self.plan = make_plan(spec)
-        self.epoch = 0
+        self.epoch = self.bindings = 0
         self.norms = {n: PackedNorm(s, width, self.dtype) for n, s, width in _named_norms(spec)}
         self.groups = {n: Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
@@ -444,9 +445,25 @@ class Decoder:
             self._refresh_tables(digests, stats)
         if stats.changed:
             self.epoch += 1
-            self.executor.rebind()
+            self._rebind()
         stats.seconds = time.perf_counter() - start
         return stats
+
+    def _rebind(self) -> None:
+        """What the plan reads may lie elsewhere now."""
+        self.bindings += 1
+        self.executor.rebind()
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything lies that the plan reads; the same after a refresh that wrote in place."""
+        held: list[Tensor | None] = [self.embed_table, self.position_table, self.alibi]
+        for group in self.groups.values():
+            if group.packed is not None:
+                held += [group.packed.panels, group.packed.dense, group.packed.bias]
+        for norm in self.norms.values():
+            held += [norm.weight, norm.bias, norm.scale, norm.shift]
+        held += [t for pair in self.ropes for t in pair]
+        return tuple(ptr(t) for t in held)
 
     def _check_devices(self, parts: Mapping[str, Sequence[ResolvedLinear]]) -> None:
         held = {name: [t for p in own for t in p.tensors()] for name, own in parts.items()}
@@ -508,7 +525,7 @@ class Decoder:
             size = 1 << max(9, (positions - 1).bit_length())
             made = [rope.tables(size) for rope in ropes]
             self.ropes = [(cos.to(self.device), sin.to(self.device)) for cos, sin in made]
-            self.executor.rebind()
+            self._rebind()
         return self.ropes
 
     def rope_of(self, layer: int) -> tuple[Tensor, Tensor] | None:

@@ -35,6 +35,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch finds none here"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """A test draws the same numbers alone and in the whole suite."""

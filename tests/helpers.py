@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dschat_kernels import cuda
 from dschat_kernels.ops._common import kernels
 
 # Sizes that are no multiple of any vector width, and size one.
@@ -61,6 +63,14 @@ def non_contiguous(tensor: Tensor) -> list[Tensor]:
     spread = tensor.new_zeros(rows, 2 * n)
     spread[:, ::2] = tensor
     return [wide[:, 1 : n + 1], spread[:, ::2], tensor.t().contiguous().t()]
+
+
+def cuda_refusal() -> tuple[type[Exception], str]:
+    """Error and message (a pattern) of backend="cuda" on CPU tensors: on a machine that cannot run it that reason, on
+    one with a GPU that they are not there."""
+    if (reason := cuda.unavailable()) is not None:
+        return RuntimeError, f"the cuda backend cannot run, because {re.escape(reason)}"
+    return ValueError, "the cuda backend needs tensors on a CUDA GPU, not on cpu"
 
 
 @contextmanager

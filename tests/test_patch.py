@@ -24,6 +24,7 @@ from dschat_kernels.models import Unsupported, decoder_spec
 from dschat_kernels.patch import Patch
 from dschat_kernels.plan import Decoder
 from dschat_kernels.report import Entry
+from tests.helpers import cuda_refusal
 
 
 def batch(vocab: int = 67) -> dict[str, torch.Tensor]:
@@ -549,12 +550,12 @@ class TestBadInput:
         assert snapshot(model) == before
 
     @pytest.mark.parametrize(
-        "backend, error", [("triton", ValueError), ("cuda", RuntimeError), ("fastest", ValueError)]
+        "backend, error", [("triton", ValueError), ("cuda", None), ("fastest", ValueError)]
     )
-    def test_backends(self, backend: str, error: type[Exception]) -> None:
+    def test_backends(self, backend: str, error: type[Exception] | None) -> None:
         model = build("llama")
         before = snapshot(model)
-        with pytest.raises(error, match=backend):
+        with pytest.raises(error or cuda_refusal()[0], match=backend):
             dk.patch(model, backend=backend)
         assert snapshot(model) == before
 

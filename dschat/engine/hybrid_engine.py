@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
@@ -42,6 +43,9 @@ class HybridEngine:
             output column, so decoding reads half the bytes. The training forward keeps the model's weights;
             `logprobs` against `rollout.logprobs` says how far apart they are, and PPO's and GRPO's importance_cap
             corrects for it.
+        cuda_graphs: on a GPU, decode steps replay CUDA graphs (`dschat_kernels.graphs`); the cache is kept for them
+            between rollouts, `release()` gives it up. Where none can be recorded, a warning and `graphs.reason` say
+            why.
 
     Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
     """
@@ -56,6 +60,7 @@ class HybridEngine:
         exact: bool = False,
         backend: str | None = None,
         rollout_weights: str = "model",
+        cuda_graphs: bool = True,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
@@ -71,6 +76,8 @@ class HybridEngine:
         self.exact = exact
         self.packed = PackedModel(model, backend=backend)
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
+        self._cuda_graphs = cuda_graphs
+        self.graphs: DecodeGraphs | None = None
         self.decoder = self._make_decoder()
         model_dtype = Decoder(self.spec, backend=backend).dtype
         if exact and self.decoder.dtype != model_dtype:
@@ -91,7 +98,10 @@ class HybridEngine:
             raise Unsupported(
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
-        return Decoder(self.spec, dtype=self._dtype, backend=self._backend, weights=self._weights)
+        decoder = Decoder(self.spec, dtype=self._dtype, backend=self._backend, weights=self._weights)
+        on_gpu = decoder.device.type == "cuda" and decoder.backend in ("cuda", "triton")
+        self.graphs = DecodeGraphs(decoder) if on_gpu and self._cuda_graphs else None
+        return decoder
 
     # ------------------------------------------------------------------------------------------------- rollout
 
@@ -157,7 +167,9 @@ class HybridEngine:
         self._check_prompts(prompts, sampling)
 
         flip = self.flip()
-        run = RolloutRun(self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token)
+        run = RolloutRun(
+            self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token, self.graphs
+        )
         self._check_epoch()
         run.run()
         run.stats.flip = flip.seconds
@@ -170,6 +182,11 @@ class HybridEngine:
             sampling=sampling,
             stats=run.stats,
         )
+
+    def release(self) -> None:
+        """Gives up what is kept between rollouts for CUDA graphs: their recordings and the cache."""
+        if self.graphs is not None:
+            self.graphs.release()
 
     def _check_prompts(self, prompts: Sequence[Tensor], sampling: SamplingConfig) -> None:
         for i, prompt in enumerate(prompts):

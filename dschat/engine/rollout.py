@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dschat_kernels.cache import PAGE, padded_head_dim, pages_for
+from dschat_kernels.cache import PAGE, PagedKVCache, padded_head_dim, pages_for
+from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.limits import available_memory
 from dschat_kernels.ops.sample import sample
 from dschat_kernels.plan import Decoder
@@ -77,7 +78,10 @@ class SamplingConfig:
 
 @dataclass
 class RolloutStats:
-    """Where the time of a rollout went (seconds), how much was done, and what weights did it ("model", "int8")."""
+    """Where the time of a rollout went (seconds), how much was done, and what weights did it ("model", "int8").
+
+    graph_steps: those of `steps` that replayed CUDA graphs, whose sampling counts as decode.
+    """
 
     flip: float = 0.0
     prefill: float = 0.0
@@ -88,6 +92,7 @@ class RolloutStats:
     prefilled_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
+    graph_steps: int = 0
     slots: int = 0
     cache_bytes: int = 0
     packed_bytes: int = 0
@@ -172,8 +177,10 @@ class RolloutRun:
         max_slots: int,
         pad_token_id: int,
         on_token: Callable[[int, int], None] | None = None,
+        graphs: DecodeGraphs | None = None,
     ):
         self.decoder, self.sampling, self.on_token = decoder, sampling, on_token
+        self.graphs = graphs if graphs is not None and graphs.reason is None else None
         rows = len(prompts) * sampling.n
         self.streams = _streams(prompts, sampling.n)
         self.ids = np.full((rows, sampling.max_new_tokens), pad_token_id, dtype=np.int64)
@@ -187,12 +194,10 @@ class RolloutRun:
         self.open: deque[_Prompt] = deque()  # prefilled, with samples that wait for a slot
         longest = max(len(p) for p in prompts)
         tokens = sum(sorted(map(len, prompts))[-max_slots:])  # of one prefill
-        self.max_active = fit_rows(
-            min(rows, max_slots), sampling.n, slot_bytes(decoder, longest + sampling.max_new_tokens),
-            step_bytes(decoder, max(tokens, max_slots), 0), step_bytes(decoder, 0, 1), decoder.device,
-        )  # fmt: skip
+        self.max_active, self.cache = self._make_cache(
+            min(rows, max_slots), longest + sampling.max_new_tokens, max(tokens, max_slots)
+        )
         slots = slots_needed(self.max_active, sampling.n)
-        self.cache = decoder.new_cache(slots, longest + sampling.max_new_tokens)
         self.free = list(range(slots - 1, -1, -1))  # slots
         self.active_rows: list[int] = []
         self.active_slots: list[int] = []
@@ -203,6 +208,23 @@ class RolloutRun:
             packed_bytes=decoder.packed_bytes,
             weights=decoder.weights,
         )
+
+    def _make_cache(self, rows: int, tokens: int, prefilled: int) -> tuple[int, PagedKVCache]:
+        """(rows at a time, a cache for them of `tokens` each); graphs keep theirs from one run to the next.
+
+        prefilled: tokens of the largest prefill, whose buffers need memory too.
+        """
+        n, graphs = self.sampling.n, self.graphs
+        if graphs is not None and graphs.holds(slots_needed(rows, n), tokens):
+            return rows, graphs.new_cache(slots_needed(rows, n), tokens)
+        if graphs is not None:
+            graphs.release()  # its memory counts as free
+        rows = fit_rows(
+            rows, n, slot_bytes(self.decoder, tokens), step_bytes(self.decoder, prefilled, 0),
+            step_bytes(self.decoder, 0, 1), self.decoder.device,
+        )  # fmt: skip
+        make = self.decoder.new_cache if graphs is None else graphs.new_cache
+        return rows, make(slots_needed(rows, n), tokens)
 
     def run(self) -> None:
         """Runs until every row is done."""
@@ -269,12 +291,28 @@ class RolloutRun:
     def _decode(self) -> None:
         start = time.perf_counter()
         rows, slots = self.active_rows, self.active_slots
-        tokens = torch.from_numpy(self.ids[rows, self.counts[rows] - 1])
-        logits = self.decoder.step(tokens, self.cache, slots)
+        last = self.ids[rows, self.counts[rows] - 1]
+        drawn = None if self.graphs is None else self._replay(self.graphs, last)
+        if drawn is None:
+            logits = self.decoder.step(torch.from_numpy(last), self.cache, slots)
         self.stats.decode += time.perf_counter() - start
         self.stats.steps += 1
         self.active_rows, self.active_slots = [], []
-        self._accept(rows, slots, logits)
+        if drawn is None:
+            self._accept(rows, slots, logits)
+        else:
+            self._take(rows, slots, *drawn)
+
+    def _replay(self, graphs: DecodeGraphs, last: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The next tokens of the active rows and their log-probs, by CUDA graphs; None where these cannot be had."""
+        rows, s = self.active_rows, self.sampling
+        settings = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+        drawn = graphs.step(last, self.active_slots, self.streams[rows], self.counts[rows], settings)
+        if drawn is None:
+            self.graphs = None
+        else:
+            self.stats.graph_steps += 1
+        return drawn
 
     def _accept(self, rows: list[int], slots: list[int], logits: Tensor) -> None:
         """Draws one token for each row; rows that are done leave, the others stay or become active."""

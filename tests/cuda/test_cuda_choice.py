@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from dschat_kernels.ops import _common
 from dschat_kernels.ops.bias_act import bias_act
+from tests.helpers import cuda_refusal
 
 
 @pytest.mark.parametrize("able", [("cuda", "triton"), ("cuda",), ("triton",), ()], ids=str)
@@ -41,12 +42,20 @@ def test_within_the_emulation_other_backends_are_themselves(monkeypatch: pytest.
 
 
 def test_after_the_emulation_there_is_no_cuda() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     x = torch.randn(3, 8)
     with emulated_cuda():
         bias_act(x, backend="cuda")
-    with pytest.raises(
-        RuntimeError, match="the cuda backend cannot run, because this machine has no CUDA GPU"
-    ):
+    error, message = cuda_refusal()
+    with pytest.raises(error, match=message):
         bias_act(x, backend="cuda")
+
+
+def test_the_refusal_on_either_kind_of_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the missing GPU, with one the place of the tensors; as errors of their kinds."""
+    x = torch.randn(3, 8)
+    for reason, expected in (("this machine has no CUDA GPU", RuntimeError), (None, ValueError)):
+        monkeypatch.setattr("dschat_kernels.cuda.unavailable", lambda reason=reason: reason)
+        error, message = cuda_refusal()
+        assert error is expected
+        with pytest.raises(error, match=f"bias_act: {message}; use backend=None or 'reference'"):
+            bias_act(x, backend="cuda")

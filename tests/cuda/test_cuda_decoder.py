@@ -9,6 +9,7 @@ import torch
 
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.plan import Decoder
+from tests.helpers import cuda_refusal
 
 
 def greedy(decoder: Decoder, prompt: torch.Tensor, count: int) -> tuple[list[int], torch.Tensor]:
@@ -39,10 +40,7 @@ def test_greedy_tokens_are_hfs(cuda: Any, stories_model: Any, stories_tokenizer:
     torch.testing.assert_close(logits, results["reference"][1], rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_gpu_the_reason_is_given(stories_model: Any) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(
-        RuntimeError, match="decoder: the cuda backend cannot run, because this machine has no CUDA GPU"
-    ):
+def test_a_model_on_the_cpu_is_refused_with_the_reason(stories_model: Any) -> None:
+    error, message = cuda_refusal()
+    with pytest.raises(error, match=f"decoder: {message}"):
         Decoder(decoder_spec(stories_model), backend="cuda")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from resources import ARCHS, TABLE, compile_source, nvcc_or_reason, sources
 from dschat_kernels import build
 from dschat_kernels.cuda import CudaKernels
 
+ROOT = Path(__file__).resolve().parents[2]
 NVCC, REASON = nvcc_or_reason()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason=REASON)
 
@@ -47,6 +54,72 @@ def test_the_real_library_without_a_gpu_says_so() -> None:
         RuntimeError, match="bias_act: CUDA reports error 35, CUDA driver version is insufficient"
     ):
         kernels.bias_act(0, 4, 16, 0, 16, 1, 8, 8)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_a_library_from_setup_py_needs_no_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What setup.py leaves is a module and its meta.json, as the cache has them; neither nvcc nor the permission to
+    compile is needed then, and other sources do without it."""
+    shutil.copytree(build.cuda_build("sm_80").build(), tmp_path / "sm_80")
+    monkeypatch.setattr(build, "ahead_of_time_dir", lambda: tmp_path)
+    monkeypatch.setattr(build, "_cuda_modules", {})
+    monkeypatch.setattr(build, "find_nvcc", no_nvcc)
+    monkeypatch.setenv("DSCHAT_DISABLE_JIT", "1")
+    assert build.load_cuda((8, 0)).row_block == 64
+
+    monkeypatch.setattr(build, "_cuda_modules", {})
+    monkeypatch.setattr(build, "_NVCC_FLAGS", (*build._NVCC_FLAGS, "-DOTHER"))
+    with pytest.raises(build.BuildError, match="DSCHAT_DISABLE_JIT is set and no compiled kernels lie ready"):
+        build.load_cuda((8, 0))
+
+
+def no_nvcc() -> Any:
+    raise build.BuildError("No nvcc was found.")
+
+
+SETUP = """
+import runpy, sys
+import setuptools
+setuptools.setup = lambda **_: None
+space = runpy.run_path("setup.py")["levels"].__globals__
+build, made = space["build_module"](), []
+def compile_into(self, folder, **_):
+    cuda = sum(name.endswith(".cu") for name in self.sources)
+    made.append((self.name, folder.parent.name, folder.name, len(self.sources), cuda))
+build.KernelBuild.compile_into = compile_into
+space["build_module"] = lambda: build
+command = space["CompileKernels"](setuptools.Distribution())
+command.inplace, command.build_lib = False, "somewhere"
+command.run()
+print(made)
+"""
+
+
+def test_setup_py_compiles_by_the_same_list() -> None:
+    """DSCHAT_AOT names architectures beside ISA levels; build_ext puts each into a folder of its own, from the list of
+    the JIT. Nothing is compiled here."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "DSCHAT_AOT": "portable, sm_80,sm_120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = ast.literal_eval(done.stdout)
+    count = len(build.cuda_build("sm_80").sources)
+    assert [row[:3] for row in made] == [
+        ("_dschat_cpu_portable", "_native", "portable"),
+        ("_dschat_cuda_sm_80", "_native", "sm_80"),
+        ("_dschat_cuda_sm_120", "_native", "sm_120"),
+    ]
+    assert made[0][4] == 0 and made[1][3:] == made[2][3:] == (count, count - 1)
+
+
+def test_setup_py_refuses_an_unknown_architecture() -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "DSCHAT_AOT": "sm_70"},
+    )  # fmt: skip
+    assert done.returncode != 0 and "DSCHAT_AOT has 'sm_70': give 1, cuda, or some of portable" in done.stderr
 
 
 def test_a_gpu_before_ampere_is_refused() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dschat_kernels.ops.sample import sample
 from dschat_kernels.ops.token_logprobs import token_logprobs, token_logprobs_reference
+from tests.helpers import cuda_refusal
 
 
 def problem(
@@ -269,8 +270,7 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
         token_logprobs(**arguments)
 
 
-def test_cuda_without_a_gpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(RuntimeError, match="the cuda backend cannot run, because this machine has no CUDA"):
+def test_cuda_refuses_cpu_tensors() -> None:
+    error, message = cuda_refusal()
+    with pytest.raises(error, match=f"token_logprobs: {message}"):
         token_logprobs(torch.randn(3, 4), torch.randn(10, 4), torch.arange(3), backend="cuda")

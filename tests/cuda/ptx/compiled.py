@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from emulated import HEADERS, RUNTIME, CSRC, EmulatedBuild, Order, isa, names, replacing
+from emulated import CSRC, HEADERS, RUNTIME, EmulatedBuild, Order, isa, names, replacing
 
 from dschat_kernels import build
 from dschat_kernels.cuda import CudaKernels
