@@ -130,7 +130,7 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.13",
-        "transformers>=5.23",
+        "transformers>=5.23,<5.25",
         "datasets>=4",
         "gguf>=0.17",
         "matplotlib>=3.9",

@@ -22,6 +22,8 @@ _EXPORTS = {
     "HybridEngine": "engine.hybrid_engine",
     "Rollout": "engine.rollout",
     "SamplingConfig": "engine.rollout",
+    "Certificate": "engine.verify",
+    "verify": "engine.verify",
 }
 __all__ = [*sorted(_EXPORTS), "__version__"]
 

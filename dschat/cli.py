@@ -242,14 +242,34 @@ def bench_generate(config: configs.BenchGenerateConfig) -> None:
 def verify(config: configs.VerifyConfig) -> int:
     from .engine.verify import verify as certify
 
-    model, _ = _load(config)
+    model, tokenizer = _load(config)
+    if config.adapter:
+        from .rlhf import models
+
+        model = models.load_adapter(model, config.adapter)
     certificate = certify(
         model, max_new_tokens=config.max_new_tokens, backend=config.backend, seed=config.seed,
-        rollout_weights=config.weights,
+        rollout_weights=config.weights, deep=config.deep,
     )  # fmt: skip
+    if note := vocabulary_gap(model, tokenizer):
+        print(f"dschat: note: {note}", file=sys.stderr)
     print(certificate)
     _write(config.output, certificate.to_json())
     return 0 if certificate.passed else EXIT_NOT_PASSED
+
+
+def vocabulary_gap(model: Any, tokenizer: Any) -> str:
+    """What is wrong where the tokenizer has ids that the model has no embedding for; empty where nothing is."""
+    rows, largest = (
+        model.get_input_embeddings().num_embeddings,
+        max(tokenizer.get_vocab().values(), default=-1),
+    )
+    if largest < rows:
+        return ""
+    return (
+        f"the tokenizer has ids up to {largest} and the model embeds {rows}: a prompt that holds one beyond is "
+        "refused; use the model's own tokenizer, or model.resize_token_embeddings"
+    )
 
 
 def _write(path: str, text: str) -> None:

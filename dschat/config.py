@@ -760,6 +760,8 @@ class VerifyConfig(_ModelCommand):
     command: ClassVar[str] = "verify"
     about: ClassVar[str] = "certificate: fused = Hugging Face, padded = unpadded, rollout = training"
     weights: Literal["model", "int8"] = _rollout_weights()
+    adapter: str = opt("", "folder or hub id of a PEFT adapter, certified on top of the model, not merged")
+    deep: bool = opt(False, "every backend that runs here, and longer prompts")
     max_new_tokens: int = opt(16, "tokens generated in the comparisons")
     seed: int = opt(0, "seed of the prompts and the sampling")
     output: str = opt("", "write the certificate as JSON to this file too")

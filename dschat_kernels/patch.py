@@ -458,6 +458,13 @@ def _backend(model: nn.Module, backend: str | None) -> str:
     return resolve_backend("patch", backend, weight)
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether any module of `model` is in the hands of a patch."""
+    return any(
+        _MARK in vars(module) or hasattr(type(module), "_dschat_original") for module in model.modules()
+    )
+
+
 def patch(model: nn.Module, *, strict: bool = False, backend: str | None = None) -> Patch:
     """Put fused kernels into this model instance; `Patch.undo()` or leaving a `with` block takes them out.
 

@@ -123,6 +123,39 @@ def test_verify_and_bench(capsys, tmp_path):
     assert parse_workload("16x128+64") == (16, 128, 64)
 
 
+def test_verify_with_an_adapter_on_every_backend(capsys, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    argv = (
+        "--model",
+        MODEL,
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--deep",
+        "true",
+        "--max_new_tokens",
+        "2",
+    )
+    code, text, _ = run(capsys, "verify", *argv, "--dtype", "float32")
+    assert code == 0 and text.count("LoRA layers 5") == text.count("the fused model is the model") == 2
+    code, _, err = run(capsys, "verify", "--model", MODEL, "--adapter", str(tmp_path / "nothing"))
+    assert code == 2 and "nothing does not exist; give a folder" in err
+
+
+def test_a_tokenizer_that_knows_more_than_the_model():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dschat.cli import vocabulary_gap
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    assert vocabulary_gap(model, tokenizer) == ""
+    tokenizer.add_tokens(["<new>"])
+    assert "the tokenizer has ids up to 512 and the model embeds 512" in vocabulary_gap(model, tokenizer)
+
+
 def test_verify_that_fails_has_its_own_exit_code(capsys, monkeypatch):
     from dschat.engine.verify import Certificate
 

@@ -230,11 +230,11 @@ class TestPartlyKnown:
 
     def test_a_helper_of_ones_own(self) -> None:
         """The forward is transformers', what it calls is not."""
-        model = build("gptj")
-        attention = model.transformer.h[1].attn
+        model = build("gpt-neo")
+        attention = model.transformer.h[1].attn.attention
         attention._attn = lambda q, k, v, mask: (v, None)
         with pytest.raises(
-            Unsupported, match=r"transformer.h.1.attn._attn \(GPTJAttention\) is not the code"
+            Unsupported, match=r"attn.attention._attn \(GPTNeoSelfAttention\) is not the code"
         ):
             decoder_spec(model)
 

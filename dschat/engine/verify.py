@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.cache import PagedKVCache
+from dschat_kernels.models import DecoderSpec, decoder_spec
+from dschat_kernels.ops._common import native
 from dschat_kernels.packing import fused_weight, is_lora
+from dschat_kernels.patch import is_patched, patch
 from dschat_kernels.plan import Decoder, OpCall, PythonExecutor, StepTables
 
 from .hybrid_engine import HybridEngine
+from .packed import pack_rows
 from .rollout import Rollout, SamplingConfig
 
 
@@ -43,20 +49,24 @@ class Check:
 
 @dataclass
 class Certificate:
-    """The outcome of `verify`. `facts` says what was verified: model, dtype, backend, sizes."""
+    """The outcome of `verify`. `facts` says what was verified: model, dtype, backend, sizes. `others`: the certificates
+    of the other backends (`deep`)."""
 
     facts: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
     diverges: str = ""
-    """Of a certificate that failed: the first op that is not its reference, or that they all are."""
+    """Of a certificate that failed: the first op that is not its reference, or the first layer whose output is not
+    transformers' although every op is right, or that there is neither."""
+    others: list[Certificate] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return bool(self.checks) and all(c.passed for c in self.checks)
+        return bool(self.checks) and all(c.passed for c in self.checks) and all(c.passed for c in self.others)
 
     def to_dict(self) -> dict[str, Any]:
         rows = [{**asdict(c), "passed": c.passed} for c in self.checks]
-        return {"passed": self.passed, "facts": self.facts, "checks": rows, "diverges": self.diverges}
+        own = {"passed": self.passed, "facts": self.facts, "checks": rows, "diverges": self.diverges}
+        return {**own, "others": [other.to_dict() for other in self.others]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -77,7 +87,7 @@ class Certificate:
             "certificate: "
             + (f"the fused model is the model{quantised}" if self.passed else "NOT the same model")
         )
-        return "\n".join(lines)
+        return "\n".join([*(f"{other}\n" for other in self.others), *lines])
 
 
 GAP = {
@@ -92,6 +102,11 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Half a unit in the last place, relative."""
 
 
+DRAWS = 512
+"""Samples that the sampling statistics are taken of."""
+NEVER = {"pad_token_id": 0, "eos_token_id": None, "repetition_penalty": 1.0, "do_sample": False}
+
+
 @torch.no_grad()
 def verify(
     model: nn.Module,
@@ -101,26 +116,53 @@ def verify(
     backend: str | None = None,
     seed: int = 0,
     rollout_weights: str = "model",
+    deep: bool = False,
 ) -> Certificate:
     """Certifies `model` (a causal language model or a PEFT model, on the CPU); nothing of it is changed.
 
     Args:
-        prompts: int64 token sequences of different lengths; default: four random ones.
+        prompts: int64 token sequences of different lengths; default: four random ones, with `deep` longer ones too.
         max_new_tokens: tokens generated in the comparisons.
         rollout_weights: as HybridEngine's.
+        deep: every backend that can run the model; the others' certificates are in `others`.
+
+    The reference backend is PyTorch's own ops, which promise no bits across batches: its certificate has no such rows.
+    Of a patched model a plain copy is certified, since its own forward is no longer Hugging Face's.
     """
+    if is_patched(model):
+        model = copy.deepcopy(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return _Verifier(model, prompts, max_new_tokens, backend, seed, rollout_weights).run()
+        certify = partial(
+            _Verifier, model, prompts, max_new_tokens, seed=seed, weights=rollout_weights, deep=deep
+        )
+        main = certify(backend=backend).run()
+        if deep:
+            for other in (name for name in _backends() if name != main.facts["backend"]):
+                main.others.append(certify(backend=other).run())
+        return main
     finally:
         for module in training:
             module.training = True
 
 
+def _backends() -> list[str]:
+    """The backends that run a decoder on this machine's CPU."""
+    return ["cpu", "reference"] if native() is not None else ["reference"]
+
+
 class _Verifier:
     def __init__(
-        self, model: nn.Module, prompts: Any, new: int, backend: str | None, seed: int, weights: str
+        self,
+        model: nn.Module,
+        prompts: Any,
+        new: int,
+        *,
+        backend: str | None,
+        seed: int,
+        weights: str,
+        deep: bool,
     ):
         self.model, self.new, self.seed = model, new, seed
         self.engine = HybridEngine(model, backend=backend, rollout_weights=weights)
@@ -128,7 +170,7 @@ class _Verifier:
         spec = self.engine.spec
         if prompts is None:
             generator = torch.Generator().manual_seed(seed)
-            lengths = [n for n in (23, 9, 17, 1) if n + new <= spec.context]
+            lengths = [n for n in (23, 9, 17, 1, *((150, 70) if deep else ())) if n + new <= spec.context]
             prompts = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in lengths]
         self.prompts = list(prompts)
         if not self.prompts:
@@ -138,19 +180,25 @@ class _Verifier:
             )
         self.ids, self.mask = left_pad(self.prompts)
         self.dtype = self.engine.decoder.dtype
+        self.backend = self.engine.decoder.backend
         self.certificate = Certificate(
             {
                 "model": spec.model_type,
                 "layers": len(spec.layers),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "weights": weights,
-                "backend": self.engine.decoder.backend,
+                "backend": self.backend,
                 "LoRA layers": sum(is_lora(m) for m in model.modules()),
             }
         )
 
     def add(self, name: str, value: float | Tensor, bound: float, note: str = "") -> None:
         self.certificate.checks.append(Check(name, float(value), bound, note))
+
+    def add_bits(self, name: str, value: float | Tensor, note: str = "") -> None:
+        """A row that must be equal bit for bit, which kernels promise and PyTorch's own ops do not."""
+        if self.backend != "reference":
+            self.add(f"{name} (bits)", value, 0.0, note)
 
     def run(self) -> Certificate:
         self.engine.flip()
@@ -159,11 +207,17 @@ class _Verifier:
         else:
             self.logits_against_hf()
             self.greedy_against_hf(self.generate(temperature=0.0))
+            self.sampling_statistics()
         self.padding_and_batch()
         self.decode_against_prefill()
         self.logprob_gap(self.generate(temperature=1.0, n=2))
+        if not self.quantised:  # an unfused or patched model has the model's own weights
+            if self.certificate.facts["LoRA layers"]:
+                self.lora_fused_against_unfused()
+            self.patched_and_undone()
         if not self.certificate.passed:
             found = first_divergence(self.engine, self.prompts[0])
+            found = found or first_wrong_layer(self.model, self.engine, self.prompts[0])
             self.certificate.diverges = found or "none, every op of a step agrees with its reference"
         return self.certificate
 
@@ -221,8 +275,8 @@ class _Verifier:
         """Tokens may part only where HF's own logits of the two tokens are closer than the errors of both sides."""
         model: Any = self.model
         out = model.generate(
-            self.ids, attention_mask=self.mask.long(), max_new_tokens=self.new, min_new_tokens=self.new,
-            do_sample=False, num_beams=1, repetition_penalty=1.0, pad_token_id=0, eos_token_id=None,
+            input_ids=self.ids, attention_mask=self.mask.long(), max_new_tokens=self.new, min_new_tokens=self.new,
+            num_beams=1, **NEVER,
         )[:, self.ids.shape[1] :]  # fmt: skip
         rows = (out != rollout.completion_ids).any(1).nonzero().squeeze(1).tolist()
         worst = 0.0
@@ -235,18 +289,37 @@ class _Verifier:
         if self.dtype == torch.float32:
             self.add("greedy rows that differ from HF's", len(rows), 0)
 
+    def sampling_statistics(self) -> None:
+        """How often tokens were drawn, against their probabilities under the fused logits: chi-square of `DRAWS` draws
+        as the normal deviate that is as rare (beyond 5: one in three million)."""
+        logits = self.step(self.prompts[:1], "last")[0].double()
+        for name, settings in {
+            "": {},
+            ", temperature 0.7, top_k 8": {"temperature": 0.7, "top_k": 8},
+        }.items():
+            sampling = SamplingConfig(max_new_tokens=1, n=DRAWS, seed=self.seed, **settings)  # type: ignore[arg-type]
+            drawn = self.engine.generate(self.prompts[0][None], None, sampling).completion_ids[:, 0]
+            warped = logits / sampling.temperature
+            if sampling.top_k:
+                least = warped.topk(min(sampling.top_k, len(warped))).values[-1]
+                warped = warped.masked_fill(warped < least, float("-inf"))
+            note = f"chi-square of {DRAWS} draws, in standard deviations"
+            self.add(f"sampling statistics{name}", chi_square(drawn, warped.softmax(0)), 5.0, note)
+
     def padding_and_batch(self) -> None:
         together = self.step(self.prompts, "last")
         alone = torch.cat([self.step([p], "last") for p in self.prompts])
-        self.add("batch 1 against batch N, logits (bits)", (together - alone).abs().max(), 0.0)
+        self.add_bits("batch 1 against batch N, logits", (together - alone).abs().max())
         wide = torch.nn.functional.pad(self.ids, (5, 0)), torch.nn.functional.pad(self.mask, (5, 0))
         sampling = SamplingConfig(max_new_tokens=self.new, seed=self.seed)
         a, b = self.engine.generate(self.ids, self.mask, sampling), self.engine.generate(*wide, sampling)
-        unequal = (a.completion_ids != b.completion_ids).sum() + (a.logprobs != b.logprobs).sum()
-        self.add("padded against unpadded, tokens and log-probs (bits)", unequal, 0.0)
+        self.add_bits("padded against unpadded, tokens and log-probs", _unequal(a, b))
         one = [self.engine.generate(p[None], None, sampling) for p in self.prompts]
         differs = sum(int((a.logprobs[i] != r.logprobs[0]).sum()) for i, r in enumerate(one))
-        self.add("sampled alone against sampled in a batch (bits)", differs, 0.0)
+        self.add_bits("sampled alone against sampled in a batch", differs)
+        three = self.generate(temperature=1.0, n=3)
+        first = three.select(slice(0, None, 3))
+        self.add_bits("first of 3 samples of a prompt against a single one", _unequal(first, a))
 
     def decode_against_prefill(self) -> None:
         prompt = self.prompts[0]
@@ -255,7 +328,48 @@ class _Verifier:
         decode = torch.cat(
             [self.engine.decoder.step(prompt[i : i + 1], cache, [0]) for i in range(len(prompt))]
         )
-        self.add("decode against prefill, logits (bits)", (decode - prefill).abs().max(), 0.0)
+        self.add_bits("decode against prefill, logits", (decode - prefill).abs().max())
+
+    def lora_fused_against_unfused(self) -> None:
+        """W + s B A, rounded once into a pack, against the base and the adapters side by side."""
+        rows = pack_rows(self.ids, self.mask)
+        packed = self.engine.packed
+        hidden, (weight, bias) = packed.hidden(rows), packed.head_weight()
+        unfused = torch.nn.functional.linear(hidden, weight, bias).float()
+        if (cap := self.engine.spec.logit_softcap) is not None:
+            unfused = cap * torch.tanh(unfused / cap)
+        error = (self.step(self.prompts, "all") - unfused).abs().max()
+        self.add("LoRA fused against unfused, logits", error, 2 * self.logit_bound)
+
+    def patched_and_undone(self) -> None:
+        """The model with the kernels in it: its forward is the engine's, its beams are HF's; and without them again."""
+        model: Any = self.model
+        beams = {
+            "input_ids": self.ids, "attention_mask": self.mask.long(), "num_beams": 3, "max_new_tokens": self.new,
+            "min_new_tokens": self.new, "length_penalty": 1.0, "output_scores": True,
+            "return_dict_in_generate": True, **NEVER,
+        }  # fmt: skip
+        before, logits = _fingerprint(model), model(self.prompts[0][None]).logits
+        theirs = model.generate(**beams)
+        with patch(model, backend=self.backend) as patched:
+            ours = model.generate(**beams)
+            positions = (self.mask.long().cumsum(1) - 1).clamp_min(0)
+            fused = model(self.ids, attention_mask=self.mask.long(), position_ids=positions).logits[self.mask]
+            notes = patched.report().notes
+        self.add("forwards of the patched model left to transformers", len(notes), 0, "; ".join(notes))
+        step = self.step(self.prompts, "all").to(fused.dtype)
+        self.add_bits(
+            "patched forward against the engine's, logits", (fused.float() - step.float()).abs().max()
+        )
+        gap = (ours.sequences_scores - theirs.sequences_scores).abs().max()
+        self.add("beams, score of the best against HF's", gap, 2 * self.logit_bound)
+        if self.dtype == torch.float32:
+            differs = (ours.sequences != theirs.sequences).any(1).sum()
+            self.add("beams that differ from HF's", differs, 0)
+        after = _fingerprint(model)
+        traces = sum(before[name] != after.get(name) for name in before)
+        traces += int((model(self.prompts[0][None]).logits != logits).sum())
+        self.add("undo leaves no trace, modules and logits changed", traces, 0)
 
     def logprob_gap(self, rollout: Rollout) -> None:
         """Rollout against training forward: max, mean, mean exp|d|, share of ratios outside [0.9, 1.1]."""
@@ -269,11 +383,8 @@ class _Verifier:
         if self.quantised:  # nothing trains through int8
             return
         exact = self.engine.logprobs(rollout, exact=True)
-        self.add(
-            "rollout against training log-probs, exact mode (bits)",
-            (exact - rollout.logprobs).abs().max(),
-            0.0,
-        )
+        error = (exact - rollout.logprobs).abs().max()
+        self.add_bits("rollout against training log-probs, exact mode", error)
 
 
 def logprob_gap(logprobs: Tensor, rollout: Rollout) -> dict[str, float]:
@@ -287,6 +398,44 @@ def logprob_gap(logprobs: Tensor, rollout: Rollout) -> dict[str, float]:
         "mean": float(d.mean()),
         "mult": float(d.exp().mean()),
         "outside": float(outside),
+    }
+
+
+def chi_square(drawn: Tensor, probabilities: Tensor) -> float:
+    """Pearson's chi-square of the drawn tokens against their probabilities, as a standard normal deviate (Wilson and
+    Hilferty, 1931); tokens that are expected less than five times are counted together. Infinite where a token of
+    probability 0 was drawn."""
+    counts = torch.bincount(drawn, minlength=len(probabilities)).double()
+    if bool(counts[probabilities == 0].any()):
+        return math.inf
+    expected = probabilities * len(drawn)
+    often = expected >= 5
+    pairs = [(counts[often], expected[often]), (counts[~often].sum()[None], expected[~often].sum()[None])]
+    observed, wanted = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    freedom = len(wanted) - 1
+    if freedom < 1:
+        return 0.0
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    spread = 2 / (9 * freedom)
+    return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+
+
+def _unequal(a: Rollout, b: Rollout) -> Tensor:
+    """How many tokens and log-probs differ."""
+    return (a.completion_ids != b.completion_ids).sum() + (a.logprobs != b.logprobs).sum()
+
+
+def _fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What a patch could change: class, instance attributes and tensors of every module."""
+    return {
+        name: (
+            type(module),
+            sorted(vars(module)),
+            [(n, id(t), t._version) for n, t in module.named_parameters(recurse=False)],
+            [len(getattr(module, hooks)) for hooks in ("_forward_hooks", "_forward_pre_hooks")],
+        )
+        for name, module in model.named_modules()
     }
 
 
@@ -348,3 +497,63 @@ class _Probe:
             slack = max(slack, ROUNDING[torch.bfloat16] / ROUNDING[out.dtype])
         if not self.found and not error <= slack * ROUNDING[out.dtype] * (scale + 1e-30):
             self.found = f"{call.op} {call.weights or f'of layer {call.layer}'}: error {error:.3g} at scale {scale:.3g}"
+            if (index := _layer_of(call)) is not None:
+                self.found += f", in {self.reference.decoder.spec.layers[index].name}"
+
+
+def _layer_of(call: OpCall) -> int | None:
+    """The layer that a call belongs to, where the call tells."""
+    if call.op in ("rope_append", "attention"):
+        return call.layer
+    found = re.match(r"layers\.(\d+)\.", call.weights)
+    return int(found[1]) if found else None
+
+
+@torch.no_grad()
+def first_wrong_layer(model: nn.Module, engine: HybridEngine, prompt: Tensor) -> str:
+    """The first layer whose output is further from HF's in float64 than rounding explains, or "": where every op is
+    right, and the adapter describes another model."""
+    wide = copy.deepcopy(model).double()
+    exact, own = (_layer_outputs(m, prompt) for m in (wide, model))
+    outputs: dict[int, Tensor] = {}
+    reached = 0
+
+    def trace(call: OpCall, out: Tensor) -> None:
+        nonlocal reached
+        reached = reached if (index := _layer_of(call)) is None else index
+        if call.out == "x":
+            outputs[reached] = out.clone()
+
+    decoder = engine.decoder
+    before = decoder.executor
+    decoder.executor = type(before)(decoder, trace)
+    try:
+        decoder.step(prompt, decoder.new_cache(1, len(prompt) + 1), [0], [len(prompt)], "all")
+    finally:
+        decoder.executor = before
+    for index, layer in enumerate(engine.spec.layers):
+        ours, theirs = ((x[index].double() - exact[index]).abs().max() for x in (outputs, own))
+        floor = 16 * ROUNDING[decoder.dtype] * float(exact[index].abs().max())
+        if not float(ours) <= 2 * float(theirs) + floor:
+            return (
+                f"output of {layer.name}, although every op agrees with its reference: error {float(ours):.3g}, "
+                f"HF's own is {float(theirs):.3g}"
+            )
+    return ""
+
+
+def _layer_outputs(model: nn.Module, prompt: Tensor) -> list[Tensor]:
+    """What each decoder layer of the model gives for a prompt, [tokens, hidden]."""
+    spec: DecoderSpec = decoder_spec(model)
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).reshape(len(prompt), -1))
+
+    hooks = [layer.module.register_forward_hook(keep) for layer in spec.layers if layer.module is not None]
+    try:
+        model(prompt[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs

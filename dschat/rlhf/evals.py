@@ -136,8 +136,9 @@ class Generator:
     def prompts(self, records: Sequence[data.Record]) -> list[data.Example]:
         stats = data.DataStats()
         room = self.engine.spec.max_positions - self.config.max_new_tokens
-        return data.prompt_examples(
-            records, self.encoder, stats, max_prompt_length=min(self.config.max_length, room), overlong="cut"
+        limit = min(self.config.max_length, room)
+        return list(
+            data.prompt_examples(records, self.encoder, stats, max_prompt_length=limit, overlong="cut")
         )
 
     def answer(self, examples: Sequence[data.Example], samples: int = 1) -> tuple[Rollout, list[str]]:

@@ -143,6 +143,14 @@ def load_policy(name: str, dtype: torch.dtype) -> Any:
     return no_dropout(model)
 
 
+def load_adapter(model: Any, name: str) -> Any:
+    """The model with a PEFT adapter on top, not merged; in eval mode."""
+    import peft
+
+    with loading("adapter", name):
+        return no_dropout(peft.PeftModel.from_pretrained(model, resolve(name)))
+
+
 def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "random") -> Any:
     """A sequence classifier with one label.
 

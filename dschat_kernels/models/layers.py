@@ -10,7 +10,7 @@ from .mlp import Mlp
 from .spec import NormSpec, Unsupported
 
 # kind -> names of attention and MLP in the layer; "" is the layer itself
-_BODIES = {
+BODIES = {
     "layer.gpt2": ("attn", "mlp"),
     "layer.gpt_neo": ("attn", "mlp"),
     "layer.gptj": ("attn", "mlp"),
@@ -22,7 +22,7 @@ _BODIES = {
 _USUAL = ("self_attn", "mlp")
 
 # kind -> field of `LayerSpec`: name of the norm in the layer
-_NORMS: dict[str, dict[str, str]] = {
+NORMS: dict[str, dict[str, str]] = {
     "layer.sequential": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     "layer.sequential_dropout": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     "layer.multiplier": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -44,7 +44,11 @@ _NORMS: dict[str, dict[str, str]] = {
     "layer.gpt_neo": {"attn_norm": "ln_1", "mlp_norm": "ln_2"},
     "layer.opt": {"attn_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"},
 }
-_KINDS = (*_NORMS, "layer.stablelm", "layer.falcon")
+# kind -> fields of `LayerSpec` that are the same in every layer of the kind
+FIELDS: dict[str, dict[str, Any]] = {
+    "layer.parallel": {"order": "parallel"},
+    "layer.gptj": {"order": "parallel"},
+}
 _DROPOUTS = (
     "resid_attn_dropout",
     "resid_mlp_dropout",
@@ -60,11 +64,11 @@ def read(
     layer: Any, config: Any, name: str, dropout: parts.DropoutLog
 ) -> tuple[Attention, Mlp, dict[str, Any]]:
     """(attention, MLP, the fields of `LayerSpec` that say how they are joined) of a decoder layer."""
-    kind = parts.require(layer, _KINDS, name, "a decoder layer")
+    kind = parts.require(layer, (*NORMS, "layer.stablelm", "layer.falcon"), name, "a decoder layer")
     for place in _DROPOUTS:
         if hasattr(layer, place):
             dropout.see(f"{name}.{place}", getattr(layer, place))
-    attn_name, mlp_name = _BODIES.get(kind, _USUAL)
+    attn_name, mlp_name = BODIES.get(kind, _USUAL)
     attn = attention.read(getattr(layer, attn_name), config, f"{name}.{attn_name}", dropout)
     body = getattr(layer, mlp_name) if mlp_name else layer
     mlp_spec = mlp.read(body, f"{name}.{mlp_name}" if mlp_name else name, dropout)
@@ -80,11 +84,11 @@ def _wiring(kind: str, layer: Any, config: Any, name: str) -> tuple[dict[str, st
     if kind == "layer.stablelm":
         if layer.use_parallel_residual:
             return {"attn_norm": "input_layernorm"}, {"order": "parallel"}
-        return _NORMS["layer.sequential"], {}
+        return NORMS["layer.sequential"], {}
     if kind == "layer.falcon":
         return _falcon(config, name)
-    fields: dict[str, Any] = {}
-    if kind in ("layer.parallel", "layer.gptj") or (kind == "layer.neox" and layer.use_parallel_residual):
+    fields = dict(FIELDS.get(kind, {}))
+    if kind == "layer.neox" and layer.use_parallel_residual:
         fields["order"] = "parallel"
     if kind == "layer.opt" and not layer.do_layer_norm_before:
         fields["order"] = "post"
@@ -92,7 +96,7 @@ def _wiring(kind: str, layer: Any, config: Any, name: str) -> tuple[dict[str, st
         fields["residual_scale"] = float(layer.residual_multiplier)
     if kind == "layer.bloom":
         fields["residual_from_norm"] = bool(layer.apply_residual_connection_post_layernorm)
-    return _NORMS[kind], fields
+    return NORMS[kind], fields
 
 
 def _falcon(config: Any, name: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -113,4 +117,4 @@ def _falcon(config: Any, name: str) -> tuple[dict[str, str], dict[str, Any]]:
         raise Unsupported(
             f"{name}: config.parallel_attn=False with new_decoder_architecture=True has no norms to run with"
         )
-    return _NORMS["layer.sequential"], {}
+    return NORMS["layer.sequential"], {}

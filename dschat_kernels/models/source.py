@@ -85,6 +85,21 @@ def _by_hash() -> dict[str, str]:
     return {value: name for name, values in KNOWN.items() for value in values}
 
 
+def pin(name: str, *functions: Callable[..., Any]) -> None:
+    """Say that `functions`, as they are now, implement the mechanism `name`. Raises ValueError for one whose source is
+    not at hand, or that is pinned as another mechanism."""
+    for function in functions:
+        value, place = fingerprint(function), getattr(function, "__qualname__", function)
+        if value is None:
+            raise ValueError(
+                f"{place} cannot be pinned: its source is not at hand, or it is wrapped by foreign code"
+            )
+        if (other := _by_hash().get(value, name)) != name:
+            raise ValueError(f"{place} is pinned as {other!r} already, so it cannot be {name!r}")
+        KNOWN.setdefault(name, set()).add(value)
+        _by_hash.cache_clear()
+
+
 def recognise(function: Callable[..., Any]) -> str | None:
     """The mechanism that `function` implements (a key of `KNOWN`), or None."""
     value = fingerprint(function)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 
-from dschat.engine import hybrid_engine, rollout
+import dschat
+import dschat_kernels as dk
+from dschat.engine import hybrid_engine, packed, rollout
 from dschat.engine import verify as module
 from dschat.engine.verify import Certificate, Check, first_divergence, verify
 from dschat_kernels import plan
+from dschat_kernels.hf_cache import PagedDynamicCache
+from dschat_kernels.hf_generate import FusedForward
 from dschat_kernels.packing import PackedLinear
+from dschat_kernels.patch import Patch
 from tests.test_packing import lora
 from tests.tiny_models import MECHANISMS, build, stories
 
@@ -42,6 +49,7 @@ def test_lora_passes_and_the_model_is_left_unchanged(dtype: torch.dtype) -> None
     certificate = verify(peft, max_new_tokens=NEW)
     assert certificate.passed, str(certificate)
     assert certificate.facts["LoRA layers"] == 21
+    assert "LoRA fused against unfused, logits" in {c.name for c in certificate.checks}
     assert [m.training for m in peft.modules()] == training
     assert all(torch.equal(t, before[n]) for n, t in peft.state_dict().items())
     assert all(p.grad is None for p in peft.parameters())
@@ -51,7 +59,28 @@ def test_reference_backend_and_own_prompts() -> None:
     prompts = [torch.tensor([3, 4, 5]), torch.tensor([7])]
     certificate = verify(stories(), prompts=prompts, max_new_tokens=NEW, backend="reference")
     assert certificate.facts["backend"] == "reference"
-    assert not {n for n in failed(certificate) if "(bits)" not in n}, str(certificate)
+    assert certificate.passed and not [c for c in certificate.checks if "(bits)" in c.name], str(certificate)
+
+
+def test_deep_runs_every_backend_and_longer_prompts() -> None:
+    certificate = verify(build("qwen3"), max_new_tokens=NEW, deep=True)
+    assert certificate.passed and [c.facts["backend"] for c in (certificate, *certificate.others)] == [
+        "cpu",
+        "reference",
+    ]
+    assert str(certificate).count("certificate: the fused model is the model") == 2
+    assert certificate.to_dict()["others"][0]["facts"]["backend"] == "reference"
+    certificate.others[0].checks.append(Check("wrong", 2.0, 1.0))
+    assert not certificate.passed
+
+
+def test_of_a_patched_model_a_copy_is_certified() -> None:
+    """Its own forward is the fused one: compared with itself, anything would pass."""
+    model = build("llama")
+    with dk.patch(model) as patch:
+        certificate = dschat.verify(model, max_new_tokens=NEW)
+        assert certificate.passed and patch.active
+        assert "forwards of the patched model left to transformers" in {c.name for c in certificate.checks}
 
 
 def test_round_trip_and_text() -> None:
@@ -187,7 +216,89 @@ def test_a_pack_that_forgets_lora(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fill = PackedLinear.fill
     certificate = broken(monkeypatch, lora(build("llama")), PackedLinear, "fill", wrong)
-    assert "logits, mean error" in failed(certificate)
+    assert failed(certificate) >= {"logits, mean error", "LoRA fused against unfused, logits"}
+
+
+@pytest.mark.parametrize("forgotten", ["temperature", "top_k"])
+def test_sampling_that_forgets_a_setting(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(logits: torch.Tensor, **options: Any) -> Any:
+        return sample(logits, **{**options, forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
+
+    sample = rollout.sample
+    certificate = broken(monkeypatch, build("llama"), rollout, "sample", wrong)
+    assert "sampling statistics, temperature 0.7, top_k 8" in failed(certificate)
+    assert "sampling statistics" not in failed(certificate)
+
+
+def test_samples_that_feel_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(prompts: Any, n: int) -> Any:
+        return streams(prompts, n) + n
+
+    streams = rollout._streams
+    certificate = broken(monkeypatch, build("llama"), rollout, "_streams", wrong)
+    assert failed(certificate) == {"first of 3 samples of a prompt against a single one (bits)"}
+
+
+def test_beams_that_are_not_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Any, rows: Any) -> None: ...
+
+    certificate = broken(monkeypatch, build("llama"), PagedDynamicCache, "reorder_cache", wrong)
+    assert failed(certificate) == {"beams, score of the best against HF's", "beams that differ from HF's"}
+
+
+def test_a_patched_forward_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Any, *arguments: Any) -> torch.Tensor:
+        return step(self, *arguments) + 1e-6
+
+    step = FusedForward._step
+    certificate = broken(monkeypatch, build("llama"), FusedForward, "_step", wrong)
+    assert "patched forward against the engine's, logits (bits)" in failed(certificate)
+
+
+def test_an_undo_that_leaves_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Any) -> None:
+        self.model.lm_head.forgotten = 1
+        restore(self)
+
+    restore = Patch._restore
+    certificate = broken(monkeypatch, build("llama"), Patch, "_restore", wrong)
+    assert failed(certificate) == {"undo leaves no trace, modules and logits changed"}
+
+
+def test_a_model_that_transformers_runs_itself() -> None:
+    model = build("llama")
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    certificate = verify(model, max_new_tokens=NEW)
+    (row,) = (c for c in certificate.checks if c.name.startswith("forwards of the patched model"))
+    assert not row.passed and "model.layers.1.mlp has a forward hook" in row.note
+    assert certificate.diverges.startswith("output of model.layers.1, although every op agrees")
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-350m", "gemma2"])
+def test_a_wrong_adapter_is_named_by_its_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op does what the spec says, and the spec says another scale than the model."""
+
+    def wrong(model: Any) -> Any:
+        spec = decoder_spec(model)
+        layers = (*spec.layers[:1], replace(spec.layers[1], scale=0.9), *spec.layers[2:])
+        return replace(spec, layers=layers)
+
+    decoder_spec = packed.decoder_spec
+    certificate = broken(monkeypatch, build(name), packed, "decoder_spec", wrong)
+    layer = decoder_spec(build(name)).layers[1].name
+    assert certificate.diverges.startswith(f"output of {layer}, although every op agrees with its reference")
+
+
+def test_chi_square() -> None:
+    """Against its exact tail: the deviate of the true distribution is small, of a slightly wrong one it is not."""
+    p = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0], dtype=torch.float64)
+    drawn = torch.multinomial(p, 2000, replacement=True, generator=torch.Generator().manual_seed(1))
+    statistic = ((torch.bincount(drawn, minlength=4) - 2000 * p[:4]) ** 2 / (2000 * p[:4])).sum()
+    tail = scipy.stats.chi2.sf(float(statistic), 3)
+    assert module.chi_square(drawn, p) == pytest.approx(scipy.stats.norm.isf(tail), abs=0.05)
+    assert module.chi_square(drawn, torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0]).double()) > 5
+    assert module.chi_square(drawn, torch.tensor([0.6, 0.2, 0.2, 0.0, 0.0]).double()) == float("inf")
+    assert module.chi_square(torch.zeros(9).long(), torch.tensor([1.0, 0.0]).double()) == 0.0
 
 
 def test_the_search_leaves_the_engine_alone() -> None:
