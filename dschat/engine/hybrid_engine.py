@@ -120,6 +120,7 @@ class HybridEngine:
         sampling: SamplingConfig | None = None,
         *,
         on_token: Callable[[int, int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Rollout:
         """Samples `sampling.n` completions of every prompt.
 
@@ -128,6 +129,7 @@ class HybridEngine:
             attention_mask: bool or 0/1 [prompts, P]; None: no padding.
             sampling: where its eos_token_id is unset the completions run to max_new_tokens.
             on_token: called with (row, token) for every token as it is drawn.
+            limits: most tokens of a completion for each prompt, at most sampling.max_new_tokens.
 
         Raises ValueError or TypeError, before anything is generated, for a bad batch, an empty prompt, or a
         prompt that leaves no room in the model's context; MemoryError, before they are allocated, where the packs
@@ -146,9 +148,13 @@ class HybridEngine:
         rows = pack_rows(input_ids, mask)
         prompts = list(rows.ids.split(rows.cu_seqlens.diff().tolist()))
         self._check_prompts(prompts, sampling)
+        if limits is not None:
+            _check_limits(limits, len(prompts), sampling.max_new_tokens)
 
         flip = self.flip()
-        run = RolloutRun(self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token)
+        run = RolloutRun(
+            self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token, limits
+        )
         self._check_epoch()
         run.run()
         run.stats.flip = flip.seconds
@@ -276,6 +282,14 @@ class HybridEngine:
         """Bytes of the weights and of the packs kept beside them."""
         weights = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
         return {"weights": sum(weights.values()), "packs": self.decoder.packed_bytes}
+
+
+def _check_limits(limits: Sequence[int], prompts: int, most: int) -> None:
+    if len(limits) != prompts:
+        raise ValueError(f"limits has {len(limits)} numbers for {prompts} prompts: give one for each.")
+    for limit in limits:
+        if not 1 <= limit <= most:
+            raise ValueError(f"limits holds {limit}: give numbers from 1 to max_new_tokens, which is {most}.")
 
 
 def completion_rows(rollout: Rollout) -> Any:
