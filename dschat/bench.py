@@ -233,7 +233,7 @@ def generate(
     engine.flip()
     machine = bounds.Machine(read_bandwidth(), matmul_peak(engine.decoder.dtype))
     report = GenerateReport(
-        machine_facts(machine.read) | {"gflops": round(machine.flops / 1e9)}, _model_facts(engine)
+        machine_facts(machine.read) | {"gflops": round(machine.flops / 1e9)}, model_facts(engine)
     )
     report.versions = {side.name: side.version for side in sides}
     for batch, prompt, new in workloads:
@@ -301,6 +301,7 @@ def _measure(
 
 
 def machine_facts(peak: float) -> dict[str, Any]:
+    """The machine in words, with the rate at which its memory is read, in bytes a second."""
     return {
         "cpu": _cpu_name(),
         "isa": backends()["cpu"].isa,
@@ -311,7 +312,8 @@ def machine_facts(peak: float) -> dict[str, Any]:
     }
 
 
-def _model_facts(engine: HybridEngine) -> dict[str, Any]:
+def model_facts(engine: HybridEngine) -> dict[str, Any]:
+    """What the engine's model is."""
     parameters = {p.data_ptr(): p.numel() for p in engine.model.parameters()}
     return {
         "type": engine.spec.model_type,

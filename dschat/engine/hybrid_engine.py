@@ -137,6 +137,7 @@ class HybridEngine:
         sampling: SamplingConfig | None = None,
         *,
         on_token: Callable[[int, int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Rollout:
         """Samples `sampling.n` completions of every prompt.
 
@@ -145,6 +146,7 @@ class HybridEngine:
             attention_mask: bool or 0/1 [prompts, P]; None: no padding.
             sampling: where its eos_token_id is unset the completions run to max_new_tokens.
             on_token: called with (row, token) for every token as it is drawn.
+            limits: most tokens of a completion for each prompt, at most sampling.max_new_tokens.
 
         The rollout's tensors are on the model's device.
 
@@ -165,10 +167,19 @@ class HybridEngine:
         rows = pack_rows(input_ids, mask)
         prompts = list(rows.ids.split(rows.cu_seqlens.diff().tolist()))
         self._check_prompts(prompts, sampling)
+        if limits is not None:
+            _check_limits(limits, len(prompts), sampling.max_new_tokens)
 
         flip = self.flip()
         run = RolloutRun(
-            self.decoder, prompts, sampling, self.max_slots, self._pad_token(sampling), on_token, self.graphs
+            self.decoder,
+            prompts,
+            sampling,
+            self.max_slots,
+            self._pad_token(sampling),
+            on_token,
+            limits,
+            self.graphs,
         )
         self._check_epoch()
         run.run()
@@ -312,6 +323,14 @@ def _check_exact(rollout_weights: str) -> None:
             f"rollout_weights is {rollout_weights!r}: exact mode trains on the rollout's weights and needs "
             "rollout_weights='model'."
         )
+
+
+def _check_limits(limits: Sequence[int], prompts: int, most: int) -> None:
+    if len(limits) != prompts:
+        raise ValueError(f"limits has {len(limits)} numbers for {prompts} prompts: give one for each.")
+    for limit in limits:
+        if not 1 <= limit <= most:
+            raise ValueError(f"limits holds {limit}: give numbers from 1 to max_new_tokens, which is {most}.")
 
 
 def completion_rows(rollout: Rollout) -> Any:

@@ -163,7 +163,8 @@ class _Prompt:
 
 
 class RolloutRun:
-    """One generate call: `prompts` (ragged, int64) times `sampling.n` rows, at most `max_slots` at a time.
+    """One generate call: `prompts` (ragged, int64) times `sampling.n` rows, at most `max_slots` at a time. `limits`:
+    most tokens of a completion, prompt by prompt, where they are to be less than `sampling.max_new_tokens`.
 
     A row is waiting (its prompt is in `queue` or `open`), active (it has a slot and its last token is drawn
     but not fed), or done. A prompt keeps a slot of its own from its prefill until its last sample starts.
@@ -177,6 +178,7 @@ class RolloutRun:
         max_slots: int,
         pad_token_id: int,
         on_token: Callable[[int, int], None] | None = None,
+        limits: Sequence[int] | None = None,
         graphs: DecodeGraphs | None = None,
     ):
         self.decoder, self.sampling, self.on_token = decoder, sampling, on_token
@@ -187,6 +189,8 @@ class RolloutRun:
         self.logprobs = np.zeros((rows, sampling.max_new_tokens), dtype=np.float32)
         self.counts = np.zeros(rows, dtype=np.int64)
         self.finished = np.zeros(rows, dtype=bool)
+        most = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
+        self.limits = np.repeat(np.asarray(most, dtype=np.int64), sampling.n)
         self.eos = np.asarray(sampling.eos_ids, dtype=np.int64)
         self.queue = deque(
             _Prompt(i, p, deque(range(i * sampling.n, (i + 1) * sampling.n))) for i, p in enumerate(prompts)
@@ -337,11 +341,7 @@ class RolloutRun:
         ended = np.isin(drawn, self.eos)
         self.finished[rows] = ended
         for row, slot, token, done in zip(
-            rows,
-            slots,
-            drawn.tolist(),
-            (ended | (at + 1 == self.sampling.max_new_tokens)).tolist(),
-            strict=True,
+            rows, slots, drawn.tolist(), (ended | (at + 1 >= self.limits[rows])).tolist(), strict=True
         ):
             if self.on_token is not None:
                 self.on_token(row, token)

@@ -79,7 +79,7 @@ def implementations() -> dict[str, Callable[..., Any]]:
     return {op: _on_cuda(function) for op, function in _common.offered("cpu").items()}
 
 
-@torch.compiler.assume_constant_result
+@_common.constant_result
 def unavailable() -> str | None:
     """Why no CUDA kernel can run in this process (no GPU, driver or nvcc, an old GPU), or None."""
     if not torch.cuda.is_available():

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # The numbers of csrc/cpu/simd.h DType (float16: of csrc/cuda only) and csrc/cpu/activation.h Activation.
@@ -140,7 +142,13 @@ def _why_no_native() -> str:
     return f"The native CPU kernels are not available: {reason}"
 
 
-@torch.compiler.assume_constant_result
+def constant_result(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, which imports all of torch._dynamo (1.5 s) to set this attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_result
 def _have_native() -> bool:
     return native() is not None
 

@@ -270,6 +270,23 @@ def test_little_memory_means_fewer_rows_and_the_same_tokens(
         monkeypatch.undo()
 
 
+def test_limits_end_rows_and_change_nothing_else(engine: HybridEngine) -> None:
+    sampling = SamplingConfig(max_new_tokens=9, n=2, seed=5)
+    limits = [1, 9, 4, 2, 6]
+    whole = engine.generate(*left(PROMPTS), sampling)
+    out = HybridEngine(engine.model, max_slots=3).generate(*left(PROMPTS), sampling, limits=limits)
+    assert out.completion_mask.sum(1).tolist() == [n for n in limits for _ in range(2)]
+    assert torch.equal(out.completion_ids[out.completion_mask], whole.completion_ids[out.completion_mask])
+    assert torch.equal(out.logprobs[out.completion_mask], whole.logprobs[out.completion_mask])
+    for bad, message in (
+        ([1, 2], "limits has 2 numbers for 5 prompts"),
+        ([1, 2, 3, 4, 10], "limits holds 10: give numbers from 1 to max_new_tokens, which is 9"),
+        ([0, 2, 3, 4, 5], "limits holds 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate(*left(PROMPTS), sampling, limits=bad)
+
+
 def test_step_bytes_is_what_the_buffers_take() -> None:
     engine = HybridEngine(build("llama-bias"), backend="cpu")
     prompts = left([[1, 2, 3] * 5, [4, 5] * 4])
