@@ -326,6 +326,15 @@ def report(config: configs.ReportConfig) -> None:
     print(f"written: {pages.compare(config.runs, target)}")
 
 
+def replay(config: configs.ReplayConfig) -> int:
+    from .rlhf import replay as again
+
+    _threads(config)
+    found = again.replay(config.batch)
+    print("\n".join(found.lines))
+    return EXIT_NOT_PASSED if found.where else 0
+
+
 def chat(config: configs.ChatConfig) -> None:
     from .chat import chat as talk
 
@@ -359,6 +368,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "train": train,
     "eval": evaluate,
     "report": report,
+    "replay": replay,
     "chat": chat,
     "serve": serve,
 }

@@ -850,6 +850,21 @@ class ReportConfig(Config):
 
 
 @dataclass(kw_only=True)
+class ReplayConfig(Config):
+    command: ClassVar[str] = "replay"
+    about: ClassVar[str] = "compute a failed step again and find its first number that is not finite"
+    positional: ClassVar[str] = "batch"
+    batch: str = opt("", "folder failed-step-000003 of a run, or a file in it")
+    threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
+
+    def check(self) -> None:
+        if not self.batch:
+            raise ConfigError(
+                "there is no batch to replay; name it: dschat replay runs/ppo/failed-step-000003"
+            )
+
+
+@dataclass(kw_only=True)
 class DoctorConfig(Config):
     command: ClassVar[str] = "doctor"
     about: ClassVar[str] = "what runs on this machine, what does not, and why"
@@ -858,7 +873,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, ReportConfig, ChatConfig, ServeConfig),
+    *(EvalConfig, ReportConfig, ReplayConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 

@@ -288,7 +288,8 @@ class HybridEngine:
     def step(self, max_grad_norm: float | None = None) -> float:
         """Optimizer step and zero_grad; the next generate sees the new weights.
 
-        Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that.
+        Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that. A norm that is nan or
+        infinite steps nothing: the gradients are dropped and the weights stay as they are.
         """
         if self.optimizer is None:
             raise ValueError(
@@ -302,11 +303,12 @@ class HybridEngine:
             p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        self.optimizer.step()
+        if bool(torch.isfinite(norm)):
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+            self.optimizer.step()
+            self.epoch += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.epoch += 1
         return float(norm)
 
     # -------------------------------------------------------------------------------------------------- report

@@ -469,7 +469,7 @@ def _convert(
         stats.notes.append("streamed, the next row in the place of one that does not fit")
         return StreamedExamples(records, encoding, bad_rows)
     outcomes: list[Outcome] | None = None
-    if cache and encoding.settings is not None:
+    if cache and records and encoding.settings is not None:
         key = token_cache.key_of((r.columns for r in records), encoding.settings)
         outcomes = token_cache.find(cache, key)
         if outcomes is None:

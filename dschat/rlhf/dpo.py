@@ -71,11 +71,12 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         for step in range(run.step, total):
             rows = schedule.indices(step)
             with metrics.phase("update"):
-                values = _accumulate(engine, reference, train_set, rows, encoder.pad_id, config)
+                values = accumulate(engine, reference, train_set, rows, encoder.pad_id, config)
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
                 set_lr(optimizer, values["lr"])
                 values["grad_norm"] = engine.step(config.max_grad_norm or None)
-            run.check_finite(values["grad_norm"], "gradient", step + 1, [train_set[i] for i in rows])
+            failed = [train_set[i] for i in rows]
+            run.check_finite(values["grad_norm"], "gradient", step + 1, failed, {"policy": policy})
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(engine, reference, eval_set, encoder.pad_id, config)
@@ -185,7 +186,7 @@ def _piece_loss(
     )  # fmt: skip
 
 
-def _accumulate(
+def accumulate(
     engine: HybridEngine, reference: Reference, train_set: Sequence[data.Example], rows: Sequence[int],
     pad_id: int, config: DPOConfig,
 ) -> dict[str, float]:  # fmt: skip

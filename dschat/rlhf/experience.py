@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -38,10 +38,15 @@ class Experience:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that replays a failed update, by name."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "finished")
-        found = {f"rollout.{name}": getattr(self.rollout, name) for name in names}
-        found |= {name: getattr(self, name) for name in ("mask", "old_logp", "ref_logp", "advantages")}
-        return found | {"values": self.values, "returns": self.returns}
+        names = ("mask", "old_logp", "ref_logp", "advantages", "values", "returns")
+        found = rollout_tensors(self.rollout) | {name: getattr(self, name) for name in names}
+        return found if self.weights is None else found | {"weights": self.weights}
+
+
+def rollout_tensors(rollout: Rollout) -> dict[str, Tensor]:
+    """The tensors of a rollout by name, to be kept."""
+    found = {f"rollout.{f.name}": getattr(rollout, f.name) for f in fields(rollout)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def shape_scores(

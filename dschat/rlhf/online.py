@@ -14,6 +14,7 @@ to those.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
 from . import data, environments, evaluate, losses, models, report, sources
 from .environments import Episodes, action_mask
-from .experience import Experience, log_prob_gap, masked_vector_mean, shape_scores
+from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
 from .metrics import Metrics
 from .pretraining import PretrainingMix, WeightAverage
 from .rewards import (
@@ -111,9 +112,12 @@ class Trainer:
         """Loss, and numbers for the log, of what is trained beside the policy, for one piece."""
         return None
 
-    def extra_step(self) -> dict[str, float]:
-        """Optimizer step of what is trained beside the policy; returns numbers for the log."""
+    def extra_norms(self) -> dict[str, float]:
+        """Clip the gradients of what is trained beside the policy; returns their norms before that."""
         return {}
+
+    def extra_step(self) -> None:
+        """Optimizer step of what is trained beside the policy."""
 
     def set_learning_rates(self, step: int, total: int) -> None:
         set_lr(self.policy_optimizer, learning_rate(self.config, self.config.learning_rate, step, total))
@@ -168,9 +172,8 @@ class Trainer:
         try:
             scores, valid, _ = self.rewards(rollout, [e.prompt for e in rows], texts, columns)
         except RewardError as error:
-            tensors = {"completion_ids": rollout.completion_ids, "completion_mask": rollout.completion_mask}
-            prompts = [e.prompt for e in rows]
-            raise NotFinite(str(error), tensors, {"prompts": prompts, "completions": list(texts)}) from error
+            kept = {"prompts": [e.prompt for e in rows], "completions": list(texts), "columns": columns}
+            raise NotFinite(str(error), rollout_tensors(rollout), kept) from error
         return scores, valid
 
     # ---------------------------------------------------------------------------------------------- log-probs
@@ -277,18 +280,17 @@ class Trainer:
                 len(experience.rollout), derive_seed(config.seed, "minibatch", step), epoch
             )
             for minibatch in data.chunks(order, size):
-                found = self._minibatch(experience, minibatch, ends)
-                self._check_finite(found, experience, minibatch, step)
+                found = self.minibatch(experience, minibatch, ends)
+                self._check_finite(found, experience, minibatch, step, "/loss")
                 if epoch == 0 and count == 0:
                     self._check_ratio(found["policy/first_ratio_deviation"], experience, step)
                     sums["policy/first_ratio_deviation"] = found["policy/first_ratio_deviation"]
                 found.pop("policy/first_ratio_deviation")
                 if self.mix is not None:
                     found |= self.mix.backward(self.engine, step, count)
-                found["policy/grad_norm"] = self.engine.step(config.max_grad_norm or None)
+                found |= self._step(experience, minibatch, step)
                 if self.average is not None:
                     self.average.update(self.engine.model)
-                found |= self.extra_step()
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
                 count += 1
@@ -298,7 +300,16 @@ class Trainer:
             "lr": self.policy_optimizer.param_groups[0]["lr"],
         }
 
-    def _minibatch(self, experience: Experience, rows: Sequence[int], ends: Tensor) -> dict[str, float]:
+    def _step(self, experience: Experience, rows: Sequence[int], step: int) -> dict[str, float]:
+        """Steps of all optimizers, or of none: a gradient that is not finite stops the run first."""
+        norms = self.extra_norms()
+        if all(map(math.isfinite, norms.values())):
+            norms["policy/grad_norm"] = self.engine.step(self.config.max_grad_norm or None)
+        self._check_finite(norms, experience, rows, step, "/grad_norm")
+        self.extra_step()
+        return norms
+
+    def minibatch(self, experience: Experience, rows: Sequence[int], ends: Tensor) -> dict[str, float]:
         """Gradients for some rows, in pieces of `batch_size`, normalised by the whole minibatch."""
         config = self.config
         mask = experience.mask[torch.as_tensor(rows)]
@@ -358,14 +369,14 @@ class Trainer:
         return total, values
 
     def _check_finite(
-        self, found: Mapping[str, float], experience: Experience, rows: Sequence[int], step: int
+        self, found: Mapping[str, float], experience: Experience, rows: Sequence[int], step: int, ending: str
     ) -> None:
         for name, value in found.items():
-            if name.endswith("/loss") and not math.isfinite(value):
+            if name.endswith(ending) and not math.isfinite(value):
                 raise NotFinite(
                     f"{name} is {value} at step {step + 1} of {self.config.command}; lower the learning rate",
                     experience.tensors(),
-                    {"minibatch": list(rows)},
+                    {"minibatch": list(rows), "kl_coef": experience.kl_coef},
                 )
 
     def _check_ratio(self, deviation: float, experience: Experience, step: int) -> None:
@@ -413,20 +424,8 @@ def train(
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        if config.reference:
-            require_same_tokenizer(config.reference, tokenizer)
-        dtype = models.pick_dtype(config.dtype)
-        policy = model or models.load_policy(config.model, dtype)
-        reference = None
-        if config.reference or not config.lora_r:
-            frozen = (
-                models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
-            )
-            reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
-        policy = models.make_trainable(policy, config, "CAUSAL_LM")
-        optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-        engine = HybridEngine(policy, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
-        trainer = build(config, engine, encoder, reference, rewards, dtype)
+        trainer = assemble(config, build, encoder, model, rewards)
+        engine = trainer.engine
 
         schedule = data.Schedule(
             len(train_set), config.prompts_per_step, config.epochs, config.max_steps, config.seed
@@ -442,37 +441,65 @@ def train(
         engine.epoch += run.step  # restored weights: packs made before are of another epoch
         if saved:
             trainer.load_state(saved)
-        before: dict[str, Any] = saved.get("before") or (
-            evaluate.evaluate(trainer, eval_set, eval_seed) if eval_set else {}
-        )
+        before: dict[str, Any] = saved.get("before") or {}
+        if eval_set and not before:
+            with _keeping(run, 0, modules):
+                before = evaluate.evaluate(trainer, eval_set, eval_seed)
 
         after: dict[str, Any] = {}
         last: dict[str, float] = {}
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
-            try:
+            with _keeping(run, step + 1, modules):
                 experience, numbers = trainer.collect(examples, step, metrics)
                 with metrics.phase("update"):
                     numbers |= trainer.update(experience, step, total)
-            except NotFinite as error:
-                where = run.save_failed(step + 1, error.tensors, error.texts)
-                raise ConfigError(f"{error}; the batch is in {where}") from error
-            for key in ("policy/grad_norm", "value/grad_norm"):
-                run.check_finite(numbers.get(key, 0.0), key, step + 1)
-            if eval_set and run.eval_due(step + 1, total):
-                with metrics.phase("eval"):
-                    after = evaluate.evaluate(trainer, eval_set, eval_seed)
-                numbers |= {
-                    "eval/score": float(np.mean(after["scores"])),
-                    "eval/kl": after["kl"],
-                    "eval/length": after["length"],
-                }
+                if eval_set and run.eval_due(step + 1, total):
+                    with metrics.phase("eval"):
+                        after = evaluate.evaluate(trainer, eval_set, eval_seed)
+                    numbers |= {
+                        "eval/score": float(np.mean(after["scores"])),
+                        "eval/kl": after["kl"],
+                        "eval/length": after["length"],
+                    }
             last = metrics.log(step + 1, numbers, show=["score/mean", "kl/sequence", "rollout/length"])
             extra = trainer.state() | {"before": before, "after": after}
             run.save(step + 1, modules, optimizers, extra)
             trainer.forget()
         after = after or saved.get("after", {})
         return _conclude(run, trainer, eval_set, before, after, last, tokenizer)
+
+
+def assemble(
+    config: OnlineConfig,
+    build: Callable[..., Trainer],
+    encoder: data.Encoder,
+    model: Any = None,
+    rewards: Sequence[RewardFunction] = (),
+) -> Trainer:
+    """The trainer of a config as it is before its first step: models loaded, adapters and optimizers made."""
+    if config.reference:
+        require_same_tokenizer(config.reference, encoder.tokenizer)
+    dtype = models.pick_dtype(config.dtype)
+    policy = model or models.load_policy(config.model, dtype)
+    reference = None
+    if config.reference or not config.lora_r:
+        frozen = models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
+        reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
+    policy = models.make_trainable(policy, config, "CAUSAL_LM")
+    optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
+    engine = HybridEngine(policy, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
+    return build(config, engine, encoder, reference, rewards, dtype)
+
+
+@contextlib.contextmanager
+def _keeping(run: Run, step: int, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A batch that makes something nan or infinite is kept with the weights that it met."""
+    try:
+        yield
+    except NotFinite as error:
+        where = run.save_failed(step, str(error), error.tensors, error.texts, modules)
+        raise ConfigError(f"{error}; the batch is in {where}, see dschat replay {where}") from error
 
 
 def _examples(

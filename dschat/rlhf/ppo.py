@@ -107,11 +107,12 @@ class PPO(online.Trainer):
             "value/clip_fraction": found["value_clip_fraction"],
         }
 
-    def extra_step(self) -> dict[str, float]:
-        norm = clip_gradients(self.critic_parameters, self.config.max_grad_norm)
+    def extra_norms(self) -> dict[str, float]:
+        return {"value/grad_norm": clip_gradients(self.critic_parameters, self.config.max_grad_norm)}
+
+    def extra_step(self) -> None:
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
-        return {"value/grad_norm": norm}
 
     def set_learning_rates(self, step: int, total: int) -> None:
         super().set_learning_rates(step, total)

@@ -57,14 +57,14 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             with metrics.phase("update"):
                 values = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
                 for piece in data.chunks(examples, config.batch_size):
-                    loss, found = _loss(scorer, piece, encoder.pad_id, config, len(examples))
+                    loss, found = pair_loss(scorer, piece, encoder.pad_id, config, len(examples))
                     loss.backward()
                     values["loss"] += float(loss.detach())
                     for name in ("accuracy", "margin"):
                         values[name] += float(found[name]) * len(piece) / len(examples)
                 values["grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
-                run.check_finite(values["grad_norm"], "gradient", step + 1, examples)
+                run.check_finite(values["grad_norm"], "gradient", step + 1, examples, {"reward": model})
                 set_lr(optimizer, values["lr"])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ def _margins(examples: Sequence[data.Example], column: str) -> torch.Tensor | No
     return torch.tensor([float(e.columns[column]) for e in examples]) if column else None
 
 
-def _loss(
+def pair_loss(
     scorer: models.Scorer,
     examples: Sequence[data.Example],
     pad_id: int,

@@ -260,27 +260,41 @@ class Run:
         every = self.config.eval_every
         return step == total or bool(every and step % every == 0)
 
-    def check_finite(self, value: float, what: str, step: int, rows: Sequence[data.Example] = ()) -> None:
-        """Stop before a checkpoint is written when training has blown up; `rows`, those of the step, are kept."""
+    def check_finite(
+        self,
+        value: float,
+        what: str,
+        step: int,
+        rows: Sequence[data.Example],
+        modules: Mapping[str, nn.Module],
+    ) -> None:
+        """Stop before a checkpoint is written when training has blown up; the step's rows and the weights are kept."""
         if math.isfinite(value):
             return
-        where = ""
-        if rows:
-            kept = [{"where": e.where, "prompt_ids": e.prompt_ids, "answers": e.answers} for e in rows]
-            where = f"; the batch is in {self.save_failed(step, {}, {'rows': kept})}"
-        raise ConfigError(
-            f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate{where}"
-        )
+        kept = [
+            {"where": e.where, "prompt_ids": e.prompt_ids, "answers": e.answers, "columns": e.columns}
+            for e in rows
+        ]
+        message = f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"
+        where = self.save_failed(step, message, {}, {"rows": kept}, modules)
+        raise ConfigError(f"{message}; the batch is in {where}, see dschat replay {where}")
 
-    def save_failed(self, step: int, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> Path:
-        """Keep what a step failed on, for replay: `failed-step-000003/` with tensors and texts."""
+    def save_failed(
+        self, step: int, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any],
+        modules: Mapping[str, nn.Module],
+    ) -> Path:  # fmt: skip
+        """Keep what a step failed on, for `dschat replay`: `failed-step-000003/` with the batch and the weights."""
         where = self.folder / f"failed-step-{step:06d}"
+        weights: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            weights |= checkpoint.module_state(name, module)
         with checkpoint.atomic_folder(where) as temporary:
-            plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            if plain:
-                save_file(plain, temporary / "batch.safetensors")
-            content = {"step": step, "stage": self.stage, **texts}
-            (temporary / "batch.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            for name, content in (("batch", tensors), ("weights", weights)):
+                plain = {k: v.detach().cpu().contiguous().clone() for k, v in content.items()}
+                save_file(plain, temporary / f"{name}.safetensors")
+            about = {"step": step, "stage": self.stage, "message": message, **texts}
+            text = json.dumps(about, indent=1, default=repr) + "\n"
+            (temporary / "batch.json").write_text(text, encoding="utf-8")
         return where
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:

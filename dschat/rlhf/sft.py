@@ -47,11 +47,11 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with metrics.phase("update"):
-                loss, tokens = _accumulate(engine, examples, encoder.pad_id, config)
+                loss, tokens = accumulate(engine, examples, encoder.pad_id, config)
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(optimizer, lr)
                 norm = engine.step(config.max_grad_norm or None)
-            run.check_finite(norm, "gradient", step + 1, examples)
+            run.check_finite(norm, "gradient", step + 1, examples, {"policy": model})
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
@@ -75,7 +75,7 @@ def _examples(
     return examples, stats
 
 
-def _accumulate(
+def accumulate(
     engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig
 ) -> tuple[float, int]:
     """Gradients of one step, in pieces of `batch_size` rows; the loss is over all of them, whatever the

@@ -177,13 +177,13 @@ def test_minibatches_are_reshuffled_every_epoch(make, monkeypatch):
     """checklist 2.2 policy 7: batch, minibatch, micro-batch; every epoch sees every row once, in another order."""
     trainer, collect = make(ppo_epochs=3, batch_size=2, gradient_accumulation_steps=2)
     seen: list[list[int]] = []
-    original = trainer._minibatch
+    original = trainer.minibatch
 
     def spy(experience, rows, ends):
         seen.append(list(rows))
         return original(experience, rows, ends)
 
-    monkeypatch.setattr(trainer, "_minibatch", spy)
+    monkeypatch.setattr(trainer, "minibatch", spy)
     trainer.update(collect(), 0, 1)
     assert [len(rows) for rows in seen] == [4] * 9
     epochs = [[row for rows in seen[i : i + 3] for row in rows] for i in (0, 3, 6)]

@@ -236,7 +236,7 @@ def test_accumulation_in_a_minibatch(make, mode):
     for size in (12, 2):
         trainer, _, collect = make(batch_size=size, aggregation=mode)
         experience, _ = collect()
-        trainer._minibatch(experience, range(12), torch.zeros(12))
+        trainer.minibatch(experience, range(12), torch.zeros(12))
         grads.append([q.grad for q in models.trainable(trainer.engine.model)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

@@ -280,7 +280,7 @@ def test_padding_of_a_rollout_changes_nothing(pieces, stories_tokenizer):
                 x = getattr(experience, name)
                 setattr(experience, name, torch.where(mask, x, torch.full_like(x, float("nan"))))
         ends = experience.rollout.completion_mask.sum(1).cumsum(0)
-        p.ppo._minibatch(experience, range(8), ends)
+        p.ppo.minibatch(experience, range(8), ends)
         grads.append(
             [q.grad for q in models.trainable(p.engine.model)] + [q.grad for q in p.ppo.critic_parameters]
         )
@@ -293,7 +293,7 @@ def test_accumulation_in_a_minibatch(pieces):
     for size in (8, 2):
         p = pieces(batch_size=size)
         experience, _ = p.collect()
-        p.ppo._minibatch(experience, range(8), experience.rollout.completion_mask.sum(1).cumsum(0))
+        p.ppo.minibatch(experience, range(8), experience.rollout.completion_mask.sum(1).cumsum(0))
         grads.append(
             [q.grad for q in models.trainable(p.engine.model)] + [q.grad for q in p.ppo.critic_parameters]
         )

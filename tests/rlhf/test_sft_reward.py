@@ -275,7 +275,7 @@ def test_per_token_loss_is_a_loop_over_prefixes(stories_dir, stories_tokenizer):
         data.Example(encoder.prompt(p), [encoder.completion(c), encoder.completion(r)], p)
         for p, c, r in texts
     ]
-    loss, found = reward._loss(scorer, examples, 0, RewardConfig(loss="per_token"), normalizer=2)
+    loss, found = reward.pair_loss(scorer, examples, 0, RewardConfig(loss="per_token"), normalizer=2)
     total, wins = 0.0, 0.0
     for e in examples:
         chosen, rejected = e.answers
