@@ -230,10 +230,11 @@ def _go_on(track: _Track, encoder: data.Encoder, turn_tokens: int, max_tokens: i
 
 def _add_stats(total: RolloutStats, part: RolloutStats) -> None:
     """Times and counts of the turns add up; memory is that of the largest."""
+    total.weights = part.weights
     for name in ("slots", "cache_bytes", "packed_bytes"):
         setattr(total, name, max(getattr(total, name), getattr(part, name)))
     for f in fields(RolloutStats):
-        if f.name not in ("slots", "cache_bytes", "packed_bytes"):
+        if f.name not in ("slots", "cache_bytes", "packed_bytes", "weights"):
             setattr(total, f.name, getattr(total, f.name) + getattr(part, f.name))
 
 
