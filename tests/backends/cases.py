@@ -46,8 +46,11 @@ def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0
     return (torch.randn(*shape) * scale + shift).to(dtype)
 
 
-def alone_and_strided(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Rows have the bits that they have in the batch, and other layouts change nothing."""
+def alone_and_strided(backend: str, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Rows have the bits that they have in the batch, and other layouts change nothing. PyTorch, which is the reference,
+    promises neither."""
+    if backend == "reference":
+        return
     whole, rows = call(x), x.shape[0]
     for begin, end in ((0, 1), (rows // 2, rows)):
         assert same_bits(call(x[begin:end]), whole[begin:end]), f"rows {begin} to {end} of {rows} alone"
@@ -76,7 +79,7 @@ def rms_norm_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
                 cancelling=1.0 if hidden == 1 else 0.0,
             )  # fmt: skip
     weight = draw(40, dtype=dtype)
-    alone_and_strided(lambda x: op(x, weight, residual=x)[0], draw(7, 40, dtype=dtype))
+    alone_and_strided(backend, lambda x: op(x, weight, residual=x)[0], draw(7, 40, dtype=dtype))
 
 
 @case
@@ -92,7 +95,7 @@ def layer_norm_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
         check_gradients(op, layer_norm.layer_norm_reference, inputs)
         inputs["residual"] = draw(rows, hidden, dtype=dtype)
         check_gradients(op, layer_norm.layer_norm_reference, inputs)
-    alone_and_strided(lambda x: op(x, None, None), draw(7, 40, dtype=dtype))
+    alone_and_strided(backend, lambda x: op(x, None, None), draw(7, 40, dtype=dtype))
 
 
 # ------------------------------------------------------------------------------------------------------ elementwise
@@ -108,13 +111,15 @@ def bias_act_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             inputs["bias"] = None if columns == 64 else draw(columns, dtype=dtype)
             check_gradients(op, bias_act.bias_act_reference, inputs, activation=activation)
     bias = draw(40, dtype=dtype)
-    alone_and_strided(lambda x: op(x, bias, "gelu_tanh"), draw(7, 40, dtype=dtype))
+    alone_and_strided(backend, lambda x: op(x, bias, "gelu_tanh"), draw(7, 40, dtype=dtype))
 
 
 @case
 def gated_act_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     op = partial(gated_act.gated_act, backend=backend)
-    for activation in ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu") if thorough else ("silu", "gelu_tanh"):
+    for activation in (
+        ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu") if thorough else ("silu", "gelu_tanh")
+    ):
         for rows, columns in _sizes(thorough):
             gate, up = (draw(rows, columns, dtype=dtype) for _ in range(2))
             packed = columns == 64
@@ -122,7 +127,7 @@ def gated_act_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             inputs = {"gate": torch.cat([gate, up], -1) if packed else gate, "up": None if packed else up,
                       "gate_bias": biases[0], "up_bias": biases[1]}  # fmt: skip
             check_gradients(op, gated_act.gated_act_reference, inputs, activation=activation)
-    alone_and_strided(lambda x: op(x, None, "silu"), draw(7, 40, dtype=dtype))
+    alone_and_strided(backend, lambda x: op(x, None, "silu"), draw(7, 40, dtype=dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- rope
@@ -202,7 +207,9 @@ def linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
         packed = PackedLinear.from_parts([part], dense=dense)
         exact = torch.nn.functional.linear(x.double(), part.weight.double(), part.bias.double())
         y = op(x, packed)
-        assert_close_to_fp64(y, exact, torch.nn.functional.linear(x, part.weight, part.bias), size=_terms(x, part.weight))
+        assert_close_to_fp64(
+            y, exact, torch.nn.functional.linear(x, part.weight, part.bias), size=_terms(x, part.weight)
+        )
         logits = op(x, packed, float_output=True)
         wide = torch.nn.functional.linear(x.float(), part.weight.float(), part.bias.float())
         assert_close_to_fp64(logits, exact, wide, size=_terms(x, part.weight))
@@ -216,13 +223,16 @@ def linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
         pair = op(x, PackedLinear.from_parts(parts, gated=True, dense=dense), activation=activation)
         # The epilogue is the separate op of the reference, up to its own last bit.
         for ours, expected in (
-            (fused, residual.double() + bias_act.bias_act_reference(z.double(), None, activation).to(dtype).double()),
+            (
+                fused,
+                residual.double()
+                + bias_act.bias_act_reference(z.double(), None, activation).to(dtype).double(),
+            ),
             (pair, gated_act.gated_act_reference(z.double(), other.double(), activation)),
         ):
             assert_close_to_fp64(ours, expected, expected.to(dtype), factor=4.0, size=4.0)
     packed = PackedLinear.from_parts([_part(70, 40, dtype)], dense=dense)
-    if backend != "reference":
-        alone_and_strided(lambda x: op(x, packed), draw(35, 40, dtype=dtype))
+    alone_and_strided(backend, lambda x: op(x, packed), draw(35, 40, dtype=dtype))
 
 
 @case
@@ -277,7 +287,9 @@ def _batches(dtype: torch.dtype, thorough: bool) -> list[Batch]:
     return batches
 
 
-def _check_attention(batch: Batch, op: Callable[..., Tensor], backend: str, options: dict[str, Any]) -> Tensor:
+def _check_attention(
+    batch: Batch, op: Callable[..., Tensor], backend: str, options: dict[str, Any]
+) -> Tensor:
     y = op(*batch.arguments, backend=backend, **options)
     wide = [t.double() if t.is_floating_point() else t for t in batch.arguments]
     exact = attention.attention_reference(*wide, **options)
@@ -315,14 +327,18 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
         lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
-        inputs = {name: draw(sum(lens), heads, 12, dtype=dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+        inputs = {
+            name: draw(sum(lens), heads, 12, dtype=dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))
+        }
         check_gradients(
             partial(attention.packed_attention, backend=backend), attention.packed_attention_reference, inputs,
-            cu_seqlens=cumulative(lens), **options,
+            cu_seqlens=cumulative(lens),
+            cancelling=2.0 * sum(lens) ** 0.5 if dtype == torch.float32 else 0.0,  # a key's gradient is a sum of terms
+            **options,
         )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------- sample and log-probs
+# ------------------------------------------------------------------------------------------- sample and log-probs
 
 FILTERS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.7, "top_k": 300, "top_p": 0.95, "min_p": 0.01},
@@ -342,13 +358,18 @@ FILTERS: tuple[dict[str, Any], ...] = (
 
 @case
 def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
-    """The reference's tokens, for flat and peaked rows, with ties and with entries that are masked."""
+    """The reference's tokens, for flat and peaked rows, with ties and with entries that are masked. The sizes are such
+    that no top_p cuts equal entries at a sum of exactly top_p, where the last bit of the sum would decide."""
     for options in FILTERS if thorough else FILTERS[:3]:
-        for vocab in (1, 7, 256, 1030) if thorough else (300,):
+        for vocab in (1, 7, 257, 1033) if thorough else (301,):
             for spread in (0.0, 0.01, 3.0):
                 logits = draw(4, vocab, dtype=dtype, scale=spread)
                 logits[1, : vocab // 2] = float("-inf")
-                where = {"streams": torch.arange(4) + 2**40, "positions": torch.arange(4) * 7 + 3, "seed": 2**61 + 5}
+                where = {
+                    "streams": torch.arange(4) + 2**40,
+                    "positions": torch.arange(4) * 7 + 3,
+                    "seed": 2**61 + 5,
+                }
                 tokens, log_probs = sample.sample(logits, backend=backend, **where, **options)
                 expected = sample.sample_reference(logits, **where, **options)
                 assert torch.equal(tokens, expected[0]), (options, vocab, spread)
@@ -361,15 +382,23 @@ def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 @case
 def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """With entropy and gradients; and the log-probs of linear and sample, bit for bit."""
-    problems = ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (20, 33, 257)) if thorough else ((3, 17, 300),)
+    problems = (
+        ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (20, 33, 257)) if thorough else ((3, 17, 300),)
+    )
     for tokens, size, vocab in problems:
-        inputs = {"hidden": draw(tokens, size, dtype=dtype), "weight": draw(vocab, size, dtype=dtype, scale=2 / size**0.5),
-                  "bias": draw(vocab, dtype=dtype)}  # fmt: skip
+        inputs = {
+            "hidden": draw(tokens, size, dtype=dtype),
+            "weight": draw(vocab, size, dtype=dtype, scale=2 / size**0.5),
+            "bias": draw(vocab, dtype=dtype),
+        }
         for options in ({}, {"temperature": 0.7, "logit_softcap": 5.0}):
             check_gradients(
-                partial(token_logprobs.token_logprobs, backend=backend), token_logprobs.token_logprobs_reference, inputs,
+                partial(token_logprobs.token_logprobs, backend=backend),
+                token_logprobs.token_logprobs_reference, inputs,
                 targets=torch.randint(0, vocab, (tokens,)), return_entropy=True,
-                cancelling=float(tokens) ** 0.5 * 4, **options,
+                cancelling=float(tokens) ** 0.5 * 4,
+                output_size=8.0,  # that of the logits, whose difference a log-prob is
+                **options,
             )  # fmt: skip
     if backend == "reference":
         return

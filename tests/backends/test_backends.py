@@ -16,7 +16,9 @@ from tests.backends.cases import CASES
 
 def _parameters() -> list[object]:
     return [
-        pytest.param(backend, dtype, op, id=f"{op.strip('_')}-{backend.name}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(
+            backend, dtype, op, id=f"{op.strip('_')}-{backend.name}-{str(dtype).removeprefix('torch.')}"
+        )
         for backend in BACKENDS
         for dtype in backend.dtypes
         for op in CASES

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from emulated import HEADERS, RUNTIME, CSRC, EmulatedBuild, Order, isa, names, replacing
+from emulated import CSRC, HEADERS, RUNTIME, EmulatedBuild, Order, isa, names, replacing
 
 from dschat_kernels import build
 from dschat_kernels.cuda import CudaKernels
@@ -58,7 +58,11 @@ def _sources(*patterns: str) -> str:
 def cuda_ptx(stem: str, arch: str) -> str:
     """What nvcc makes of csrc/cuda/<stem>.cu, before the last step to machine code."""
     nvcc = build.find_nvcc()
-    flags = [flag for flag in build.cuda_build("sm_80").compile_flags if not flag.startswith(("-gencode", "-DDSCHAT"))]
+    flags = [
+        flag
+        for flag in build.cuda_build("sm_80").compile_flags
+        if not flag.startswith(("-gencode", "-DDSCHAT"))
+    ]
     command = [*flags, f"-arch={arch}", "-ptx"]
     text = (CSRC / f"cuda/{stem}.cu").read_text() + _sources("cuda/*.cuh", "cuda/*.h")
 
@@ -73,7 +77,11 @@ def library(entry: Entry) -> Path:
     """A translated kernel, compiled by the host's compiler."""
     compiler = build.find_compiler()
     flags = [*CXX, *build.isa_flags(isa())]
-    headers = (CSRC / "cuda_emulation/ptx.h", CSRC / "cuda_emulation/float16.h", CSRC / "cuda_emulation/runtime.h")
+    headers = (
+        CSRC / "cuda_emulation/ptx.h",
+        CSRC / "cuda_emulation/float16.h",
+        CSRC / "cuda_emulation/runtime.h",
+    )
 
     def make(path: Path) -> None:
         source = path.with_suffix(".cpp")
@@ -176,7 +184,9 @@ def compiled_cuda(arch: str = "sm_80", order: Order = Order.RANDOM, seed: int = 
 def _packed(entry: Entry, values: list[Any]) -> bytes:
     """Values as a launch hands them over; the parameters behind them are Triton's own scratch memory, not used here."""
     out = b""
-    for (_, at, size), value in zip(entry.parameters, values + [0] * (len(entry.parameters) - len(values)), strict=True):
+    for (_, at, size), value in zip(
+        entry.parameters, values + [0] * (len(entry.parameters) - len(values)), strict=True
+    ):
         if isinstance(value, torch.Tensor):
             value = value.data_ptr()
         code = "f" if isinstance(value, float) else {1: "b", 4: "i", 8: "q"}[size]
@@ -213,7 +223,9 @@ def compiled_triton(arch: str = "sm_80", order: Order = Order.RANDOM, seed: int 
         values = {**this.arguments, **this.config.blocks}
         given = [values[p] for p, type_ in what.signature.items() if type_ != "constexpr"]
         grid = [*this.grid, 1, 1][:3]
-        module.launch_library(path, grid, [32 * this.config.num_warps, 1, 1], kernel.metadata.shared, _packed(entry, given))
+        module.launch_library(
+            path, grid, [32 * this.config.num_warps, 1, 1], kernel.metadata.shared, _packed(entry, given)
+        )
         ran.add(this.kernel.fn.__name__)
 
     held = _launch.run, backend.DEVICES

@@ -34,7 +34,16 @@ COMPARISONS = {
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
 }  # fmt: skip
 # What changes only speed, or order that one CPU thread keeps anyway.
-IGNORED = {"membar", "fence", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "discard", "applypriority"}
+IGNORED = {
+    "membar",
+    "fence",
+    "prefetch",
+    "prefetchu",
+    "nanosleep",
+    "griddepcontrol",
+    "discard",
+    "applypriority",
+}
 # Modifiers without meaning here: rounding to nearest is what C++ does, and caches are not modelled.
 PLAIN = {
     "rn", "ftz", "approx", "full", "sync", "aligned", "uni", "volatile", "relaxed", "acquire", "release",
@@ -101,7 +110,12 @@ def _statements(body: str) -> Iterator[tuple[int, str]]:
         elif c == ";" and depth == 0:
             yield began, " ".join(text.split())
             text = ""
-        elif c == ":" and depth == 0 and ":" not in (body[at + 1], body[at - 1]) and re.fullmatch(r"\s*[\w$.]+", text):
+        elif (
+            c == ":"
+            and depth == 0
+            and ":" not in (body[at + 1], body[at - 1])
+            and re.fullmatch(r"\s*[\w$.]+", text)
+        ):
             yield began, text.strip() + ":"
             text = ""
         else:
@@ -173,7 +187,8 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
     # ------------------------------------------------------------------------------------------ declarations
 
     def _parameters(self, head: str) -> None:
-        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s*(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+        pointer = r"(?:\.ptr\s*(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
+        pattern = rf"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+{pointer}([\w$]+)(?:\[(\d+)\])?"
         at = 0
         for align, type_, name, count in re.findall(pattern, head):
             size = BYTES[type_] * int(count or 1)
@@ -185,9 +200,10 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
 
     def _constants(self, head: str) -> str:
         out = []
-        pattern = r"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?(?:\s*=\s*(\{[^}]*\}|[^;]+))?;"
-        for type_, name, count, value in re.findall(pattern, head):
-            values = value if value.startswith("{") else "{" + value + "}"
+        value = r"(?:\s*=\s*(\{[^}]*\}|[^;]+))?;"
+        pattern = rf"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?{value}"
+        for type_, name, count, given in re.findall(pattern, head):
+            values = given if given.startswith("{") else "{" + given + "}"
             out.append(f"alignas(16) {_unsigned(type_)} {_identifier(name)}[{count or 1}] = {values};")
             self.memory[name] = f"reinterpret_cast<uint64_t>({_identifier(name)})"
         return "\n".join(out)
@@ -329,12 +345,16 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
             width = 8 * BYTES[type_] // len(names)
             code = f"const uint64_t x = {self.bits(o[1], type_)};"
             return code + "".join(
-                f" {_identifier(n)} = uint{width}_t(x >> {width * i});" for i, n in enumerate(names) if n != "_"
+                f" {_identifier(n)} = uint{width}_t(x >> {width * i});"
+                for i, n in enumerate(names)
+                if n != "_"
             )
         if o[1].startswith("{"):
             names = _vector(o[1])
             width, whole = 8 * BYTES[type_] // len(names), _unsigned(type_)
-            parts = (f"{whole}(uint{width}_t({self.bits(n, type_)})) << {width * i}" for i, n in enumerate(names))
+            parts = (
+                f"{whole}(uint{width}_t({self.bits(n, type_)})) << {width * i}" for i, n in enumerate(names)
+            )
             return f"{_identifier(o[0])} = {whole}(" + " | ".join(parts) + ");"
         return f"{_identifier(o[0])} = {_unsigned(type_)}({self.bits(o[1], type_)});"
 
@@ -393,7 +413,9 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         unsigned = _unsigned(type_)
         wrap = f"as_{type_}(load<{unsigned}>(p))" if type_ in FLOATS else f"load<{_integer(type_)}>(p)"
         back = f"of_{type_}({result})" if type_ in FLOATS else f"{unsigned}({result})"
-        code += f"const auto x = {wrap}; const auto b = {self.read(o[2], type_)}; store(p, {unsigned}({back})); "
+        code += (
+            f"const auto x = {wrap}; const auto b = {self.read(o[2], type_)}; store(p, {unsigned}({back})); "
+        )
         return code + ("" if o[0] == "_" else self.write(o[0], type_, "x"))
 
     def _red_(self, mods: list[str], o: list[str]) -> str:
@@ -432,11 +454,17 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
     def _vote_(self, mods: list[str], o: list[str]) -> str:
         result = {"ballot": "votes", "any": "votes != 0", "all": "votes == mask"}[mods[0]]
         mask = f"const uint32_t mask = uint32_t({self.bits(o[2], 'b32')}), "
-        return mask + f"votes = t.host.ballot(mask, {self.read(o[1], 'pred')}); {_identifier(o[0])} = {result};"
+        return (
+            mask + f"votes = t.host.ballot(mask, {self.read(o[1], 'pred')}); {_identifier(o[0])} = {result};"
+        )
 
     def _redux_(self, mods: list[str], o: list[str]) -> str:
         kind = {"and": "bit_and", "or": "bit_or", "xor": "bit_xor"}.get(mods[0], mods[0])
-        if kind not in ("add", "min", "max", "bit_and", "bit_or", "bit_xor") or mods[1] not in ("u32", "s32", "b32"):
+        if kind not in ("add", "min", "max", "bit_and", "bit_or", "bit_xor") or mods[1] not in (
+            "u32",
+            "s32",
+            "b32",
+        ):
             return ""
         signed = str(mods[1] == "s32").lower()
         values = ", ".join(f"uint32_t({self.bits(x, 'b32')})" for x in o[1:])
@@ -455,7 +483,9 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
     def _ldmatrix_(self, mods: list[str], o: list[str]) -> str:
         names = _vector(o[0])
         code = self._matrix("load_matrix", mods, o[1], names)
-        return code and f"uint32_t r[4]; {code}" + "".join(f" {_identifier(n)} = r[{i}];" for i, n in enumerate(names))
+        return code and f"uint32_t r[4]; {code}" + "".join(
+            f" {_identifier(n)} = r[{i}];" for i, n in enumerate(names)
+        )
 
     def _stmatrix_(self, mods: list[str], o: list[str]) -> str:
         values = _vector(o[1])
@@ -467,7 +497,9 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         shape, *types = (m for m in mods if m not in ("row", "col"))
         depth = int(shape.removeprefix("m16n8k"))
         kind = {"f16": "float16", "bf16": "bfloat16", "tf32": "tfloat32"}[types[1]]
-        if types != ["f32", types[1], types[1], "f32"] or depth not in ((4, 8) if kind == "tfloat32" else (8, 16)):
+        if types != ["f32", types[1], types[1], "f32"] or depth not in (
+            (4, 8) if kind == "tfloat32" else (8, 16)
+        ):
             return ""
         d, a, b, c = map(_vector, o)
         arrays = "".join(
@@ -540,7 +572,10 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         return self._shl_(mods, o).replace("shift_left", "shift_right")
 
     def _shf_(self, mods: list[str], o: list[str]) -> str:
-        side, limit = {"l": "left", "r": "right"}[mods[0]], {"wrap": "by & 31", "clamp": "by > 32 ? 32 : by"}[mods[1]]
+        side, limit = (
+            {"l": "left", "r": "right"}[mods[0]],
+            {"wrap": "by & 31", "clamp": "by > 32 ? 32 : by"}[mods[1]],
+        )
         low, high, by = (f"uint32_t({self.bits(x, 'b32')})" for x in o[1:])
         return f"const uint32_t by = {by}; {_identifier(o[0])} = funnel_{side}({low}, {high}, {limit});"
 
@@ -584,11 +619,17 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         if to in ("f16x2", "bf16x2"):
             if rest not in ([], ["relu"]) or source != "f32":
                 return ""
-            high, low = (f"std::fmax({self.read(x, 'f32')}, 0.0f)" if rest else self.read(x, "f32") for x in o[1:])
+            high, low = (
+                f"std::fmax({self.read(x, 'f32')}, 0.0f)" if rest else self.read(x, "f32") for x in o[1:]
+            )
             of = f"of_{to[:-2]}"
             return f"{_identifier(o[0])} = uint32_t({of}({high})) << 16 | {of}({low});"
         if to == "tf32":
-            return f"{_identifier(o[0])} = uint32_t({self.bits(o[1], 'b32')}) + 0x1000u & 0xffffe000u;" if rest == ["rna"] else ""
+            return (
+                f"{_identifier(o[0])} = uint32_t({self.bits(o[1], 'b32')}) + 0x1000u & 0xffffe000u;"
+                if rest == ["rna"]
+                else ""
+            )
         value = self.read(o[1], source)
         if source in FLOATS and to in FLOATS:
             for m in rest:
@@ -597,16 +638,21 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
             return self.write(o[0], to, narrow)
         if source in FLOATS:
             [rounding] = (m for m in rest if m != "sat")  # integers saturate anyway
-            return self.write(o[0], to, f"to_integer<{_integer(to)}>(std::{self.WHOLE[rounding]}(double({value})))")
+            return self.write(
+                o[0], to, f"to_integer<{_integer(to)}>(std::{self.WHOLE[rounding]}(double({value})))"
+            )
         if rest:
             return ""
-        return self.write(o[0], to, f"{'double' if to == 'f64' else 'float'}({value})" if to in FLOATS else value)
+        return self.write(
+            o[0], to, f"{'double' if to == 'f64' else 'float'}({value})" if to in FLOATS else value
+        )
 
     # arithmetic
 
     FLOAT_RESULTS = {
         "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "fma": "std::fma({0}, {1}, {2})",
-        "mad": "std::fma({0}, {1}, {2})", "div": "{0} / {1}", "neg": "-{0}", "abs": "std::fabs({0})", "min": "std::fmin({0}, {1})",
+        "mad": "std::fma({0}, {1}, {2})", "div": "{0} / {1}", "neg": "-{0}", "abs": "std::fabs({0})",
+        "min": "std::fmin({0}, {1})",
         "max": "std::fmax({0}, {1})", "rcp": "1 / {0}", "sqrt": "std::sqrt({0})", "rsqrt": "1 / std::sqrt({0})",
         "sin": "std::sin({0})", "cos": "std::cos({0})", "lg2": "std::log2({0})", "ex2": "std::exp2({0})",
         "tanh": "std::tanh({0})", "copysign": "std::copysign({1}, {0})",
@@ -643,14 +689,18 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
             product = f"{_integer(wide)}({values[0]}) * {_integer(wide)}({values[1]})"
             if name == "mul":
                 return self.write(o[0], wide, product)
-            return self.write(o[0], wide, f"{_unsigned(wide)}({product}) + {_unsigned(wide)}({self.read(o[3], wide)})")
+            return self.write(
+                o[0], wide, f"{_unsigned(wide)}({product}) + {_unsigned(wide)}({self.read(o[3], wide)})"
+            )
         if rest == ["lo"] and name in ("mul", "mad"):
             rest = []
         if rest == ["hi"] and name == "mul":
             return self.write(o[0], type_, f"high_product({values[0]}, {values[1]})")
         if rest:
             return ""
-        return f"using U = {_unsigned(type_)}; " + self.write(o[0], type_, self.INTEGER_RESULTS[name].format(*values))
+        return f"using U = {_unsigned(type_)}; " + self.write(
+            o[0], type_, self.INTEGER_RESULTS[name].format(*values)
+        )
 
     def _halves(self, name: str, half: str, o: list[str]) -> str:
         given = ", ".join(f"uint32_t({self.bits(x, 'b32')})" for x in o[1:])
