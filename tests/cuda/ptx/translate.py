@@ -195,6 +195,7 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
             step = int(align or BYTES[type_])
             at = -(-at // step) * step
             self.entry.parameters.append((name, at, size))
+            self.memory[name] = f"reinterpret_cast<uint64_t>(t.parameters + {at})"
             at += size
         self.entry.parameter_bytes = at
 
@@ -270,15 +271,12 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         m = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if m is None:
             raise Untranslated(f"address {operand}")
-        if space == "param":
-            offsets = {name: at for name, at, _ in self.entry.parameters}
-            return f"const_cast<unsigned char*>(t.parameters) + {offsets[m[1]] + int(m[2] or '0', 0)}"
         at = f"({self.bits(m[1], 'b64')} + int64_t({int(m[2] or '0', 0)}))"
         if space == "shared":
             place = f"t.in_shared(uint32_t{at}, {size})"
         else:
             place = f"reinterpret_cast<char*>(uint64_t{at})"
-        if space == "local":
+        if space in ("local", "param"):
             return place
         return f"t.checked({place}, {size}, {str(write).lower()}, {self.line})"
 
