@@ -25,18 +25,27 @@ class Backend:
     name: str
     backend: str
     evidence: str
-    dtypes: tuple[torch.dtype, ...] = ALL
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    thorough: bool = True
-    nightly: bool = False  # only then, or in more dtypes then
+    dtypes: tuple[torch.dtype, ...] = ALL  # in every run of the tests; none: only nightly
+    nightly: tuple[torch.dtype, ...] = ALL  # then
+    thorough: bool = True  # every size in every run, or only nightly
     device: str = "cpu"
     missing: str = ""  # why it cannot run here
+
+    def runs(self) -> tuple[torch.dtype, ...]:
+        return self.nightly if EVERYTHING else self.dtypes
 
 
 def _cuda_source() -> contextlib.AbstractContextManager[Any]:
     from tests.cuda.emulated import Order, emulated_cuda
 
     return emulated_cuda(Order.RANDOM, seed=1)
+
+
+def _cuda_checked() -> contextlib.AbstractContextManager[Any]:
+    from tests.cuda.emulated import Order, checked_cuda
+
+    return checked_cuda(order=Order.RANDOM, seed=2)
 
 
 def _cuda_compiled(arch: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -73,20 +82,38 @@ def _no_nvcc() -> str:
 NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed"
 NO_GPU = "" if torch.cuda.is_available() else "there is no GPU"
 RAN, COMPILED, SOURCE = "ran on a GPU", "compiled code executed on the CPU", "source executed on the CPU"
-CPU_DTYPES = (torch.float32, torch.bfloat16)
+CPU_DTYPES, ONE, NONE = (torch.float32, torch.bfloat16), (torch.bfloat16,), ()
 
 BACKENDS = (
     Backend("reference", "reference", "the specification"),
-    Backend("cpu", "cpu", "ran", CPU_DTYPES),
-    Backend("cuda-source", "cuda", SOURCE, within=_cuda_source),
-    Backend("cuda-sm_80", "cuda", COMPILED, within=_cuda_compiled("sm_80"), thorough=EVERYTHING, missing=_no_nvcc()),
-    Backend("cuda-sm_120", "cuda", COMPILED, within=_cuda_compiled("sm_120"), thorough=EVERYTHING, nightly=True,
-            missing=_no_nvcc()),
-    Backend("triton-source", "triton", SOURCE, within=_triton_source, missing=NO_TRITON),
-    Backend("triton-sm_80", "triton", COMPILED, within=_triton_compiled("sm_80"), thorough=EVERYTHING,
-            missing=NO_TRITON),
-    Backend("triton-sm_120", "triton", COMPILED, within=_triton_compiled("sm_120"), nightly=True,
-            thorough=EVERYTHING, missing=NO_TRITON),
+    Backend("cpu", "cpu", "ran", dtypes=CPU_DTYPES, nightly=CPU_DTYPES),
+    Backend("cuda-source", "cuda", SOURCE, _cuda_source),
+    Backend("cuda-checked", "cuda", SOURCE, _cuda_checked, NONE, thorough=False),
+    Backend(
+        "cuda-sm_80", "cuda", COMPILED, _cuda_compiled("sm_80"), ONE, thorough=EVERYTHING, missing=_no_nvcc()
+    ),
+    Backend(
+        "cuda-sm_120", "cuda", COMPILED, _cuda_compiled("sm_120"), NONE, thorough=False, missing=_no_nvcc()
+    ),
+    Backend("triton-source", "triton", SOURCE, _triton_source, missing=NO_TRITON),
+    Backend(
+        "triton-sm_80",
+        "triton",
+        COMPILED,
+        _triton_compiled("sm_80"),
+        ONE,
+        thorough=EVERYTHING,
+        missing=NO_TRITON,
+    ),
+    Backend(
+        "triton-sm_120",
+        "triton",
+        COMPILED,
+        _triton_compiled("sm_120"),
+        NONE,
+        thorough=False,
+        missing=NO_TRITON,
+    ),
     Backend("cuda-gpu", "cuda", RAN, device="cuda", missing=NO_GPU),
     Backend("triton-gpu", "triton", RAN, device="cuda", missing=NO_GPU or NO_TRITON),
-)  # fmt: skip
+)

@@ -47,8 +47,8 @@ def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0
 
 
 def alone_and_strided(backend: str, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Rows have the bits that they have in the batch, and other layouts change nothing. PyTorch, which is the reference,
-    promises neither."""
+    """Rows have the bits that they have in the batch, and other layouts change nothing. The reference, which is
+    PyTorch, promises neither."""
     if backend == "reference":
         return
     whole, rows = call(x), x.shape[0]
@@ -63,7 +63,7 @@ def alone_and_strided(backend: str, call: Callable[[Tensor], Tensor], x: Tensor)
 
 def _sizes(thorough: bool) -> tuple[tuple[int, int], ...]:
     """rows x columns."""
-    return ((1, 111), (3, 1030), (33, 64), (1, 1), (0, 8)) if thorough else ((3, 111), (2, 64))
+    return ((1, 111), (3, 1030), (70, 64), (1, 1), (0, 8)) if thorough else ((3, 111), (2, 64))
 
 
 @case
@@ -269,6 +269,7 @@ SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.03])
 ATTENTION_OPTIONS: tuple[dict[str, Any], ...] = (
     {"scale": 0.25},
     {"scale": 0.25, "window": 33},
+    {"scale": 0.25, "window": 1},
     {"scale": 1.0, "softcap": 10.0},
     {"scale": 0.25, "alibi_slopes": SLOPES},
     {"scale": 0.3, "window": 70, "softcap": 3.0, "alibi_slopes": SLOPES},
@@ -317,7 +318,7 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
         for batch in _batches(dtype, thorough and options is ATTENTION_OPTIONS[0]):
             decode = attention_decode.attention_decode
             y = _check_attention(batch, decode, backend, options)
-            for splits in (1, 2, 1000):
+            for splits in (1, 2, 1000) if backend != "triton" else (2,):  # triton has one way to split
                 assert same_bits(decode(*batch.arguments, num_splits=splits, backend=backend, **options), y)
             if backend != "reference":
                 assert same_bits(attention.attention(*batch.arguments, backend=backend, **options), y)
@@ -383,7 +384,7 @@ def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """With entropy and gradients; and the log-probs of linear and sample, bit for bit."""
     problems = (
-        ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (20, 33, 257)) if thorough else ((3, 17, 300),)
+        ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (70, 33, 257)) if thorough else ((3, 17, 300),)
     )
     for tokens, size, vocab in problems:
         inputs = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dschat_kernels.ops._common import offered
-from tests.backends.backends import BACKENDS, EVERYTHING, Backend
+from tests.backends.backends import BACKENDS, Backend
 from tests.backends.cases import CASES
 
 
@@ -20,9 +20,8 @@ def _parameters() -> list[object]:
             backend, dtype, op, id=f"{op.strip('_')}-{backend.name}-{str(dtype).removeprefix('torch.')}"
         )
         for backend in BACKENDS
-        for dtype in backend.dtypes
+        for dtype in backend.runs()
         for op in CASES
-        if EVERYTHING or not backend.nightly
     ]
 
 

@@ -23,8 +23,8 @@ def stem(name: str) -> str:
 @needs_nvcc
 @pytest.mark.parametrize("name", sources(), ids=stem)
 def test_compiles_without_spills(name: str) -> None:
-    """On every architecture; with the table's nvcc also with no more registers or shared memory, no lower occupancy, and
-    the kinds of instructions that it says."""
+    """On every architecture; with the table's nvcc also with no more registers or shared memory, no lower occupancy,
+    and the kinds of instructions that it says."""
     table = json.loads(TABLE.read_text())
     found = compile_source(build.cuda_build("sm_80"), name)
     assert set(found) == set(ARCHS)

@@ -8,6 +8,7 @@ Blackwell's own), named barriers, clusters and calls of functions.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -650,8 +651,8 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
     FLOAT_RESULTS = {
         "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "fma": "std::fma({0}, {1}, {2})",
         "mad": "std::fma({0}, {1}, {2})", "div": "{0} / {1}", "neg": "-{0}", "abs": "std::fabs({0})",
-        "min": "std::fmin({0}, {1})",
-        "max": "std::fmax({0}, {1})", "rcp": "1 / {0}", "sqrt": "std::sqrt({0})", "rsqrt": "1 / std::sqrt({0})",
+        "min": "lesser({0}, {1})",
+        "max": "greater({0}, {1})", "rcp": "1 / {0}", "sqrt": "std::sqrt({0})", "rsqrt": "1 / std::sqrt({0})",
         "sin": "std::sin({0})", "cos": "std::cos({0})", "lg2": "std::log2({0})", "ex2": "std::exp2({0})",
         "tanh": "std::tanh({0})", "copysign": "std::copysign({1}, {0})",
     }  # fmt: skip
@@ -673,10 +674,9 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         if type_ in FLOATS:
             if rest == ["rm"] and name in ("fma", "mad") and type_ == "f32":
                 return self.write(o[0], type_, f"fma_down({', '.join(values)})")
-            if "NaN" in rest and name in ("min", "max") and len(values) == 2:
-                result = f"nan_{name}({', '.join(values)})"
-            elif name in ("min", "max") and len(values) == 3:
-                result = f"std::f{name}(std::f{name}({values[0]}, {values[1]}), {values[2]})"
+            if name in ("min", "max"):
+                pick = {"min": "lesser", "max": "greater"}[name] + "_nan" * ("NaN" in rest)
+                result = functools.reduce(lambda x, y: f"{pick}({x}, {y})", values)
             else:
                 result = self.FLOAT_RESULTS[name].format(*values)
             if set(rest) - {"sat", "NaN"} or (name == "div" and type_ not in ("f32", "f64")):
