@@ -1,5 +1,6 @@
 # make run     the quickstart: SFT, reward model and PPO of a real small chat model
 # make test    the test suite
+# make test-full   the same with every size, dtype and architecture of the GPU kernels, also in the checking build (hours)
 # make lint    ruff and mypy
 # make bench   kernels, then generation against HF
 
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export VENV
 
-.PHONY: run test lint format bench clean
+.PHONY: run test test-full lint format bench clean
 
 $(VENV)/.installed: setup.py constraints.txt .ci/venv
 	.ci/venv
@@ -17,6 +18,10 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
+
+test-full: $(VENV)/.installed
+	DSCHAT_TEST_ALL_KERNELS=1 $(BIN)/python -m pytest -q
+	$(BIN)/python -m benchmarks.gpu_static
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

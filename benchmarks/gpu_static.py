@@ -6,7 +6,8 @@
 
 Every kernel is compiled ahead of time exactly as its default launch would compile it: the ops are called on tensors of
 realistic widths, and what they would have launched is recorded. The table (results/gpu_static.json) holds per kernel
-and architecture: registers, spills, shared memory, accesses of 128 bits, tensor-core instructions. The roofline divides
+and architecture: registers, spills, shared memory, accesses of 128 bits, tensor-core instructions; what they leave of
+a multiprocessor's threads (occupancy) follows. The roofline divides
 an op's bytes and operations by data-sheet rates: no kernel can be faster. It is a bound, not a measurement.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.util
 import json
 import os
 import re
@@ -229,11 +231,53 @@ def compile_for(launch: Any, arch: str) -> dict[str, Any]:
     return {**found, **(_of_amdgcn(kernel.asm["amdgcn"]) if amd else _of_cubin(kernel.asm["cubin"]))}
 
 
+# Of a multiprocessor: threads, blocks, registers, and bytes of shared memory of which each block reserves 1 KiB.
+MULTIPROCESSOR = {
+    "sm_80": (2048, 32, 65536, 167936),
+    "sm_90": (2048, 32, 65536, 233472),
+    "sm_100": (2048, 32, 65536, 233472),
+    "sm_120": (1536, 24, 65536, 102400),
+}
+
+
+def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:
+    """The share of an NVIDIA multiprocessor's threads that blocks of a kernel can fill."""
+    most_threads, most_blocks, all_registers, all_shared = MULTIPROCESSOR[arch.removesuffix("a")]
+    warps = -(-threads // 32)
+    of_warp = -(-max(registers, 1) * 32 // 256) * 256  # registers are given out in units of 256 ...
+    by_registers = all_registers // of_warp // 4 * 4 // warps  # ... in four partitions
+    by_shared = all_shared // (-(-(shared + 1024) // 128) * 128)
+    blocks = min(most_blocks, by_registers, by_shared, most_threads // (warps * 32))
+    return blocks * warps * 32 / most_threads
+
+
+def nvidia_tool(name: str) -> Path | None:
+    """A tool of Triton's wheel."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return None
+    return Path(found.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def sass_counts(text: str) -> dict[str, int]:
+    """What a disassembled kernel has of local memory, 128-bit global accesses, and matrix instructions."""
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M)
+    count = collections.Counter(code)
+
+    def number(*starts: str, having: str = "") -> int:
+        return sum(n for name, n in count.items() if name.startswith(starts) and having in name)
+
+    return {
+        "local": number("STL", "LDL"),
+        "wide": number("LDG.", "STG.", "LDGSTS.", having=".128"),
+        "tensor": number("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "QMMA"),
+    }
+
+
 def _of_cubin(cubin: bytes) -> dict[str, Any]:
     """Registers and stack from the resource section; instructions from the disassembly."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = nvidia_tool("cuobjdump")
+    assert tool is not None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -243,17 +287,12 @@ def _of_cubin(cubin: bytes) -> dict[str, Any]:
         }
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text["-res-usage"])
     assert usage is not None
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text["-sass"], re.M)
-    count = collections.Counter(code)
-
-    def number(*starts: str, having: str = "") -> int:
-        return sum(n for name, n in count.items() if name.startswith(starts) and having in name)
-
+    counts = sass_counts(text["-sass"])
     return {
         "registers": int(usage[1]),
-        "spills": number("STL", "LDL") + int(usage[2]),
-        "wide": number("LDG.", "STG.", "LDGSTS.", having=".128"),
-        "tensor": number("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "QMMA"),
+        "spills": counts["local"] + int(usage[2]),
+        "wide": counts["wide"],
+        "tensor": counts["tensor"],
     }
 
 
@@ -298,10 +337,21 @@ def problems(key: str, found: dict[str, Any], table: dict[str, Any]) -> list[str
         wrong.append(f"{key} takes {found['shared']} bytes of shared memory, {expected['shared']} before")
     if found["registers"] > expected["registers"] + 8:
         wrong.append(f"{key} takes {found['registers']} registers, {expected['registers']} before")
+    before, now = row_occupancy(key, expected), row_occupancy(key, found)
+    if before is not None and now is not None and now < before:
+        wrong.append(f"{key} fills {now:.0%} of a multiprocessor, {before:.0%} before")
     for name, what in (("wide", "128-bit accesses"), ("tensor", "tensor-core instructions")):
         if expected[name] and not found[name]:
             wrong.append(f"{key} has lost its {what}")
     return wrong
+
+
+def row_occupancy(key: str, row: dict[str, Any]) -> float | None:
+    """Of a row of the table; None on AMD, whose rules are others."""
+    arch = key.rpartition("/")[2]
+    if arch not in MULTIPROCESSOR:
+        return None
+    return occupancy(arch, row["registers"], 32 * row["warps"], row["shared"])
 
 
 # -------------------------------------------------------------------------------------------------- roofline
@@ -334,9 +384,11 @@ def bound(specimen: Specimen, gpu: Gpu) -> float:
 
 def print_table(table: dict[str, Any]) -> None:
     columns = ("registers", "spills", "shared", "wide", "tensor", "warps")
-    print(f"{'kernel':56}" + "".join(f"{name:>10}" for name in columns))
+    print(f"{'kernel':56}" + "".join(f"{name:>10}" for name in (*columns, "occupancy")))
     for key, row in table.items():
-        print(f"{key:56}" + "".join(f"{row[name]:>10}" for name in columns))
+        filled = row_occupancy(key, row)
+        cells = [*(str(row[name]) for name in columns), "" if filled is None else f"{filled:.0%}"]
+        print(f"{key:56}" + "".join(f"{cell:>10}" for cell in cells))
     print("\nLower bounds on time in microseconds, from data-sheet rates: not measured, on any GPU.")
     print(f"{'op':34}" + "".join(f"{gpu.name:>16}" for gpu in GPUS))
     for specimen in specimens():

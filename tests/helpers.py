@@ -91,12 +91,13 @@ def check_gradients(
     inputs: dict[str, Tensor | None],
     *,
     cancelling: float = 0.0,
+    output_size: float = 0.0,
     **options: Any,
 ) -> None:
     """Gradients of `ours(**inputs)` meet the criterion: exact is autograd of `reference` in float64, torch's
     own is autograd of `reference` in the inputs' dtypes. Every output gets a random gradient; the forward is
     compared too. Where a gradient is the small difference of large terms, `cancelling` is the size of the
-    terms.
+    terms; `output_size` is the same for the outputs.
     """
 
     def run(function: Callable[..., Any], wide: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -120,7 +121,7 @@ def check_gradients(
     our_outputs, our_grads = run(ours, wide=False)
     exact_outputs, exact_grads = run(reference, wide=True)
     for out, exact, own in zip(our_outputs, exact_outputs, torch_outputs, strict=True):
-        assert_close_to_fp64(out, exact, own)
+        assert_close_to_fp64(out, exact, own, size=output_size)
     for name in torch_grads:
         size = cancelling
         if exact_grads[name].dim() == 1:  # a sum over rows: its running value is what gets rounded

@@ -66,9 +66,17 @@ inline uint64_t of_f64(double x) {
 inline uint16_t of_f16(float x) { return float16_bits(x); }
 inline uint16_t of_bf16(float x) { return bfloat16_bits(x); }
 
-// min and max return the operand that is a number; their .NaN forms a NaN if there is one.
-template <typename F> F nan_min(F a, F b) { return a != a || b != b ? std::numeric_limits<F>::quiet_NaN() : std::fmin(a, b); }
-template <typename F> F nan_max(F a, F b) { return a != a || b != b ? std::numeric_limits<F>::quiet_NaN() : std::fmax(a, b); }
+// min and max return the operand that is a number, and tell the zeros apart; their .NaN forms a NaN if there is one.
+template <typename F> F lesser(F a, F b) {
+  if (a != a || b != b) return a != a ? b : a;
+  return a == b ? (std::signbit(a) ? a : b) : (a < b ? a : b);
+}
+template <typename F> F greater(F a, F b) {
+  if (a != a || b != b) return a != a ? b : a;
+  return a == b ? (std::signbit(a) ? b : a) : (a < b ? b : a);
+}
+template <typename F> F lesser_nan(F a, F b) { return a != a ? a : b != b ? b : lesser(a, b); }
+template <typename F> F greater_nan(F a, F b) { return a != a ? a : b != b ? b : greater(a, b); }
 inline float saturated(float x) { return x != x ? 0.0f : std::fmin(std::fmax(x, 0.0f), 1.0f); }
 
 // a b + c to the next float32 below; the sum of the exact product in float64 is exact enough for that.

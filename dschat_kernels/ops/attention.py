@@ -18,6 +18,7 @@ on the batch, on how many of its tokens are queries at once, on threads or on sp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +45,8 @@ from dschat_kernels.ops.rope_append import (
     check_heads,
     check_index,
     check_pages,
+    check_qkv,
+    check_slots,
     float32,
     int32,
     packed_heads,
@@ -122,13 +125,7 @@ def run(
         )
         table = block_table[: len(lens)]
     else:
-        check_index(op, "slots", slots, len(lens))
-        low, high = (int(slots.min()), int(slots.max())) if len(lens) else (0, 0)
-        check(
-            low >= 0 and high < max(block_table.shape[0], 1),
-            f"{op}: slots run from {low} to {high}; the block table has rows 0 to "
-            f"{block_table.shape[0] - 1}.",
-        )
+        check_slots(op, slots, len(lens), block_table)
         table = block_table[slots.long()]
     longest = max(lens, default=0)
     check(
@@ -253,21 +250,7 @@ def packed_attention(
     Raises ValueError or TypeError for wrong shapes, dtypes and lengths.
     """
     op = "packed_attention"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_heads(op, name, tensor)
-        check(
-            tensor.shape[0] == q.shape[0]
-            and tensor.shape[2] == q.shape[2]
-            and (name == "q" or tensor.shape == k.shape),
-            f"{op}: {name} has shape {list(tensor.shape)} beside q {list(q.shape)} and k {list(k.shape)}; "
-            "give q [T, Hq, D] and k, v [T, Hkv, D].",
-        )
-        check(
-            tensor.dtype == q.dtype,
-            f"{op}: {name} is {tensor.dtype} and q is {q.dtype}; give one dtype.",
-            TypeError,
-        )
-        check_device(op, name, tensor, q)
+    check_qkv(op, q, k, v)
     _check_options(op, q, k.shape[1], scale, window, softcap, alibi_slopes)
     _check_cu_seqlens(op, cu_seqlens, q.shape[0])
     backend = resolve_backend(op, backend, q, k, v)
@@ -415,20 +398,25 @@ def _attention_cuda(q: Tensor, arguments: tuple[Any, ...], pages: int, num_split
         kernels().attention_decode(*arguments, num_splits, ptr(scratch))
 
 
-def _attention_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    kv_lens: Tensor,
-    slots: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-) -> Tensor:
+def attention_fake(q: Tensor, *_: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def cache_of(k: Tensor, cu_seqlens: Tensor, make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """What packed sequences are to attention: a cache from `make` that holds them and nothing else, its block table,
+    the length of every row, and row and position of every token."""
+    tokens, kv_heads, dim = k.shape
+    device = k.device
+    lens = cu_seqlens.diff().to(torch.int32)
+    pages = (lens + (PAGE - 1)) // PAGE
+    total, widest = (int(pages.sum()), int(pages.max())) if len(pages) else (0, 0)
+    k_cache = make(max(total, 1), kv_heads, PAGE // LANES, dim, LANES, dtype=k.dtype, device=device)
+    v_cache = make(max(total, 1), kv_heads, PAGE, padded_head_dim(dim), dtype=k.dtype, device=device)
+    # Row r owns the pages that follow those of the rows before it; entries past its last are never read.
+    table = int32((pages.cumsum(0) - pages)[:, None] + torch.arange(max(widest, 1), device=device))
+    rows = torch.repeat_interleave(torch.arange(len(lens), dtype=torch.int32, device=device), lens)
+    positions = int32(torch.arange(tokens, device=device) - cu_seqlens[:-1].repeat_interleave(lens))
+    return k_cache, v_cache, table, lens, rows, positions
 
 
 def _packed_cpu(
@@ -441,16 +429,8 @@ def _packed_cpu(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> Tensor:
+    k_cache, v_cache, table, lens, rows, positions = cache_of(k, cu_seqlens, torch.zeros)
     tokens, kv_heads, dim = k.shape
-    lens = cu_seqlens.diff().to(torch.int32)
-    pages = (lens + (PAGE - 1)) // PAGE
-    total, widest = int(pages.sum()), int(pages.max()) if len(pages) else 0
-    k_cache = torch.zeros(max(total, 1), kv_heads, PAGE // LANES, dim, LANES, dtype=k.dtype)
-    v_cache = torch.zeros(max(total, 1), kv_heads, PAGE, padded_head_dim(dim), dtype=k.dtype)
-    # Row r owns the pages that follow those of the rows before it; entries past its last are never read.
-    table = int32((pages.cumsum(0) - pages)[:, None] + torch.arange(max(widest, 1)))
-    rows = torch.repeat_interleave(torch.arange(len(lens), dtype=torch.int32), lens)
-    positions = int32(torch.arange(tokens) - cu_seqlens[:-1].repeat_interleave(lens))
     k, v = packed_heads(k), packed_heads(v)
     kernels().rope_append(
         DTYPES[k.dtype], 0, 0, ptr(k), k.stride(0), ptr(v), v.stride(0), 0, 0, 0, 0, ptr(positions),
@@ -460,19 +440,6 @@ def _packed_cpu(
     return attention_cpu(
         q, k_cache, v_cache, table, cu_seqlens, lens, None, scale, window, softcap, alibi_slopes
     )
-
-
-def _packed_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def _packed_backward_cpu(
@@ -502,15 +469,7 @@ def _packed_backward_cpu(
 
 
 def _packed_backward_fake(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv
@@ -529,6 +488,6 @@ def _packed_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dk, dv, None, None, None, None, None
 
 
-register("attention", attention_cpu, _attention_fake)
-register("packed_attention", _packed_cpu, _packed_fake, _packed_save, _packed_grad)
+register("attention", attention_cpu, attention_fake)
+register("packed_attention", _packed_cpu, attention_fake, _packed_save, _packed_grad)
 register("packed_attention_backward", _packed_backward_cpu, _packed_backward_fake)

@@ -6,11 +6,17 @@ chunks of 256 keys, and chunks are folded in order whoever computed them.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dschat_kernels.ops._common import LIBRARY, check, register
-from dschat_kernels.ops.attention import _CACHE, _OPTIONS, attention_cpu, attention_reference, run
+from dschat_kernels.ops.attention import (
+    _CACHE,
+    _OPTIONS,
+    attention_cpu,
+    attention_fake,
+    attention_reference,
+    run,
+)
 
 
 def attention_decode(
@@ -47,22 +53,4 @@ attention_decode_reference = attention_reference
 
 LIBRARY.define(f"attention_decode({_CACHE}, {_OPTIONS}, int num_splits) -> Tensor")
 
-
-def _fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    kv_lens: Tensor,
-    slots: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    num_splits: int,
-) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-register("attention_decode", attention_cpu, _fake)
+register("attention_decode", attention_cpu, attention_fake)

@@ -118,27 +118,10 @@ def rope_append(
     op = "rope_append"
     rotary_dim = _check_rotary(op, "q", q, cos, sin, positions, style, rotary_dim)
     check_cache(op, k, k_cache, v_cache, block_table)
-    for name, tensor in (("k", k), ("v", v)):
-        check_heads(op, name, tensor)
-        check(
-            tensor.shape[0] == q.shape[0] and tensor.shape[2] == q.shape[2] and tensor.shape == k.shape,
-            f"{op}: {name} has shape {list(tensor.shape)} beside q {list(q.shape)} and k {list(k.shape)}; "
-            "give q [T, Hq, D] and k, v [T, Hkv, D].",
-        )
-        check(
-            tensor.dtype == q.dtype,
-            f"{op}: {name} is {tensor.dtype} and q is {q.dtype}; give one dtype.",
-            TypeError,
-        )
-    check_index(op, "slots", slots, q.shape[0])
+    check_qkv(op, q, k, v)
     check_index(op, "positions", positions, q.shape[0])
+    check_slots(op, slots, q.shape[0], block_table)
     if q.shape[0]:
-        low, high = int(slots.min()), int(slots.max())
-        check(
-            low >= 0 and high < block_table.shape[0],
-            f"{op}: slots run from {low} to {high}; the block table has rows 0 to "
-            f"{block_table.shape[0] - 1}.",
-        )
         place = positions.long() // PAGE
         check(
             int(place.max()) < block_table.shape[1],
@@ -204,6 +187,35 @@ def check_heads(op: str, name: str, x: Any) -> None:
     check(
         x.dim() == 3 and x.shape[1] > 0 and x.shape[2] > 0,
         f"{op}: {name} has shape {list(x.shape)}; give [tokens, heads, head_dim].",
+    )
+
+
+def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
+    """q [T, Hq, D] and k, v [T, Hkv, D] of one dtype on one device."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_heads(op, name, tensor)
+        check(
+            tensor.shape[0] == q.shape[0]
+            and tensor.shape[2] == q.shape[2]
+            and (name == "q" or tensor.shape == k.shape),
+            f"{op}: {name} has shape {list(tensor.shape)} beside q {list(q.shape)} and k {list(k.shape)}; "
+            "give q [T, Hq, D] and k, v [T, Hkv, D].",
+        )
+        check(
+            tensor.dtype == q.dtype,
+            f"{op}: {name} is {tensor.dtype} and q is {q.dtype}; give one dtype.",
+            TypeError,
+        )
+        check_device(op, name, tensor, q)
+
+
+def check_slots(op: str, slots: Any, size: int, block_table: Tensor) -> None:
+    """Every slot is a row of the block table."""
+    check_index(op, "slots", slots, size)
+    low, high = (int(slots.min()), int(slots.max())) if size else (0, 0)
+    check(
+        not size or (low >= 0 and high < block_table.shape[0]),
+        f"{op}: slots run from {low} to {high}; the block table has rows 0 to {block_table.shape[0] - 1}.",
     )
 
 
@@ -361,9 +373,7 @@ def _rope_cpu(
     return y
 
 
-def _rope_fake(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, rotary_dim: int, style: str, inverse: bool
-) -> Tensor:
+def _rotated_fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -406,22 +416,5 @@ def _rope_append_cpu(
     return out
 
 
-def _rope_append_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    rotary_dim: int,
-    style: str,
-) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-register("rope", _rope_cpu, _rope_fake, _rope_save, _rope_grad)
-register("rope_append", _rope_append_cpu, _rope_append_fake)
+register("rope", _rope_cpu, _rotated_fake, _rope_save, _rope_grad)
+register("rope_append", _rope_append_cpu, _rotated_fake)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dschat_kernels.cache import CHUNK, LANES, PAGE, padded_head_dim
+from dschat_kernels.ops.attention import cache_of
 from dschat_kernels.ops.rope_append import int32, packed_heads
 from dschat_kernels.triton._launch import Config, float32, launch, next_power_of_2
 from dschat_kernels.triton._math import softcapped, tanh
@@ -344,17 +345,7 @@ def packed_attention(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """attention() over a temporary cache: its bits."""
-    tokens, kv_heads, dim = k.shape
-    device = k.device
-    lens = cu_seqlens.diff().to(torch.int32)
-    pages = (lens + (PAGE - 1)) // PAGE
-    total, widest = (int(pages.sum()), int(pages.max())) if len(pages) else (0, 0)
-    k_cache = torch.empty(max(total, 1), kv_heads, PAGE // LANES, dim, LANES, dtype=k.dtype, device=device)
-    v_cache = torch.empty(max(total, 1), kv_heads, PAGE, padded_head_dim(dim), dtype=k.dtype, device=device)
-    # Row r owns the pages that follow those of the rows before it; entries past its last are never read.
-    table = int32((pages.cumsum(0) - pages)[:, None] + torch.arange(max(widest, 1), device=device))
-    rows = torch.repeat_interleave(torch.arange(len(lens), dtype=torch.int32, device=device), lens)
-    positions = int32(torch.arange(tokens, device=device) - cu_seqlens[:-1].repeat_interleave(lens))
+    k_cache, v_cache, table, lens, rows, positions = cache_of(k, cu_seqlens, torch.empty)
     rope_append(None, k, v, None, None, positions, rows, k_cache, v_cache, table, 0, "half")
     return attention(q, k_cache, v_cache, table, cu_seqlens, lens, None, scale, window, softcap, alibi_slopes)
 

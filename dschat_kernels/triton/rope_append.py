@@ -22,23 +22,23 @@ def _rotated(x, heads, head, d, dim, cos, sin, position, rotary_dim, sign, INTER
     """x[head, d] rotated, for head [H, 1] and d [1, D]; x points at the token's first head."""
     inside = (head < heads) & (d < dim)
     v = tl.load(x + head * dim + d, mask=inside, other=0.0)
-    if cos is None:
-        return v
-    half = rotary_dim // 2
-    if INTERLEAVED:
-        first = d % 2 == 0
-        angle = d // 2
-        partner = tl.where(first, d + 1, d - 1)
-    else:
-        first = d < half
-        angle = tl.where(first, d, d - half)
-        partner = tl.where(first, d + half, d - half)
-    turns = d < rotary_dim
-    w = tl.load(x + head * dim + partner, mask=inside & turns, other=0.0).to(tl.float32)
-    place = position.to(tl.int64) * half + angle
-    a = v.to(tl.float32) * tl.load(cos + place, mask=turns, other=1.0)
-    b = w * (tl.load(sin + place, mask=turns, other=0.0) * sign)
-    return tl.where(turns, tl.where(first, a - b, a + b).to(v.dtype), v)
+    if cos is not None:  # one way out: the compiler goes on behind a return
+        half = rotary_dim // 2
+        if INTERLEAVED:
+            first = d % 2 == 0
+            angle = d // 2
+            partner = tl.where(first, d + 1, d - 1)
+        else:
+            first = d < half
+            angle = tl.where(first, d, d - half)
+            partner = tl.where(first, d + half, d - half)
+        turns = d < rotary_dim
+        w = tl.load(x + head * dim + partner, mask=inside & turns, other=0.0).to(tl.float32)
+        place = position.to(tl.int64) * half + angle
+        a = v.to(tl.float32) * tl.load(cos + place, mask=turns, other=1.0)
+        b = w * (tl.load(sin + place, mask=turns, other=0.0) * sign)
+        v = tl.where(turns, tl.where(first, a - b, a + b).to(v.dtype), v)
+    return v
 
 
 @triton.jit

@@ -1,8 +1,12 @@
-"""What nvcc makes of csrc/cuda: registers, spills and shared memory of every kernel on every architecture.
+"""What nvcc makes of csrc/cuda: registers, spills, shared memory, occupancy and instructions of every kernel on every
+architecture.
 
-    python tests/cuda/resources.py        prints the table, and writes it to tests/cuda/resources.json
+    python -m tests.cuda.resources        prints the table, and writes it to tests/cuda/resources.json
 
-test_nvcc.py compares a fresh compilation with the file, so that a kernel that begins to spill or to grow is noticed.
+test_nvcc.py compares a fresh compilation with the file, so that a kernel that begins to spill or to grow, or loses its
+wide accesses or its matrix instructions, is noticed. `occupancy` is the share, in percent, of a multiprocessor's
+threads that registers, block size and static shared memory allow; dynamic shared memory, which the launch decides,
+can lower it. `wide` counts 128-bit accesses of global memory, `tensor` matrix instructions.
 """
 
 from __future__ import annotations
@@ -15,13 +19,16 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from benchmarks.gpu_static import nvidia_tool, occupancy, sass_counts
 from dschat_kernels.build import BuildError, Compiler, CudaBuild, cuda_build, find_nvcc, max_jobs
 
 TABLE = Path(__file__).with_name("resources.json")
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 Resources = dict[str, dict[str, int]]  # by "<file>: <kernel>"
 FIELDS = ("registers", "stack", "spills", "shared")
+INSTRUCTIONS = ("wide", "tensor")
 
 
 def nvcc_or_reason() -> tuple[Compiler | None, str]:
@@ -39,22 +46,46 @@ def compile_source(build: CudaBuild, name: str) -> dict[str, Resources]:
     """The resources by architecture of a source's kernels."""
     codes = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHS]
     flags = [flag for flag in build.compile_flags if not flag.startswith("-gencode")]
+    nvcc, source = find_nvcc().argv, [f"-I{build.root}", str(build.root / name)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *find_nvcc().argv,
-            *flags,
-            *codes,
-            "-Xptxas=-v",
-            f"-I{build.root}",
-            "-c",
-            str(build.root / name),
-        ]
-        done = subprocess.run([*command, "-o", f"{folder}/out.o"], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} does not compile:\n{done.stderr}")
+        done = _run([*nvcc, *flags, *codes, "-Xptxas=-v", *source, "-c", "-o", f"{folder}/out.o"])
+        _run([*nvcc, *flags, "-arch=sm_80", *source, "-ptx", "-o", f"{folder}/out.ptx"])
+        threads = _block_sizes(Path(folder, "out.ptx").read_text())
+        instructions = _instructions(f"{folder}/out.o")
     found: dict[str, Resources] = {arch: {} for arch in ARCHS}
-    for arch, kernel, row in _parse(done.stderr):
-        found[arch][f"{Path(name).stem}: {kernel}"] = row
+    for arch, mangled, row in _parse(done):
+        row["threads"] = threads[mangled]
+        row["occupancy"] = round(100 * occupancy(arch, row["registers"], row["threads"], row["shared"]))
+        row.update(instructions.get((arch, mangled), {}))
+        found[arch][f"{Path(name).stem}: {_readable(mangled)}"] = row
+    return found
+
+
+def _run(command: list[str]) -> str:
+    """What it writes to its error output."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stderr
+
+
+def _block_sizes(ptx: str) -> dict[str, int]:
+    """What __launch_bounds__ says; every kernel has them."""
+    return {name: int(n) for name, n in re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", ptx, re.S)}
+
+
+def _instructions(path: str) -> dict[tuple[str, str], dict[str, int]]:
+    """Counts of INSTRUCTIONS by architecture and kernel; none without Triton, whose wheel has the disassembler."""
+    tool = nvidia_tool("cuobjdump")
+    if tool is None:
+        return {}
+    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"^\s*code for ", text, flags=re.M)[1:]:
+        arch = part.split(None, 1)[0]
+        for function in re.split(r"^\s*Function : ", part, flags=re.M)[1:]:
+            counts = sass_counts(function)
+            found[arch, function.split(None, 1)[0]] = {name: counts[name] for name in INSTRUCTIONS}
     return found
 
 
@@ -67,7 +98,7 @@ def _parse(text: str) -> Iterator[tuple[str, str, dict[str, int]]]:
     for mangled, arch, stack, stores, loads, registers, rest in re.findall(entry, text, re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
         numbers = (int(registers), int(stack), int(stores) + int(loads), int(shared[1]) if shared else 0)
-        yield arch, _readable(mangled), dict(zip(FIELDS, numbers, strict=True))
+        yield arch, mangled, dict(zip(FIELDS, numbers, strict=True))
 
 
 def _readable(mangled: str) -> str:
@@ -88,12 +119,21 @@ def measure() -> dict[str, Resources]:
     return {arch: dict(sorted(rows.items())) for arch, rows in table.items()}
 
 
+def dump(table: dict[str, Any]) -> str:
+    """JSON with a line a kernel."""
+    text = json.dumps(table, indent=1)
+    return (
+        re.sub(r"\{\s*(\"registers\"[^}]*?)\s*\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n"
+    )
+
+
 def show(table: dict[str, Resources]) -> str:
-    lines = [f"{'kernel':60s} " + " ".join(f"{arch:>18s}" for arch in ARCHS)]
+    lines = [f"{'kernel':60s} " + " ".join(f"{arch:>22s}" for arch in ARCHS)]
     for kernel in table[ARCHS[0]]:
         cells = (table[arch][kernel] for arch in ARCHS)
         lines.append(
-            f"{kernel:60s} " + " ".join(f"{c['registers']:4d} regs {c['spills']:3d} sp" for c in cells)
+            f"{kernel:60s} "
+            + " ".join(f"{c['registers']:4d} regs {c['spills']:2d} sp {c['occupancy']:3d} %" for c in cells)
         )
     return "\n".join(lines)
 
@@ -103,5 +143,5 @@ if __name__ == "__main__":
     if nvcc is None:
         sys.exit(reason)
     measured = measure()
-    TABLE.write_text(json.dumps({"nvcc": nvcc.version, "kernels": measured}, indent=1) + "\n")
+    TABLE.write_text(dump({"nvcc": nvcc.version, "kernels": measured}))
     print(show(measured))

@@ -44,26 +44,6 @@ def check(batch: Batch, **options: Any) -> Tensor:
     return y
 
 
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"window": 1},
-    {"window": 70},
-    {"softcap": 20.0},
-    {"alibi": True},
-    {"window": 100, "softcap": 3.0, "alibi": True},
-)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Rows without queries, decode rows, a prefill, and mixtures, in one batch; 3 heads a kv head."""
-    batch = make_batch([1, 0, 9, 20, 1], [130, 5, 75, 20, 1], 6, 2, 20, dtype)
-    options = dict(options)
-    slopes = torch.tensor([0.5, 0.25, 0.1, 0.03, 0.0, 0.2]) if options.pop("alibi", False) else None
-    check(batch, scale=0.3, alibi_slopes=slopes, **options)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 16, 33, 64, 80, 128, 200, 256])
 def test_head_sizes(dim: int, dtype: torch.dtype) -> None:
@@ -138,29 +118,3 @@ def test_packed_has_the_bits_of_attention(dtype: torch.dtype) -> None:
         batch.q, torch.cat(batch.k), torch.cat(batch.v), cumulative([70, 1, 20]), scale=0.25, backend="cuda"
     )
     assert same_bits(y, attention(*batch.arguments, scale=0.25, backend="cuda"))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"scale": 0.25},
-        {"scale": 0.25, "window": 33},
-        {"scale": 0.3, "window": 5, "softcap": 3.0, "alibi": True},
-    ],
-    ids=str,
-)
-def test_packed_gradients(options: dict[str, Any], dtype: torch.dtype) -> None:
-    options = dict(options)
-    if options.pop("alibi", False):
-        options["alibi_slopes"] = torch.tensor([0.5, 0.25, 0.1, 0.03])
-    cu = cumulative([45, 0, 1, 20])
-    inputs = [torch.randn(66, heads, 12).to(dtype) for heads in (4, 2, 2)]
-    grad = torch.randn(66, 4, 12).to(dtype)
-    ours, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
-    exact = [x.double().requires_grad_() for x in inputs]
-    packed_attention(*ours, cu, backend="cuda", **options).backward(grad)
-    packed_attention_reference(*theirs, cu, **options).backward(grad)
-    packed_attention_reference(*exact, cu, **options).backward(grad.double())
-    for a, t, e in zip(ours, theirs, exact, strict=True):
-        assert_close_to_fp64(a.grad, e.grad, t.grad)

@@ -16,31 +16,18 @@ from dschat_kernels.ops.rms_norm import rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.usefixtures("cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ((3, 1), (1, 7), (4, 64), (2, 100), (5, 111), (2, 576), (1, 12001))
 layer_norm_cuda = partial(layer_norm, backend="cuda")
 rms_norm_cuda = partial(rms_norm, backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, hidden", SIZES)
-@pytest.mark.parametrize("residual", [False, True])
-def test_layer_norm(rows: int, hidden: int, dtype: torch.dtype, residual: bool) -> None:
-    inputs = {"x": torch.randn(rows, hidden).to(dtype) + 3, "weight": torch.randn(hidden).to(dtype),
-              "bias": torch.randn(hidden).to(dtype)}  # fmt: skip
-    if residual:
-        inputs["residual"] = torch.randn(rows, hidden).to(dtype)
-    check_gradients(layer_norm_cuda, layer_norm_reference, inputs, cancelling=1.0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rounding, offset", [("llama", 0.0), ("gemma", 1.0)])
-@pytest.mark.parametrize("rows, hidden", SIZES)
-def test_rms_norm(rows: int, hidden: int, dtype: torch.dtype, rounding: str, offset: float) -> None:
-    inputs = {"x": torch.randn(rows, hidden).to(dtype), "weight": torch.randn(hidden).to(dtype),
-              "residual": torch.randn(rows, hidden).to(dtype)}  # fmt: skip
-    check_gradients(
-        rms_norm_cuda, rms_norm_reference, inputs, weight_offset=offset, rounding=rounding, cancelling=1.0
-    )
+def test_rows_that_are_read_again(dtype: torch.dtype) -> None:
+    """Too long for shared memory: later passes read global memory."""
+    n = 24001
+    inputs = {"x": torch.randn(1, n).to(dtype) + 3, "weight": torch.randn(n).to(dtype),
+              "residual": torch.randn(1, n).to(dtype)}  # fmt: skip
+    check_gradients(rms_norm_cuda, rms_norm_reference, inputs, cancelling=1.0)
+    check_gradients(layer_norm_cuda, layer_norm_reference, {**inputs, "bias": None}, cancelling=1.0)
 
 
 @pytest.mark.parametrize(

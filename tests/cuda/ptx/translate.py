@@ -8,6 +8,7 @@ Blackwell's own), named barriers, clusters and calls of functions.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -187,21 +188,24 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
     # ------------------------------------------------------------------------------------------ declarations
 
     def _parameters(self, head: str) -> None:
-        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s*(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+        pointer = r"(?:\.ptr\s*(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
+        pattern = rf"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+{pointer}([\w$]+)(?:\[(\d+)\])?"
         at = 0
         for align, type_, name, count in re.findall(pattern, head):
             size = BYTES[type_] * int(count or 1)
             step = int(align or BYTES[type_])
             at = -(-at // step) * step
             self.entry.parameters.append((name, at, size))
+            self.memory[name] = f"reinterpret_cast<uint64_t>(t.parameters + {at})"
             at += size
         self.entry.parameter_bytes = at
 
     def _constants(self, head: str) -> str:
         out = []
-        pattern = r"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?(?:\s*=\s*(\{[^}]*\}|[^;]+))?;"
-        for type_, name, count, value in re.findall(pattern, head):
-            values = value if value.startswith("{") else "{" + value + "}"
+        value = r"(?:\s*=\s*(\{[^}]*\}|[^;]+))?;"
+        pattern = rf"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?{value}"
+        for type_, name, count, given in re.findall(pattern, head):
+            values = given if given.startswith("{") else "{" + given + "}"
             out.append(f"alignas(16) {_unsigned(type_)} {_identifier(name)}[{count or 1}] = {values};")
             self.memory[name] = f"reinterpret_cast<uint64_t>({_identifier(name)})"
         return "\n".join(out)
@@ -268,15 +272,12 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         m = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if m is None:
             raise Untranslated(f"address {operand}")
-        if space == "param":
-            offsets = {name: at for name, at, _ in self.entry.parameters}
-            return f"const_cast<unsigned char*>(t.parameters) + {offsets[m[1]] + int(m[2] or '0', 0)}"
         at = f"({self.bits(m[1], 'b64')} + int64_t({int(m[2] or '0', 0)}))"
         if space == "shared":
             place = f"t.in_shared(uint32_t{at}, {size})"
         else:
             place = f"reinterpret_cast<char*>(uint64_t{at})"
-        if space == "local":
+        if space in ("local", "param"):
             return place
         return f"t.checked({place}, {size}, {str(write).lower()}, {self.line})"
 
@@ -649,8 +650,9 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
 
     FLOAT_RESULTS = {
         "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "fma": "std::fma({0}, {1}, {2})",
-        "mad": "std::fma({0}, {1}, {2})", "div": "{0} / {1}", "neg": "-{0}", "abs": "std::fabs({0})", "min": "std::fmin({0}, {1})",
-        "max": "std::fmax({0}, {1})", "rcp": "1 / {0}", "sqrt": "std::sqrt({0})", "rsqrt": "1 / std::sqrt({0})",
+        "mad": "std::fma({0}, {1}, {2})", "div": "{0} / {1}", "neg": "-{0}", "abs": "std::fabs({0})",
+        "min": "lesser({0}, {1})",
+        "max": "greater({0}, {1})", "rcp": "1 / {0}", "sqrt": "std::sqrt({0})", "rsqrt": "1 / std::sqrt({0})",
         "sin": "std::sin({0})", "cos": "std::cos({0})", "lg2": "std::log2({0})", "ex2": "std::exp2({0})",
         "tanh": "std::tanh({0})", "copysign": "std::copysign({1}, {0})",
     }  # fmt: skip
@@ -672,10 +674,9 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         if type_ in FLOATS:
             if rest == ["rm"] and name in ("fma", "mad") and type_ == "f32":
                 return self.write(o[0], type_, f"fma_down({', '.join(values)})")
-            if "NaN" in rest and name in ("min", "max") and len(values) == 2:
-                result = f"nan_{name}({', '.join(values)})"
-            elif name in ("min", "max") and len(values) == 3:
-                result = f"std::f{name}(std::f{name}({values[0]}, {values[1]}), {values[2]})"
+            if name in ("min", "max"):
+                pick = {"min": "lesser", "max": "greater"}[name] + "_nan" * ("NaN" in rest)
+                result = functools.reduce(lambda x, y: f"{pick}({x}, {y})", values)
             else:
                 result = self.FLOAT_RESULTS[name].format(*values)
             if set(rest) - {"sat", "NaN"} or (name == "div" and type_ not in ("f32", "f64")):

@@ -1,0 +1,415 @@
+"""One table of cases for every op, whatever runs it: `CASES[op](backend, dtype, thorough)`.
+
+A check runs the op on sizes that are odd, one, none, and around the kernels' blocks, pages and chunks, compares it and
+its gradients with float64 by the criterion of tests/helpers.py, and a part of the batch and other layouts bit for bit.
+What is random, or only copied and rotated, is compared with the reference exactly. The short form, for backends that
+are slow or must compile every new size first, leaves out sizes and options, never a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dschat_kernels.cache import PagedKVCache
+from dschat_kernels.ops import (
+    attention,
+    attention_decode,
+    bias_act,
+    gated_act,
+    layer_norm,
+    linear,
+    lora_linear,
+    rms_norm,
+    rope_append,
+    sample,
+    token_logprobs,
+)
+from dschat_kernels.packing import PackedLinear, ResolvedLinear
+from tests.helpers import assert_close_to_fp64, check_gradients, non_contiguous
+from tests.paged import Batch, cumulative, int_tensor, make_batch, same_bits
+
+Check = Callable[[str, torch.dtype, bool], None]
+CASES: dict[str, Check] = {}
+
+
+def case(check: Check) -> Check:
+    CASES[check.__name__] = check
+    return check
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    return (torch.randn(*shape) * scale + shift).to(dtype)
+
+
+def alone_and_strided(backend: str, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Rows have the bits that they have in the batch, and other layouts change nothing. The reference, which is
+    PyTorch, promises neither."""
+    if backend == "reference":
+        return
+    whole, rows = call(x), x.shape[0]
+    for begin, end in ((0, 1), (rows // 2, rows)):
+        assert same_bits(call(x[begin:end]), whole[begin:end]), f"rows {begin} to {end} of {rows} alone"
+    for view in non_contiguous(x):
+        assert same_bits(call(view), whole), f"strides {view.stride()}"
+
+
+# ------------------------------------------------------------------------------------------------------------ norms
+
+
+def _sizes(thorough: bool) -> tuple[tuple[int, int], ...]:
+    """rows x columns."""
+    return ((1, 111), (3, 1030), (70, 64), (1, 1), (0, 8)) if thorough else ((3, 111), (2, 64))
+
+
+@case
+def rms_norm_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    op = partial(rms_norm.rms_norm, backend=backend)
+    for rows, hidden in _sizes(thorough):
+        for with_residual, rounding, offset in ((False, "llama", 0.0), (True, "gemma", 1.0)):
+            inputs = {"x": draw(rows, hidden, dtype=dtype), "weight": draw(hidden, dtype=dtype)}
+            if with_residual:
+                inputs["residual"] = draw(rows, hidden, dtype=dtype)
+            check_gradients(
+                op, rms_norm.rms_norm_reference, inputs, weight_offset=offset, rounding=rounding,
+                cancelling=1.0 if hidden == 1 else 0.0,
+            )  # fmt: skip
+    weight = draw(40, dtype=dtype)
+    alone_and_strided(backend, lambda x: op(x, weight, residual=x)[0], draw(7, 40, dtype=dtype))
+
+
+@case
+def layer_norm_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    op = partial(layer_norm.layer_norm, backend=backend)
+    for rows, hidden in _sizes(thorough):
+        if hidden == 1:  # the difference of equal numbers: its bias, but for a rounding divided by sqrt(eps)
+            x, b = draw(3, 1, dtype=dtype), draw(1, dtype=dtype)
+            torch.testing.assert_close(op(x, b, b), b.expand(3, 1), rtol=0, atol=1e-3)
+            continue
+        inputs = {"x": draw(rows, hidden, dtype=dtype), "weight": draw(hidden, dtype=dtype, shift=1.0),
+                  "bias": draw(hidden, dtype=dtype)}  # fmt: skip
+        check_gradients(op, layer_norm.layer_norm_reference, inputs)
+        inputs["residual"] = draw(rows, hidden, dtype=dtype)
+        check_gradients(op, layer_norm.layer_norm_reference, inputs)
+    alone_and_strided(backend, lambda x: op(x, None, None), draw(7, 40, dtype=dtype))
+
+
+# ------------------------------------------------------------------------------------------------------ elementwise
+
+
+@case
+def bias_act_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    op = partial(bias_act.bias_act, backend=backend)
+    activations = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu") if thorough else ("gelu", "silu")
+    for activation in activations:
+        for rows, columns in _sizes(thorough):
+            inputs: dict[str, Tensor | None] = {"x": draw(rows, columns, dtype=dtype, scale=3.0)}
+            inputs["bias"] = None if columns == 64 else draw(columns, dtype=dtype)
+            check_gradients(op, bias_act.bias_act_reference, inputs, activation=activation)
+    bias = draw(40, dtype=dtype)
+    alone_and_strided(backend, lambda x: op(x, bias, "gelu_tanh"), draw(7, 40, dtype=dtype))
+
+
+@case
+def gated_act_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    op = partial(gated_act.gated_act, backend=backend)
+    for activation in (
+        ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu") if thorough else ("silu", "gelu_tanh")
+    ):
+        for rows, columns in _sizes(thorough):
+            gate, up = (draw(rows, columns, dtype=dtype) for _ in range(2))
+            packed = columns == 64
+            biases = [None if packed else draw(columns, dtype=dtype) for _ in range(2)]
+            inputs = {"gate": torch.cat([gate, up], -1) if packed else gate, "up": None if packed else up,
+                      "gate_bias": biases[0], "up_bias": biases[1]}  # fmt: skip
+            check_gradients(op, gated_act.gated_act_reference, inputs, activation=activation)
+    alone_and_strided(backend, lambda x: op(x, None, "silu"), draw(7, 40, dtype=dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------- rope
+
+
+def tables(positions: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    angles = torch.arange(positions)[:, None] * frequency
+    return angles.cos().float(), angles.sin().float()
+
+
+@case
+def rope(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """The bits of the reference, from a slice of a packed qkv; gradients by the criterion."""
+    sizes = ((5, 3, 16, 16), (3, 1, 10, 17), (1, 5, 2, 2), (0, 1, 4, 4)) if thorough else ((3, 2, 10, 17),)
+    for tokens, heads, rotary_dim, dim in sizes:
+        for style in ("half", "interleaved"):
+            cos, sin = tables(50, rotary_dim)
+            positions = torch.randint(0, 50, (tokens,))
+            arguments: dict[str, Any] = {"cos": cos, "sin": sin, "positions": positions, "style": style}
+            x = draw(tokens, heads + 2, dim, dtype=dtype)[:, 1:-1]
+            y = rope_append.rope(x, **arguments, backend=backend)
+            assert same_bits(y, rope_append.rope_reference(x, **arguments))
+            grads = []
+            for op, leaf in (
+                (partial(rope_append.rope, backend=backend), x.clone()),
+                (rope_append.rope_reference, x.double()),
+                (rope_append.rope_reference, x.clone()),
+            ):
+                out = op(leaf.requires_grad_(), **arguments)
+                torch.manual_seed(tokens)
+                grads.append(torch.autograd.grad(out, leaf, draw(*out.shape, dtype=dtype).to(out.dtype))[0])
+            assert_close_to_fp64(*grads)
+
+
+@case
+def rope_append_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """q, and every byte of the cache: tokens on both sides of a page."""
+    for heads, kv_heads, dim in ((4, 2, 16), (3, 1, 20)) if thorough else ((4, 2, 20),):
+        for style in ("half", "interleaved", None):
+            cos, sin = tables(200, 12) if style else (None, None)
+            q, k, v = draw(6, heads + 2 * kv_heads, dim, dtype=dtype).split([heads, kv_heads, kv_heads], 1)
+            positions, slots = torch.tensor([0, 63, 64, 5, 127, 17]), int_tensor([0, 0, 0, 1, 1, 1])
+            results = []
+            for name in (backend, "reference"):
+                cache = PagedKVCache(1, kv_heads, dim, 6, 2, 3, dtype)
+                cache.prepare_append([1, 0], [128, 128])
+                out = rope_append.rope_append(
+                    q, k, v, cos, sin, positions, slots, cache.k[0], cache.v[0], cache.block_table, backend=name,
+                    **({"style": style} if style else {}),
+                )  # fmt: skip
+                results.append((out, cache.k, cache.v))
+            assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ matrix products
+
+
+def _part(n: int, k: int, dtype: torch.dtype) -> ResolvedLinear:
+    return ResolvedLinear(draw(n, k, dtype=dtype, scale=k**-0.5), draw(n, dtype=dtype), ())
+
+
+def _terms(x: Tensor, weight: Tensor) -> float:
+    """The size that partial sums reach."""
+    if not x.numel():
+        return 0.0
+    return float((x.double() ** 2 @ (weight.double() ** 2).t()).sqrt().max())
+
+
+@case
+def linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    dense = backend not in ("cpu",)
+    op = partial(linear.linear, backend=backend)
+    shapes = ((1, 1, 1), (3, 31, 7), (65, 65, 64), (2, 130, 65), (0, 5, 3), (33, 33, 129), (2, 40, 300))
+    for rows, n, k in shapes if thorough else ((3, 65, 33), (18, 40, 64)):
+        x, part = draw(rows, k, dtype=dtype), _part(n, k, dtype)
+        packed = PackedLinear.from_parts([part], dense=dense)
+        exact = torch.nn.functional.linear(x.double(), part.weight.double(), part.bias.double())
+        y = op(x, packed)
+        assert_close_to_fp64(
+            y, exact, torch.nn.functional.linear(x, part.weight, part.bias), size=_terms(x, part.weight)
+        )
+        logits = op(x, packed, float_output=True)
+        wide = torch.nn.functional.linear(x.float(), part.weight.float(), part.bias.float())
+        assert_close_to_fp64(logits, exact, wide, size=_terms(x, part.weight))
+        assert backend == "reference" or same_bits(y, logits.to(dtype)), "one rounding of the same sums"
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu") if thorough else ("silu",):
+        parts = [_part(45, 24, dtype) for _ in range(2)]
+        x, residual = draw(9, 24, dtype=dtype), draw(9, 45, dtype=dtype)
+        gate, up = (PackedLinear.from_parts([p], dense=dense) for p in parts)
+        z, other = op(x, gate), op(x, up)
+        fused = op(x, gate, activation=activation, residual=residual)
+        pair = op(x, PackedLinear.from_parts(parts, gated=True, dense=dense), activation=activation)
+        # The epilogue is the separate op of the reference, up to its own last bit.
+        for ours, expected in (
+            (
+                fused,
+                residual.double()
+                + bias_act.bias_act_reference(z.double(), None, activation).to(dtype).double(),
+            ),
+            (pair, gated_act.gated_act_reference(z.double(), other.double(), activation)),
+        ):
+            assert_close_to_fp64(ours, expected, expected.to(dtype), factor=4.0, size=4.0)
+    packed = PackedLinear.from_parts([_part(70, 40, dtype)], dense=dense)
+    alone_and_strided(backend, lambda x: op(x, packed), draw(35, 40, dtype=dtype))
+
+
+@case
+def lora_linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    op = partial(lora_linear.lora_linear, backend=backend)
+    reference = lora_linear.lora_linear_reference
+    shapes = ((1, 1, 1, 1), (5, 33, 70, 8), (40, 20, 31, 17), (0, 3, 3, 2)) if thorough else ((5, 33, 70, 8),)
+    for rows, n, k, rank in shapes:
+        part, x = _part(n, k, dtype), draw(rows, k, dtype=dtype)
+        a, b = torch.randn(rank, k) / k**0.5, torch.randn(n, rank)
+        exact = reference(*(t.double() for t in (x, part.weight, part.bias, a, b)), 0.7)
+        size = _terms(x, part.weight) + (float(exact.abs().max()) if rows else 0.0)
+        y = op(x, part.weight, part.bias, a, b, 0.7)
+        assert_close_to_fp64(y, exact, reference(x, part.weight, part.bias, a, b, 0.7), size=size)
+        if backend != "reference":
+            assert same_bits(op(x[:1], part.weight, part.bias, a, b, 0.7), y[:1])
+
+
+@case
+def fuse_lora(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """One rounding, and the base stays as it is; weights of both orders of storage."""
+    for n, k, rank in ((1, 1, 1), (7, 130, 3), (33, 65, 16)) if thorough else ((33, 65, 16),):
+        plain, a, b = draw(n, k, dtype=dtype), torch.randn(rank, k) / k**0.5, torch.randn(n, rank)
+        for weight in (plain, plain.t().contiguous().t()):
+            fused = lora_linear.fuse_lora(weight, a, b, 0.3, backend=backend)
+            exact = lora_linear.fuse_lora_reference(plain.double(), a.double(), b.double(), 0.3)
+            assert_close_to_fp64(fused, exact, exact.to(dtype))
+            assert torch.equal(weight, plain)
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.03])
+ATTENTION_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"scale": 0.25},
+    {"scale": 0.25, "window": 33},
+    {"scale": 0.25, "window": 1},
+    {"scale": 1.0, "softcap": 10.0},
+    {"scale": 0.25, "alibi_slopes": SLOPES},
+    {"scale": 0.3, "window": 70, "softcap": 3.0, "alibi_slopes": SLOPES},
+)
+
+
+def _batches(dtype: torch.dtype, thorough: bool) -> list[Batch]:
+    """Lengths 0 and 1, and around pages and chunks; rows without queries; heads that share keys."""
+    batches = [make_batch([5, 0, 1, 20], [130, 3, 65, 20], 4, 2, 20, dtype)]
+    if thorough:
+        for keys in (1, 63, 64, 255, 256, 257):
+            batches.append(make_batch([1, min(keys, 3)], [keys, keys], 4, 2, 16, dtype))
+        for dim in (64, 128):
+            batches.append(make_batch([2, 3], [66, 3], 4, 1, dim, dtype))
+        batches.append(make_batch([0], [9], 4, 2, 16, dtype))
+    return batches
+
+
+def _check_attention(
+    batch: Batch, op: Callable[..., Tensor], backend: str, options: dict[str, Any]
+) -> Tensor:
+    y = op(*batch.arguments, backend=backend, **options)
+    wide = [t.double() if t.is_floating_point() else t for t in batch.arguments]
+    exact = attention.attention_reference(*wide, **options)
+    assert_close_to_fp64(y, exact, attention.attention_reference(*batch.arguments, **options))
+    return y
+
+
+@case
+def attention_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """Against float64, and the queries of a row at once or alone: the same bits."""
+    for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
+        for batch in _batches(dtype, thorough and options is ATTENTION_OPTIONS[0]):
+            y = _check_attention(batch, attention.attention, backend, options)
+            q, k_cache, v_cache, table, cu, kv_lens = batch.arguments
+            last = slice(int(cu[-1]) - 1, int(cu[-1]))
+            if backend != "reference" and batch.q_lens[-1]:
+                alone = (q[last], k_cache, v_cache, table[-1:], cumulative([1]), kv_lens[-1:])
+                assert same_bits(attention.attention(*alone, backend=backend, **options), y[last])
+
+
+@case
+def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """The bits of attention, whatever the splits."""
+    for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
+        for batch in _batches(dtype, thorough and options is ATTENTION_OPTIONS[0]):
+            decode = attention_decode.attention_decode
+            y = _check_attention(batch, decode, backend, options)
+            for splits in (1, 2, 1000) if backend != "triton" else (2,):  # triton has one way to split
+                assert same_bits(decode(*batch.arguments, num_splits=splits, backend=backend, **options), y)
+            if backend != "reference":
+                assert same_bits(attention.attention(*batch.arguments, backend=backend, **options), y)
+
+
+@case
+def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
+        lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
+        inputs = {
+            name: draw(sum(lens), heads, 12, dtype=dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))
+        }
+        check_gradients(
+            partial(attention.packed_attention, backend=backend), attention.packed_attention_reference, inputs,
+            cu_seqlens=cumulative(lens),
+            cancelling=2.0 * sum(lens) ** 0.5 if dtype == torch.float32 else 0.0,  # a key's gradient is a sum of terms
+            **options,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- sample and log-probs
+
+FILTERS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.7, "top_k": 300, "top_p": 0.95, "min_p": 0.01},
+    {},
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 10**6},
+    {"top_p": 0.9},
+    {"top_p": 0.0},
+    {"top_p": 0.999999},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 200, "top_p": 0.5},
+)
+
+
+@case
+def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """The reference's tokens, for flat and peaked rows, with ties and with entries that are masked. The sizes are such
+    that no top_p cuts equal entries at a sum of exactly top_p, where the last bit of the sum would decide."""
+    for options in FILTERS if thorough else FILTERS[:3]:
+        for vocab in (1, 7, 257, 1033) if thorough else (301,):
+            for spread in (0.0, 0.01, 3.0):
+                logits = draw(4, vocab, dtype=dtype, scale=spread)
+                logits[1, : vocab // 2] = float("-inf")
+                where = {
+                    "streams": torch.arange(4) + 2**40,
+                    "positions": torch.arange(4) * 7 + 3,
+                    "seed": 2**61 + 5,
+                }
+                tokens, log_probs = sample.sample(logits, backend=backend, **where, **options)
+                expected = sample.sample_reference(logits, **where, **options)
+                assert torch.equal(tokens, expected[0]), (options, vocab, spread)
+                torch.testing.assert_close(log_probs, expected[1], rtol=1e-6, atol=3e-6)
+                one = {**where, "streams": where["streams"][2:3], "positions": where["positions"][2:3]}
+                alone = sample.sample(logits[2:3], backend=backend, **one, **options)
+                assert torch.equal(alone[0], tokens[2:3]) and same_bits(alone[1], log_probs[2:3])
+
+
+@case
+def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """With entropy and gradients; and the log-probs of linear and sample, bit for bit."""
+    problems = (
+        ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (70, 33, 257)) if thorough else ((3, 17, 300),)
+    )
+    for tokens, size, vocab in problems:
+        inputs = {
+            "hidden": draw(tokens, size, dtype=dtype),
+            "weight": draw(vocab, size, dtype=dtype, scale=2 / size**0.5),
+            "bias": draw(vocab, dtype=dtype),
+        }
+        for options in ({}, {"temperature": 0.7, "logit_softcap": 5.0}):
+            check_gradients(
+                partial(token_logprobs.token_logprobs, backend=backend),
+                token_logprobs.token_logprobs_reference, inputs,
+                targets=torch.randint(0, vocab, (tokens,)), return_entropy=True,
+                cancelling=float(tokens) ** 0.5 * 4,
+                output_size=8.0,  # that of the logits, whose difference a log-prob is
+                **options,
+            )  # fmt: skip
+    if backend == "reference":
+        return
+    part = _part(300, 24, dtype)
+    packed, hidden = PackedLinear.from_parts([part], dense=backend != "cpu"), draw(5, 24, dtype=dtype)
+    logits = linear.linear(hidden, packed, float_output=True, backend=backend)
+    where = {"streams": torch.arange(5), "positions": torch.arange(5), "seed": 1, "temperature": 0.8}
+    picked, expected = sample.sample(logits, backend=backend, **where)
+    for rows in (slice(0, 5), slice(2, 3)):
+        ours = token_logprobs.token_logprobs(
+            hidden[rows], part.weight, picked[rows], bias=part.bias, temperature=0.8, backend=backend
+        )
+        assert same_bits(ours, expected[rows])
