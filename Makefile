@@ -2,12 +2,15 @@
 # make test    the test suite
 # make lint    ruff and mypy
 # make bench   kernels, then generation against HF
+# make gpu-check   for the owner of a GPU: build, test and measure; GPU_PYTHON has PyTorch for CUDA and the project's needs
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 export VENV
 
-.PHONY: run test lint format bench clean
+GPU_PYTHON ?= python3
+
+.PHONY: run test lint format bench gpu-check clean
 
 $(VENV)/.installed: setup.py constraints.txt .ci/venv
 	.ci/venv
@@ -30,6 +33,9 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest -q benchmarks
 	$(BIN)/dschat bench generate
+
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check --output gpu-check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
