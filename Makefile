@@ -3,12 +3,15 @@
 # make test-full   the same with every size, dtype and architecture of the GPU kernels, also in the checking build (hours)
 # make lint    ruff and mypy
 # make bench   kernels, then generation against HF
+# make gpu-check   for the owner of a GPU: build, test and measure; GPU_PYTHON has PyTorch for CUDA and the project's needs
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 export VENV
 
-.PHONY: run test test-full lint format bench clean
+GPU_PYTHON ?= python3
+
+.PHONY: run test test-full lint format bench gpu-check clean
 
 $(VENV)/.installed: setup.py constraints.txt .ci/venv
 	.ci/venv
@@ -35,6 +38,9 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest -q benchmarks
 	$(BIN)/dschat bench generate
+
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check --output gpu-check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

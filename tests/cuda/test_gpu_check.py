@@ -1,0 +1,86 @@
+"""benchmarks/gpu_check.py without a GPU: the whole dry run, and its kernels on what stands in for a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulated import emulated_cuda
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import DRY, Machine
+
+OPS = (
+    "rms_norm", "layer_norm", "bias_act", "gated_act", "linear", "lora_linear", "fuse_lora", "attention",
+    "attention_decode", "rope_append", "sample", "token_logprobs",
+)  # fmt: skip
+PEAKS = {"bytes_per_s": 1e9, "flops_per_s": 1e9}
+
+
+def test_the_dry_run_writes_the_whole_report(tmp_path: Path) -> None:
+    assert gpu_check.main(["--dry-run", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["dry_run"] and report["failures"] == []
+    assert {row["op"].split(",")[0].split(" ")[0] for row in report["kernels"]} == set(OPS)
+    for row in report["kernels"]:
+        for side in (*report["backends"], "torch eager"):
+            assert row["sides"][side]["median_us"] > 0
+        assert row["sides"][report["backends"][0]]["good"] and row["bytes"] > 0
+    (row,) = report["generation"]
+    assert row["sides"][report["backends"][0]]["tokens_of_hf"] == 1.0
+    assert report["tests"]["status"] == 0 and "2/" in report["tests"]["summary"]
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# GPU check on the CPU: a DRY RUN, no figure here is a GPU's")
+    assert all(f"| {op}" in text for op in OPS) and "- HF eager: " in text
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_its_kernels_call_the_gpu_backends_rightly(backend: str) -> None:
+    """Every case within the criterion on the sources compiled for the CPU, and in Triton's interpreter."""
+    with contextlib.ExitStack() as stack:
+        if backend == "cuda":
+            stack.enter_context(emulated_cuda())
+        elif importlib.util.find_spec("triton") is None:
+            pytest.skip("Triton is not installed")
+        else:
+            from tests.triton_kernels.interpreter import interpreter
+
+            stack.enter_context(interpreter())
+        dtypes = (torch.bfloat16,) if backend == "triton" else (torch.bfloat16, torch.float16, torch.float32)
+        machine = Machine(torch.device("cpu"), (backend,), dtypes, DRY, True)
+        rows = gpu_check.kernels(machine, "", PEAKS)
+    bad = [
+        (row["op"], row["dtype"], row["sides"][backend])
+        for row in rows
+        if not row["sides"][backend].get("good")
+    ]
+    assert not bad
+
+
+def test_a_wrong_kernel_and_one_that_fails_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(x: Any, *arguments: Any, **options: Any) -> Any:
+        if options.get("residual") is not None:
+            raise RuntimeError("no residual today")
+        return 1.01 * torch.nn.functional.rms_norm(x, x.shape[-1:], arguments[0], 1e-5)
+
+    monkeypatch.setattr(gpu_check.dk, "rms_norm", broken)
+    machine = Machine(torch.device("cpu"), ("cpu",), (torch.float32,), DRY, True)
+    report: dict[str, Any] = {
+        "backends": ["cpu"], "build": {}, "tests": {}, "peaks": PEAKS, "generation": [],
+        "kernels": gpu_check.kernels(machine, "rms_norm", PEAKS),
+    }  # fmt: skip
+    found = gpu_check.failures(report)
+    assert any("rms_norm 3x64 float32, cpu: error" in line for line in found)
+    assert "rms_norm + residual 3x64 float32, cpu: RuntimeError: no residual today" in found
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="PyTorch finds no NVIDIA GPU on this machine; --dry-run runs"):
+        gpu_check.main(["--output", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
