@@ -140,6 +140,29 @@ class TestInputs:
                 ours[real], theirs[real], rtol=2e-4, atol=2e-4 * float(theirs.abs().max())
             )
 
+    @torch.no_grad()
+    def test_a_row_of_nothing_but_padding(self) -> None:
+        """transformers' own forward computes it; the engine refuses an empty prompt."""
+        model, tokens = build("qwen3"), ids(2, 7)
+        mask = torch.ones_like(tokens)
+        mask[1] = 0
+        arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        theirs = model(tokens, **arguments).logits
+        with dk.patch(model, strict=True) as patch:
+            torch.testing.assert_close(model(tokens, **arguments).logits[0], theirs[0], rtol=2e-4, atol=2e-3)
+            assert "a row has no token at all" in patch.report().notes[0]
+        with pytest.raises(
+            ValueError, match="row 1 of the batch has no token: its attention mask is all zero"
+        ):
+            HybridEngine(model).generate(tokens, mask)
+
+    def test_a_tokenizer_of_another_model(self) -> None:
+        """Before a token is generated."""
+        with pytest.raises(
+            ValueError, match="prompt 1 holds token 300, outside the vocabulary of 67: check the tok"
+        ):
+            HybridEngine(build("gemma3")).generate(torch.tensor([[3, 4], [3, 300]]), None, SamplingConfig(4))
+
     def test_pad_equal_to_eos(self) -> None:
         """A prompt full of eos is no padding unless the mask says so."""
         model, tokens = build("qwen3"), ids(2, 7)

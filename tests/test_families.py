@@ -3,6 +3,7 @@ transformers' own code finds in a cache that the fused decoder filled."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 import dschat_kernels as dk
 from dschat_kernels.models import Unsupported, decoder_spec
 from dschat_kernels.plan import Decoder
+from tests import models_page
 from tests.spec_walk import walk
 from tests.tiny_models import CONFIGS, build, randomise
 
@@ -258,6 +260,29 @@ def test_real_names_are_in_the_table() -> None:
     types = {config.model_type for config, _ in CONFIGS.values()}  # type: ignore[attr-defined]
     promised = (
         "gpt2 gpt_neo gptj opt bloom gpt_neox llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 falcon "
-        "stablelm starcoder2 olmo2 smollm3 cohere granite"
+        "stablelm starcoder2 olmo2 smollm3 cohere granite internlm3"
     )
     assert set(promised.split()) <= types
+
+
+@pytest.mark.parametrize("kind", ["iquestcoder", "gpt-sw3"])
+@torch.no_grad()
+def test_a_type_that_no_adapter_names(kind: str) -> None:
+    """Built of known mechanisms, it runs fused without a line of code."""
+    adapters = Path(decoder_spec.__code__.co_filename).parent
+    assert not any(kind in path.read_text() for path in adapters.glob("*.py"))
+    fields = {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    randomise(model, 0)
+    tokens = ids(12)
+    theirs, greedy = model(tokens).logits, model.generate(tokens, max_new_tokens=4, **NEVER)
+    with dk.patch(model, strict=True) as patch:
+        close(model(tokens).logits, theirs)
+        assert torch.equal(model.generate(tokens, max_new_tokens=4, **NEVER), greedy)
+        assert not patch.report().notes
+
+
+def test_the_page_of_models_is_current() -> None:
+    """docs/models.md is what the tiny models say; `python -m tests.models_page` writes it."""
+    assert models_page.PAGE.read_text() == models_page.page()

@@ -22,6 +22,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     HeliumConfig,
+    InternLM3Config,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -315,6 +316,69 @@ CONFIGS.update(
         ),
         "glm": (GlmConfig, {**_LLAMA, "head_dim": 16, "attention_bias": True}),
         "helium": (HeliumConfig, {**_LLAMA, "head_dim": 12}),
+        "internlm3": (InternLM3Config, {**_LLAMA, "head_dim": 16, "qkv_bias": True, "bias": True}),
+        "llama-yarn-options": (
+            LlamaConfig,
+            {
+                **_LLAMA,
+                "rope_parameters": {
+                    **_YARN,
+                    "beta_fast": 8.0,
+                    "beta_slow": 2.0,
+                    "mscale": 1.3,
+                    "mscale_all_dim": 0.4,
+                    "truncate": False,
+                },
+            },
+        ),
+        "mistral-yarn-factor": (
+            MistralConfig,
+            {**_LLAMA, "sliding_window": 9, "rope_parameters": {**_YARN, "attention_factor": 1.7}},
+        ),
+        "phi3-longrope-factor": (
+            Phi3Config,
+            {
+                **_LLAMA,
+                "tie_word_embeddings": True,
+                "rope_parameters": {**_LONGROPE, "attention_factor": 0.8},
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        "gemma3-options": (
+            Gemma3TextConfig,
+            {
+                **_LLAMA,
+                "head_dim": 20,
+                "sliding_window": 5,
+                "attention_bias": True,
+                "query_pre_attn_scalar": 30,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "tie_word_embeddings": False,
+            },
+        ),
+        "smollm3-bias": (
+            SmolLM3Config,
+            {**_LLAMA, "attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 1]},
+        ),
+        "cohere2-bias": (
+            Cohere2Config,
+            {**_LLAMA, "attention_bias": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3},
+        ),
+        "stablelm-options": (
+            StableLmConfig,
+            {
+                **_LLAMA,
+                "rope_parameters": _PARTIAL,
+                "qk_layernorm": True,
+                "use_qkv_bias": True,
+                "hidden_act": "gelu",
+            },
+        ),
+        "falcon-queries-sequential": (
+            FalconConfig,
+            {**_FALCON, "multi_query": True, "parallel_attn": False, "bias": True},
+        ),
+        "gpt2-quick-gelu": (GPT2Config, {**_GPT2, "activation_function": "quick_gelu"}),
     }
 )
 # Between them every mechanism that a decoder can be built of.
