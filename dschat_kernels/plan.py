@@ -28,7 +28,7 @@ from .ops.layer_norm import layer_norm
 from .ops.linear import linear
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import rope_append
-from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
+from .packing import DTYPES, WEIGHTS, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class Decoder:
         backend: None (native kernels where they are, else the reference), "cpu", "reference",
             "triton" or "cuda".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
-        weights: "model": packs in `dtype`; "int8": quantised while packing, a scale an output column.
+        weights: how packs hold matrices, one of packing.WEIGHTS; int8 is quantised while packing.
 
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
     runs on what the last `refresh` left. Call `refresh` after any change of weights, adapters or their
@@ -321,9 +321,9 @@ class Decoder:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
         if backend not in (None, "cpu", "triton", "cuda", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
-        if weights == "int8" and backend in ("triton", "cuda"):
+        if weights != "model" and backend in ("triton", "cuda"):
             raise ValueError(
-                f"weights is 'int8' and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
+                f"weights is {weights!r} and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
             )
         if backend in ("triton", "cuda"):  # on CPU tensors in tests only: a model on a GPU is refused above
             resolve_backend("decoder", backend, embed.weight)
@@ -711,8 +711,9 @@ class NativeExecutor:
         elif c.op == "linear":
             p = d.packed(c.weights)
             plan.linear(
-                index[c.input], index[c.out], index[c.residual] if c.residual else -1, ptr(p.panels),
-                ptr(p.scales), ptr(p.bias), p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
+                index[c.input], index[c.out], index[c.residual] if c.residual else -1,
+                WEIGHTS.index(p.weights), ptr(p.panels), ptr(p.scales), ptr(p.bias), p.n, p.k, p.gated,
+                ACTIVATIONS[c.activation], c.out == "logits",
             )  # fmt: skip
         elif c.op == "scale":
             plan.scale(index[c.input], index[c.out], d.plan.widths[c.out], factor(d, c))

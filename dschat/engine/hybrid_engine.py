@@ -38,7 +38,8 @@ class HybridEngine:
             `rollout.logprobs` bit for bit, at the cost of repacking after every step.
         backend: None, "cpu" or "reference".
         rollout_weights: "model", or "int8": matrices are quantised at every flip (LoRA fused first), one scale an
-            output column, so decoding reads half the bytes. The training forward keeps the model's weights;
+            output column, so decoding reads half the bytes; or "int8_dynamic": activations are quantised too, which
+            is faster from a few rows on and less precise. The training forward keeps the model's weights;
             `logprobs` against `rollout.logprobs` says how far apart they are, and PPO's and GRPO's importance_cap
             corrects for it.
 
