@@ -45,7 +45,9 @@ def opt(default: Any, text: str) -> Any:
 
 
 def _rollout_weights() -> Any:
-    return opt("model", "of generation; int8: quantised, a scale an output column, half the bytes a step")
+    return opt(
+        "model", "of generation; int8: quantised, half the bytes a step; int8_dynamic: activations too"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the types
@@ -421,7 +423,7 @@ class OnlineConfig(StageConfig):
     ratio_level: Literal["token", "sequence", "answer"] = opt(
         "token", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
     )
-    rollout_weights: Literal["model", "int8"] = _rollout_weights()
+    rollout_weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
     importance_cap: float | None = opt(
         None, "weigh by min(p training / p rollout, this), for rollouts in lesser precision; none: don't"
     )
@@ -512,15 +514,15 @@ class OnlineConfig(StageConfig):
                 f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
                 "give both, or leave both out"
             )
-        if self.rollout_weights == "int8" and self.exact:
+        if self.rollout_weights != "model" and self.exact:
             raise ConfigError(
-                "rollout_weights is int8 and exact is true, which trains on the rollout's own weights; "
-                "set rollout_weights to model, or exact to false"
+                f"rollout_weights is {self.rollout_weights} and exact is true, which trains on the rollout's own "
+                "weights; set rollout_weights to model, or exact to false"
             )
-        if self.rollout_weights == "int8" and self.importance_cap is None:
+        if self.rollout_weights != "model" and self.importance_cap is None:
             raise ConfigError(
-                "rollout_weights is int8 and importance_cap none, so nothing would correct for the rollout's lesser "
-                "precision; set importance_cap to a number such as 2"
+                f"rollout_weights is {self.rollout_weights} and importance_cap none, so nothing would correct "
+                "for the rollout's lesser precision; set importance_cap to a number such as 2"
             )
         if self.importance_cap is not None and self.exact:
             raise ConfigError(
@@ -705,7 +707,7 @@ class _ModelCommand(Config):
 class GenerateConfig(_ModelCommand):
     command: ClassVar[str] = "generate"
     about: ClassVar[str] = "answers to prompts, on the fused kernels"
-    weights: Literal["model", "int8"] = _rollout_weights()
+    weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
     prompt: list[str] = opt([], "prompts; none: lines of standard input")
     chat: bool = opt(True, "put prompts through the chat template if the tokenizer has one")
     max_new_tokens: int = opt(128, "most tokens in an answer")
@@ -721,7 +723,7 @@ class GenerateConfig(_ModelCommand):
 class BenchGenerateConfig(_ModelCommand):
     command: ClassVar[str] = "bench generate"
     about: ClassVar[str] = "tokens a second against Hugging Face, prefill and decode apart"
-    weights: Literal["model", "int8"] = _rollout_weights()
+    weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
     workload: list[str] = opt(
         ["16x128+128"], "BATCHxPROMPT+NEW in tokens, such as 16x128+128; several one by one"
     )
@@ -759,7 +761,7 @@ class BenchGenerateConfig(_ModelCommand):
 class VerifyConfig(_ModelCommand):
     command: ClassVar[str] = "verify"
     about: ClassVar[str] = "certificate: fused = Hugging Face, padded = unpadded, rollout = training"
-    weights: Literal["model", "int8"] = _rollout_weights()
+    weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
     adapter: str = opt("", "folder or hub id of a PEFT adapter, certified on top of the model, not merged")
     deep: bool = opt(False, "every backend that runs here, and longer prompts")
     max_new_tokens: int = opt(16, "tokens generated in the comparisons")
@@ -771,7 +773,7 @@ class VerifyConfig(_ModelCommand):
 class ServeConfig(_ModelCommand):
     command: ClassVar[str] = "serve"
     about: ClassVar[str] = "a model behind OpenAI's HTTP interface, on this machine"
-    weights: Literal["model", "int8"] = _rollout_weights()
+    weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
     host: str = opt("localhost", "address to listen on; there is no authentication")
     port: int = opt(8000, "port to listen on")
     name: str = opt("", "name of the model in requests; empty: as given to --model")
@@ -827,7 +829,7 @@ class EvalConfig(_ModelCommand):
 class ChatConfig(_ModelCommand):
     command: ClassVar[str] = "chat"
     about: ClassVar[str] = "talk to a model in the terminal"
-    weights: Literal["model", "int8"] = _rollout_weights()
+    weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
     system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
     max_new_tokens: int = opt(256, "most tokens in an answer")
     temperature: float = opt(0.7, "0: greedy")

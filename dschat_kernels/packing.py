@@ -22,8 +22,11 @@ PANEL = 32
 """Output columns of a panel (csrc/cpu/linear.h)."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that can be packed, with their number in the binding."""
-WEIGHTS = ("model", "int8")
-"""How packs hold weights: in the rollout's dtype, or as int8 with a float32 scale an output column."""
+WEIGHTS = ("model", "int8", "int8_dynamic")
+"""How packs hold weights: in the rollout's dtype; as int8 with a float32 scale an output column; or so, and the
+activations they meet are quantised too (`quantised_rows`). Their places are their numbers in the binding."""
+QUANT_GROUP = 64
+"""Neighbouring activations that share a scale (csrc/cpu/gemm_int8.h)."""
 DIGEST_PIECE = 2**24
 """Words of 4 bytes that `digest` takes at a time without native kernels."""
 
@@ -138,6 +141,17 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales.where(normal, torch.zeros(())).where(finite, torch.full((), torch.nan))
 
 
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations [rows, k] as "int8_dynamic" products take them: `quantise` of every group of QUANT_GROUP.
+
+    Returns (values int8 [rows, groups, QUANT_GROUP], zero past k; scales float32 [rows, groups]).
+    """
+    x = nn.functional.pad(x.float(), (0, -x.shape[1] % QUANT_GROUP))
+    groups = x.shape[1] // QUANT_GROUP
+    values, scales = quantise(x.reshape(-1, QUANT_GROUP))
+    return values.view(-1, groups, QUANT_GROUP), scales.view(-1, groups)
+
+
 def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
     """round(W + sum of scale * B A) as a dense [out, in] tensor of `dtype`, accumulated in float32."""
     weight = part.weight.detach().float()
@@ -162,7 +176,7 @@ class PackedLinear:
     Args:
         shapes: (out, in) of the parts; all `in` equal.
         dtype: float32 or bfloat16 (dense: float16 too), of the packed weights and of the activations they meet.
-        weights: "model" (in `dtype`) or "int8" (`quantise`); activations keep their dtype.
+        weights: one of WEIGHTS.
         gated: exactly two parts of one shape, gate and up; the result has `out` of one of them.
         dense: keep the matrix dense, as GPUs want it; None: where there are no native kernels, or not on the CPU.
         device: of the packed weights.
@@ -203,12 +217,13 @@ class PackedLinear:
         self.bias = torch.zeros(entries, device=device) if has_bias else None
         self.fills = 0
         """Times the pack was written; what read it once can tell whether it still holds the same weight."""
-        self.scales = torch.zeros(entries, device=device) if weights == "int8" else None
-        held = torch.int8 if weights == "int8" else dtype
+        self.scales = torch.zeros(entries, device=device) if weights != "model" else None
+        held = torch.int8 if weights != "model" else dtype
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
         if not dense:
-            self.depth = module.panel_depth(DTYPES[dtype], self.k)  # k, padded where AMX tiles need it
+            # k, padded where tiles, pairs or fours of depths need it
+            self.depth = module.panel_depth(DTYPES[dtype], WEIGHTS.index(weights), self.k)
             self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=held)
         else:
             self.dense = torch.empty(self.total, self.k, dtype=held, device=device)
@@ -309,8 +324,9 @@ class PackedLinear:
             matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
         source = parts[0].weight.dtype
         module.pack_linear(
-            DTYPES[source], DTYPES[self.dtype], matrices, self.gated, ptr(panels), ptr(self.scales)
-        )
+            DTYPES[source], DTYPES[self.dtype], matrices, self.gated, WEIGHTS.index(self.weights), ptr(panels),
+            ptr(self.scales),
+        )  # fmt: skip
 
     def to_dense(self) -> Tensor:
         """The fused matrix [n, k] (a gated pair: [2 n, k], gate first) that the pack stands for, bit for
@@ -326,7 +342,12 @@ class PackedLinear:
         half, count = PANEL // 2, self.num_panels
         rows = self.panels.view(count, self.depth, PANEL)  # csrc/cpu/gemm.h: panel_place
         module: Any = native()
-        if self.dtype == torch.bfloat16 and module.depth_pairs:
+        if self.weights == "int8_dynamic":  # csrc/cpu/gemm_int8.h: fours of depths, values + 128
+            rows = (rows.view(torch.uint8).to(torch.int16) - 128).to(torch.int8)
+            rows = (
+                rows.view(count, self.depth // 4, PANEL, 4).transpose(2, 3).reshape(count, self.depth, PANEL)
+            )
+        elif self.dtype == torch.bfloat16 and module.depth_pairs:
             rows = (
                 rows.view(count, self.depth // 2, PANEL, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
             )

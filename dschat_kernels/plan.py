@@ -29,7 +29,7 @@ from .ops.layer_norm import layer_norm
 from .ops.linear import linear
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import MAX_HEAD_DIM, rope_append
-from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
+from .packing import DTYPES, WEIGHTS, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class Decoder:
         backend: None (the fastest that runs on the device of the weights, see `resolve_backend`), "cpu",
             "triton", "cuda" or "reference".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
-        weights: "model": packs in `dtype`; "int8": quantised while packing, a scale an output column.
+        weights: how packs hold matrices, one of packing.WEIGHTS; int8 is quantised while packing.
 
     `bindings` counts the times that something the plan reads may have moved (see `addresses`).
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
@@ -370,9 +370,9 @@ class Decoder:
             backend = resolve_backend("decoder", backend, embed.weight)
         if backend in ("triton", "cuda") and spec.head_dim > MAX_HEAD_DIM:
             raise Unsupported(f"head_dim is {spec.head_dim}: the {backend} kernels go to {MAX_HEAD_DIM}.")
-        if weights == "int8" and backend in ("triton", "cuda"):
+        if weights != "model" and backend in ("triton", "cuda"):
             raise ValueError(
-                f"weights is 'int8' and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
+                f"weights is {weights!r} and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
             )
         if backend == "cpu" and native() is None:
             raise RuntimeError(
@@ -794,8 +794,9 @@ class NativeExecutor:
         elif c.op == "linear":
             p = d.packed(c.weights)
             plan.linear(
-                index[c.input], index[c.out], index[c.residual] if c.residual else -1, ptr(p.panels),
-                ptr(p.scales), ptr(p.bias), p.n, p.k, p.gated, ACTIVATIONS[c.activation], c.out == "logits",
+                index[c.input], index[c.out], index[c.residual] if c.residual else -1,
+                WEIGHTS.index(p.weights), ptr(p.panels), ptr(p.scales), ptr(p.bias), p.n, p.k, p.gated,
+                ACTIVATIONS[c.activation], c.out == "logits",
             )  # fmt: skip
         elif c.op == "scale":
             plan.scale(index[c.input], index[c.out], d.plan.widths[c.out], factor(d, c))

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/gemm_int8.h"
 #include "cpu/linear.h"
 #include "cpu/linear_backward.h"
 #include "cpu/lora_linear.h"
@@ -38,9 +39,17 @@ struct Matrices {
 };
 
 inline PackedMatrix packed_matrix(uintptr_t panels, uintptr_t bias, int64_t n, int64_t k, bool gated,
-                                  uintptr_t scales = 0) {
-  return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated,
+                                  int weights = 0, uintptr_t scales = 0) {
+  return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), n, k, gated, Weights(weights),
           reinterpret_cast<const float*>(scales)};
+}
+
+// k as panels hold it, padded where their layout needs it.
+inline int64_t padded_depth(DType dtype, Weights weights, int64_t k) {
+  if (weights == Weights::int8_dynamic) return panel_depth(static_cast<const q8_quad*>(nullptr), k);
+  if (dtype == DType::bf16 && weights == Weights::int8) return panel_depth(static_cast<const q8_bf16*>(nullptr), k);
+  if (dtype == DType::bf16) return panel_depth(static_cast<const bf16*>(nullptr), k);
+  return panel_depth(static_cast<const float*>(nullptr), k);
 }
 
 // How bfloat16 products are computed: widened to float32, by dot products of pairs, or on AMX tiles; "model": by the
@@ -63,19 +72,16 @@ inline void bind_decoder(pybind11::module_& m) {
 
   m.attr("bf16_products") = kBf16Products;
   m.attr("depth_pairs") = kDepthPairs;
-  m.def(
-      "panel_depth",
-      [](int dtype, int64_t k) {
-        return DType(dtype) == DType::f32 ? panel_depth(static_cast<const float*>(nullptr), k)
-                                          : panel_depth(static_cast<const bf16*>(nullptr), k);
-      });
+  m.def("panel_depth",
+        [](int dtype, int weights, int64_t k) { return padded_depth(DType(dtype), Weights(weights), k); });
   m.def(
       "pack_linear",
-      [](int source, int target, const std::vector<Matrix>& parts, bool gated, uintptr_t panels, uintptr_t scales) {
+      [](int source, int target, const std::vector<Matrix>& parts, bool gated, int weights, uintptr_t panels,
+         uintptr_t scales) {
         Matrices matrices(parts);
         parallel([&](const Team& team) {
           pack_linear(team, DType(source), DType(target), matrices.dense.data(), int(matrices.dense.size()), gated,
-                      reinterpret_cast<void*>(panels), reinterpret_cast<float*>(scales));
+                      Weights(weights), reinterpret_cast<void*>(panels), reinterpret_cast<float*>(scales));
         });
       },
       release());
@@ -103,12 +109,12 @@ inline void bind_decoder(pybind11::module_& m) {
       },
       release());
 
-  // linear_int8 is linear with one argument more, the scales of the panels.
+  // linear_int8 is linear with two arguments more: how the panels hold their weights, and the scales.
   const auto linear_int8 = [](int dtype, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t panels, uintptr_t bias,
                               int64_t n, int64_t k, bool gated, int activation, uintptr_t residual,
                               int64_t residual_stride, bool float_output, uintptr_t y, int64_t y_stride,
-                              uintptr_t scales) {
-    const PackedMatrix w = packed_matrix(panels, bias, n, k, gated, scales);
+                              int weights, uintptr_t scales) {
+    const PackedMatrix w = packed_matrix(panels, bias, n, k, gated, weights, scales);
     LinearEpilogue e;
     e.activation = Activation(activation);
     e.residual = reinterpret_cast<const void*>(residual);
@@ -126,7 +132,7 @@ inline void bind_decoder(pybind11::module_& m) {
                     int64_t k, bool gated, int activation, uintptr_t residual, int64_t residual_stride,
                     bool float_output, uintptr_t y, int64_t y_stride) {
         linear_int8(dtype, x, x_stride, rows, panels, bias, n, k, gated, activation, residual, residual_stride,
-                    float_output, y, y_stride, 0);
+                    float_output, y, y_stride, 0, 0);
       },
       release());
 
@@ -226,11 +232,11 @@ inline void bind_decoder(pybind11::module_& m) {
              p.add(c);
            })
       .def("linear",
-           [](StepPlan& p, int in, int out, int residual, uintptr_t panels, uintptr_t scales, uintptr_t bias, int64_t n,
-              int64_t k, bool gated, int activation, bool float_output) {
+           [](StepPlan& p, int in, int out, int residual, int weights, uintptr_t panels, uintptr_t scales, uintptr_t bias,
+              int64_t n, int64_t k, bool gated, int activation, bool float_output) {
              Call c{CallKind::linear};
              c.in = in, c.out = out, c.residual = residual;
-             c.matrix = packed_matrix(panels, bias, n, k, gated, scales);
+             c.matrix = packed_matrix(panels, bias, n, k, gated, weights, scales);
              c.activation = Activation(activation), c.float_output = float_output;
              p.add(c);
            })

@@ -46,14 +46,6 @@ template <typename W> struct Job {
     }
   }
 
-  // f(std::integral_constant<int, rows>) for 1 <= rows <= kMaxRows.
-  template <int MR = kMaxRows, typename F> static DSCHAT_INLINE void with_rows(int rows, F&& f) {
-    if constexpr (MR > 1) {
-      if (rows < MR) return with_rows<MR - 1>(rows, f);
-    }
-    f(std::integral_constant<int, MR>{});
-  }
-
   void copy(int64_t begin, int64_t end, Unit* dst) const {
     const int64_t first = begin * x_stride;
     const int rows = int(end - begin);

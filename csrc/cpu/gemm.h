@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "amx.h"
 #include "bf16_dot.h"
@@ -151,6 +152,14 @@ template <int MR> constexpr int panels_at_once() {
   constexpr int budget = DSCHAT_VEC_REGISTERS >= 32 ? 24 : (DSCHAT_VEC_REGISTERS >= 8 ? 6 : 4);
   constexpr int fit = budget / (2 * MR);
   return fit < 1 ? 1 : (fit > 4 ? 4 : fit);
+}
+
+// f(std::integral_constant<int, rows>) for 1 <= rows <= kMaxRows.
+template <int MR = kMaxRows, typename F> DSCHAT_INLINE void with_rows(int rows, F&& f) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return with_rows<MR - 1>(rows, f);
+  }
+  f(std::integral_constant<int, MR>{});
 }
 
 // Units that copy_rows writes for `rows` rows.

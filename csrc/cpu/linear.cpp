@@ -4,6 +4,8 @@
 
 #include "dispatch.h"
 #include "epilogue.h"
+#include "gemm_int8.h"
+#include "quantise.h"
 
 namespace dschat {
 namespace {
@@ -13,8 +15,12 @@ void linear_typed(const Team& team, DType dtype, const void* x, int64_t x_stride
                   const LinearEpilogue& e, void* y, int64_t y_stride) {
   if (rows == 0 || w.n == 0) return;
   const Share s = share_of(team, rows, w.panels());
-  multiply_panels(dtype, w.scales ? DType::i8 : dtype, x, x_stride, w.k, w.data, s.r0, s.r1, s.p0, s.p1,
-                  Output<T>(w, e, y, y_stride));
+  const Output<T> output(w, e, y, y_stride);
+  if (w.weights == Weights::int8_dynamic)
+    return multiply_panels_int8(dtype, x, x_stride, w.k, static_cast<const q8_quad*>(w.data), s.r0, s.r1, s.p0, s.p1,
+                                output);
+  const DType w_type = w.weights == Weights::int8 ? DType::i8 : dtype;
+  multiply_panels(dtype, w_type, x, x_stride, w.k, w.data, s.r0, s.r1, s.p0, s.p1, output);
 }
 
 // ------------------------------------------------------------------------------------------------ packing
@@ -51,31 +57,10 @@ template <typename S> void fused_row(const DenseMatrix& w, int64_t n, float* out
   }
 }
 
-// row = the integers of linear.h: pack_linear; returns their scale.
-float quantise(float* row, int64_t k) {
-  Vec largest = zero(), broken = zero();  // broken: NaN where a value is not finite
-  for (int64_t i = 0; i < k; i += kLanes) {
-    const Vec v = load(row + i, int(std::min<int64_t>(kLanes, k - i)));
-    largest = max(abs(v), largest);
-    broken = fma(v, zero(), broken);
-  }
-  const bool finite = reduce_add(broken) == 0.0f;
-  const float scale = finite ? reduce_max(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
-  if (!(scale >= std::numeric_limits<float>::min())) {
-    std::fill(row, row + k, 0.0f);
-    return finite ? 0.0f : scale;
-  }
-  const Vec divisor = set1(scale), limit = set1(127.0f);
-  for (int64_t i = 0; i < k; i += kLanes) {
-    const int n = int(std::min<int64_t>(kLanes, k - i));
-    store(row + i, max(min(round_even(load(row + i, n) / divisor), limit), zero() - limit), n);
-  }
-  return scale;
-}
-
 // The row as D stores it: int8 values are integers already.
 template <typename D> DSCHAT_INLINE D packed_value(float x) {
   if constexpr (std::is_same_v<D, q8> || std::is_same_v<D, q8_pair>) return D{int8_t(x)};
+  else if constexpr (std::is_same_v<D, q8_quad>) return D{uint8_t(int(x) + 128)};
   else return from_float<D>(x);
 }
 
@@ -145,12 +130,13 @@ void linear(const Team& team, DType dtype, const void* x, int64_t x_stride, int6
 }
 
 void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
-                 void* panels, float* scales) {
+                 Weights weights, void* panels, float* scales) {
   dispatch_pair(source, target, [&](auto s, auto d) {
     using D = decltype(d);
     using Q = std::conditional_t<std::is_same_v<D, float>, q8, q8_bf16>;
     const auto pack = [&](auto* out) { pack_typed<decltype(s)>(team, parts, num_parts, gated, out, scales); };
-    if (scales) pack(static_cast<Q*>(panels));
+    if (weights == Weights::int8_dynamic) pack(static_cast<q8_quad*>(panels));
+    else if (weights == Weights::int8) pack(static_cast<Q*>(panels));
     else pack(static_cast<D*>(panels));
   });
 }

@@ -16,13 +16,18 @@
 
 namespace dschat {
 
+// How panels hold weights: in the dtype of x; as int8 with a float32 scale a column; or such panels for rows that are
+// quantised too (gemm_int8.h).
+enum class Weights : int { model = 0, int8 = 1, int8_dynamic = 2 };
+
 struct PackedMatrix {
   const void* data;   // panels
   const float* bias;  // [panels * 32] in panel order, or null
   int64_t n;          // output features (of a gated pair: of the gated result)
   int64_t k;          // input features
   bool gated;
-  const float* scales = nullptr;  // of int8 panels: [panels * 32] in panel order; null: panels of x's dtype
+  Weights weights = Weights::model;
+  const float* scales = nullptr;  // of int8 panels: [panels * 32] in panel order
 
   int64_t panels() const { return gated ? (n + 15) / 16 : (n + kPanel - 1) / kPanel; }
 };
@@ -58,11 +63,10 @@ struct DenseMatrix {
 // source: dtype of the weights; target: dtype of the panels. W + sum of updates is accumulated in float32 and
 // rounded once to `target`.
 //
-// With `scales` [panels * 32] the panels are int8, in the layout that rows of dtype `target` meet. Each row of the float32
-// sum is quantised by itself: scale = max |w| / 127, value = w / scale rounded to even, so |w - scale * value| <= scale / 2.
-// A row whose scale is no normal number is all zeros, its scale 0; one that holds NaN or infinity gets the scale NaN.
+// int8 panels have the layout that rows of dtype `target` meet. Each row of the float32 sum is quantised by itself
+// (quantise.h), its scale goes to `scales` [panels * 32], which is null for other weights.
 void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
-                 void* panels, float* scales);
+                 Weights weights, void* panels, float* scales);
 
 // The same sum as a plain row-major [n, k] matrix of dtype `target` (fuse_lora).
 void fuse_lora(const Team& team, DType source, DType target, const DenseMatrix& w, void* out);

@@ -19,7 +19,7 @@
 
 namespace dschat {
 
-enum class DType : int { f32 = 0, bf16 = 1, i8 = 2 };  // i8: of packed weights only
+enum class DType : int { f32 = 0, bf16 = 1, i8 = 8 };  // i8: of packed weights only
 
 // bfloat16 as stored: the upper half of a float32.
 struct bf16 {

@@ -40,7 +40,8 @@ class HybridEngine:
             `rollout.logprobs` bit for bit, at the cost of repacking after every step.
         backend: None (the fastest on the model's device), "cpu", "triton", "cuda" or "reference".
         rollout_weights: "model", or "int8": matrices are quantised at every flip (LoRA fused first), one scale an
-            output column, so decoding reads half the bytes. The training forward keeps the model's weights;
+            output column, so decoding reads half the bytes; or "int8_dynamic": activations are quantised too, which
+            is faster from a few rows on and less precise. The training forward keeps the model's weights;
             `logprobs` against `rollout.logprobs` says how far apart they are, and PPO's and GRPO's importance_cap
             corrects for it.
         cuda_graphs: on a GPU, decode steps replay CUDA graphs (`dschat_kernels.graphs`); the cache is kept for them

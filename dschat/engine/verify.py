@@ -82,7 +82,7 @@ class Certificate:
             )
         if self.diverges:
             lines.append(f"first divergence: {self.diverges}")
-        quantised = " within int8 weights" if self.facts.get("weights") == "int8" else ""
+        quantised = " within int8" if self.facts.get("weights", "model") != "model" else ""
         lines.append(
             "certificate: "
             + (f"the fused model is the model{quantised}" if self.passed else "NOT the same model")
@@ -94,6 +94,7 @@ GAP = {
     "torch.float32": {"max": 1e-3, "mean": 1e-4, "mult": 1.0001, "outside": 0.0},
     "torch.bfloat16": {"max": 0.5, "mean": math.log(1.05), "mult": 1.05, "outside": 0.1},
     "int8": {"max": 2.0, "mean": math.log(1.2), "mult": 1.2, "outside": 0.75},
+    "int8_dynamic": {"max": 3.0, "mean": math.log(1.3), "mult": 1.3, "outside": 0.9},
 }
 """How far the log-probs of rollout and training may be apart: that of int8 is what truncated importance weights still
 correct."""
@@ -374,7 +375,7 @@ class _Verifier:
     def logprob_gap(self, rollout: Rollout) -> None:
         """Rollout against training forward: max, mean, mean exp|d|, share of ratios outside [0.9, 1.1]."""
         gap = logprob_gap(self.engine.logprobs(rollout, exact=False), rollout)
-        kind = "int8" if self.quantised else str(self.dtype)
+        kind = self.engine.decoder.weights if self.quantised else str(self.dtype)
         bounds = GAP[kind]
         self.add("rollout against training log-probs, max |d|", gap["max"], bounds["max"])
         self.add("  mean |d|", gap["mean"], bounds["mean"])
@@ -492,7 +493,7 @@ class _Probe:
         scale = float(expected.float().abs().max())
         error = float((out.float() - expected.float()).abs().max())
         slack = 4.0 if out.dtype == torch.bfloat16 else 256.0
-        if self.reference.decoder.weights == "int8" and call.op == "linear":
+        if self.reference.decoder.weights != "model" and call.op == "linear":
             # Where LoRA is fused, its sum's last bit decides a weight that lies between two integers.
             slack = max(slack, ROUNDING[torch.bfloat16] / ROUNDING[out.dtype])
         if not self.found and not error <= slack * ROUNDING[out.dtype] * (scale + 1e-30):

@@ -2,6 +2,7 @@
 
     z = round(x W^T + b)                      float32 sums in a fixed order; the bias is added in float32
     z = round(scale * (x Q^T) + b)            int8 weights: the sums of the integers, then a float32 scale a column
+    z = round(scale * sum_g s_g (X_g Q_g^T) + b)   int8_dynamic: x is quantised too, in groups g of 64 with scales s_g
     y = round(act(z))                         activation, not gated
     y = round(act(z_gate) * z_up)             gated pack (gate and up in one matrix)
     y = round(residual + y)                   residual
@@ -34,7 +35,7 @@ from dschat_kernels.ops._common import (
 )
 from dschat_kernels.ops.bias_act import bias_act_reference
 from dschat_kernels.ops.gated_act import gated_act_reference
-from dschat_kernels.packing import PANEL, PackedLinear
+from dschat_kernels.packing import PANEL, QUANT_GROUP, WEIGHTS, PackedLinear, quantised_rows
 
 
 def linear(
@@ -105,6 +106,7 @@ def linear(
         return torch.ops.dschat.linear_int8(
             x,
             held,
+            WEIGHTS.index(packed.weights),
             packed.scales,
             packed.bias,
             packed.n,
@@ -128,7 +130,7 @@ def linear_reference(
     float_output: bool = False,
 ) -> Tensor:
     """The specification, in plain PyTorch."""
-    z = x.float() @ packed.stored().float().t()
+    z = int8_sums(x, packed) if packed.weights == "int8_dynamic" else x.float() @ packed.stored().float().t()
     scales, bias = packed.plain_scales(), packed.plain_bias()
     if scales is not None:
         z = z * scales
@@ -143,6 +145,16 @@ def linear_reference(
     elif activation != "none":
         y = bias_act_reference(y, None, activation)
     return y if residual is None else residual + y
+
+
+def int8_sums(x: Tensor, packed: PackedLinear) -> Tensor:
+    """sum over groups of (scale of x) * (integers of x times integers of the weight): float32 [..., total]."""
+    values, scales = quantised_rows(x.reshape(-1, packed.k))
+    weight = torch.nn.functional.pad(packed.stored(), (0, -packed.k % QUANT_GROUP)).float()
+    sums = torch.zeros(len(values), len(weight))
+    for g, columns in enumerate(weight.split(QUANT_GROUP, dim=1)):
+        sums += scales[:, g, None] * (values[:, g].float() @ columns.t())
+    return sums.view(*x.shape[:-1], len(weight))
 
 
 def linear_sums(x: Tensor, packed: PackedLinear, backend: str | None = None) -> tuple[Tensor, ...]:
@@ -192,14 +204,15 @@ LIBRARY.define(
     "bool float_output) -> Tensor"
 )
 LIBRARY.define(
-    "linear_int8(Tensor x, Tensor panels, Tensor scales, Tensor? bias, int n, int k, bool gated, str activation, "
-    "Tensor? residual, bool float_output) -> Tensor"
+    "linear_int8(Tensor x, Tensor panels, int weights, Tensor scales, Tensor? bias, int n, int k, bool gated, "
+    "str activation, Tensor? residual, bool float_output) -> Tensor"
 )
 
 
 def _native(
     x: Tensor,
     panels: Tensor,
+    weights: int,
     scales: Tensor | None,
     bias: Tensor | None,
     n: int,
@@ -219,7 +232,7 @@ def _native(
     if scales is None:
         kernels().linear(*arguments)
     else:
-        kernels().linear_int8(*arguments, ptr(scales))
+        kernels().linear_int8(*arguments, weights, ptr(scales))
     return y
 
 
@@ -234,7 +247,7 @@ def _forward_cpu(
     residual: Tensor | None,
     float_output: bool,
 ) -> Tensor:
-    return _native(x, panels, None, bias, n, k, gated, activation, residual, float_output)
+    return _native(x, panels, 0, None, bias, n, k, gated, activation, residual, float_output)
 
 
 def _forward_fake(
@@ -254,6 +267,7 @@ def _forward_fake(
 def _int8_fake(
     x: Tensor,
     panels: Tensor,
+    weights: int,
     scales: Tensor,
     bias: Tensor | None,
     n: int,

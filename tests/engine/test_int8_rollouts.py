@@ -19,6 +19,7 @@ from tests.test_plan import decoder_of, prefill, rows_of
 from tests.tiny_models import build, stories
 
 DTYPES = (torch.float32, torch.bfloat16)
+KINDS = ("int8", "int8_dynamic")
 SAMPLING = SamplingConfig(max_new_tokens=8, n=2, seed=3)
 
 
@@ -30,13 +31,12 @@ def failed(certificate: Certificate) -> set[str]:
     return {c.name.strip() for c in certificate.checks if not c.passed}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_step_is_its_ops_in_any_batch_and_near_hf_with_dequantised_weights(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_a_step_is_its_ops_in_any_batch(name: str, dtype: torch.dtype, kind: str) -> None:
     model = build(name).to(dtype)
-    decoder = decoder_of(model, weights="int8")
+    decoder = decoder_of(model, weights=kind)
     assert isinstance(decoder.executor, NativeExecutor)
     rows = rows_of(decoder)
     together = prefill(decoder, rows)
@@ -47,9 +47,11 @@ def test_a_step_is_its_ops_in_any_batch_and_near_hf_with_dequantised_weights(
     assert torch.equal(decoded, together[begin : begin + len(rows[2])])
     decoder.executor = PythonExecutor(decoder)
     assert torch.equal(prefill(decoder, rows), together)
-    reference = prefill(decoder_of(model, weights="int8", backend="reference"), rows)
+    reference = prefill(decoder_of(model, weights=kind, backend="reference"), rows)
     scale = float(reference.abs().max())
-    assert float((together - reference).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.06) * scale
+    # An activation that lies between two integers may be rounded to either: a step of one in a few dozen.
+    bound = 0.06 if dtype == torch.bfloat16 else (1e-5 if kind == "int8" else 0.02)
+    assert float((together - reference).abs().max()) <= bound * scale
 
 
 def test_dequantised_weights_in_hf_give_the_same_logits() -> None:
@@ -102,12 +104,13 @@ def test_the_gap_is_that_of_the_weights_and_is_reported() -> None:
     assert 1e-4 < gap["mean"] < 0.2
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_certificate(dtype: torch.dtype) -> None:
-    certificate = verify(lora(build("llama").to(dtype)), max_new_tokens=4, rollout_weights="int8")
+def test_certificate(dtype: torch.dtype, kind: str) -> None:
+    certificate = verify(lora(build("llama").to(dtype)), max_new_tokens=4, rollout_weights=kind)
     assert certificate.passed, str(certificate)
-    assert certificate.facts["weights"] == "int8"
-    assert "the fused model is the model within int8 weights" in str(certificate)
+    assert certificate.facts["weights"] == kind
+    assert "the fused model is the model within int8" in str(certificate)
 
 
 @pytest.mark.parametrize("broken", ["scale", "value", "order"])
@@ -137,7 +140,7 @@ def test_refused() -> None:
     rollout = engine.generate(*left(PROMPTS), SAMPLING)
     with pytest.raises(ValueError, match="needs rollout_weights='model'"):
         engine.logprobs(rollout, exact=True)
-    with pytest.raises(ValueError, match="weights is 'int4': give one of 'model', 'int8'"):
+    with pytest.raises(ValueError, match="weights is 'int4': give one of 'model', 'int8', 'int8_dynamic'"):
         HybridEngine(model, rollout_weights="int4")
     with pytest.raises(ValueError, match="int8 runs on 'cpu' and 'reference' in this version"):
         Decoder(decoder_spec(model), weights="int8", backend="triton")

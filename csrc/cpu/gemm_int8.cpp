@@ -1,0 +1,189 @@
+#include "gemm_int8.h"
+
+#include "quantise.h"
+
+// The instruction (AVX512-VNNI: four products of bytes a lane) is asked for by function, not by build: machines of one
+// instruction set level may or may not have it.
+#if defined(__AVX512F__) && defined(__x86_64__)
+#define DSCHAT_VNNI 1
+#define DSCHAT_VNNI_TARGET __attribute__((target("avx512vnni")))
+#endif
+
+namespace dschat {
+namespace {
+
+// Quantised rows. The instruction multiplies unsigned bytes by signed ones: weights are stored as value + 128, and
+// sum (w + 128) q = sum w q + 128 sum q, so an accumulator begins at -128 sum q.
+struct Rows {
+  int8_t* values;    // [rows][stride]
+  int32_t* begins;   // [rows][groups]
+  float* scales;     // [rows][groups]
+  int64_t stride, groups, quads;
+
+  static int64_t row_stride(int64_t k) { return (k + kQuantGroup - 1) / kQuantGroup * kQuantGroup + 64; }
+  static int64_t row_bytes(int64_t k) { return row_stride(k) + (k + kQuantGroup - 1) / kQuantGroup * 8; }
+
+  Rows(void* memory, int64_t rows, int64_t k)
+      : values(static_cast<int8_t*>(memory)),
+        stride(row_stride(k)),
+        groups((k + kQuantGroup - 1) / kQuantGroup),
+        quads((k + 3) / 4) {
+    begins = reinterpret_cast<int32_t*>(values + rows * stride);
+    scales = reinterpret_cast<float*>(begins + rows * groups);
+  }
+
+  Rows from(int64_t row) const {
+    Rows r = *this;
+    r.values += row * stride, r.begins += row * groups, r.scales += row * groups;
+    return r;
+  }
+
+  template <typename T> void fill(const T* x, int64_t x_stride, int64_t rows, int64_t k) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t g = 0; g < groups; ++g) {
+        alignas(64) float group[kQuantGroup] = {};
+        const int64_t len = std::min(kQuantGroup, k - g * kQuantGroup);
+        const T* from = x + r * x_stride + g * kQuantGroup;
+        int64_t i = 0;
+        for (; i + kLanes <= len; i += kLanes) store(group + i, load(from + i));
+        if (i < len) store(group + i, load(from + i, int(len - i)), int(len - i));
+        scales[r * groups + g] = quantise(group, kQuantGroup);
+        int8_t* to = values + r * stride + g * kQuantGroup;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < kQuantGroup; ++j) {
+          to[j] = int8_t(group[j]);
+          sum += to[j];
+        }
+        begins[r * groups + g] = -128 * sum;
+      }
+  }
+};
+
+constexpr int64_t kQuadsInGroup = kQuantGroup / 4;
+
+// sums[MR][NP * 32] = MR rows times NP panels, whose bytes are fetched ahead where they come from memory (kStream).
+template <int MR, int NP, bool kStream>
+void multiply_plain(const Rows& rows, const uint8_t* w, int64_t panel, float* sums, Ahead& ahead) {
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    const int64_t q0 = g * kQuadsInGroup, q1 = std::min(rows.quads, q0 + kQuadsInGroup);
+    for (int p = 0; p < NP; ++p)
+      for (int r = 0; r < MR; ++r) {
+        int32_t acc[kPanel];
+        std::fill(acc, acc + kPanel, rows.begins[r * rows.groups + g]);
+        for (int64_t q = q0; q < q1; ++q) {
+          const uint8_t* at = w + p * panel + q * 128;
+          const int8_t* x = rows.values + r * rows.stride + q * 4;
+          for (int c = 0; c < kPanel; ++c)
+            for (int j = 0; j < 4; ++j) acc[c] += int32_t(at[c * 4 + j]) * int32_t(x[j]);
+        }
+        float exact[kPanel];  // below 2^24
+        for (int c = 0; c < kPanel; ++c) exact[c] = float(acc[c]);
+        const Vec scale = set1(rows.scales[r * rows.groups + g]);
+        float* sum = sums + (r * NP + p) * kPanel;
+        for (int h = 0; h < kPanel; h += kLanes)
+          store(sum + h, fma(load(exact + h), scale, g == 0 ? zero() : load(sum + h)));
+      }
+  }
+  (void)ahead;
+}
+
+#if defined(DSCHAT_VNNI)
+template <int MR, int NP, bool kStream>
+DSCHAT_VNNI_TARGET void multiply_vnni(const Rows& rows, const uint8_t* w, int64_t panel, float* sums, Ahead& ahead) {
+  constexpr int64_t kAhead = 2048;
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    const int64_t q0 = g * kQuadsInGroup, q1 = std::min(rows.quads, q0 + kQuadsInGroup);
+    __m512i acc[MR][NP][2];
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = _mm512_set1_epi32(rows.begins[r * rows.groups + g]);
+    for (int64_t q = q0; q < q1; ++q) {
+      if (!kStream) ahead.step(), ahead.step();
+      for (int p = 0; p < NP; ++p) {
+        const uint8_t* at = w + p * panel + q * 128;
+        if (kStream) __builtin_prefetch(at + kAhead), __builtin_prefetch(at + kAhead + 64);
+        const __m512i lo = _mm512_loadu_si512(at), hi = _mm512_loadu_si512(at + 64);
+        for (int r = 0; r < MR; ++r) {
+          int32_t bits;
+          std::memcpy(&bits, rows.values + r * rows.stride + q * 4, 4);
+          const __m512i x = _mm512_set1_epi32(bits);
+          acc[r][p][0] = _mm512_dpbusd_epi32(acc[r][p][0], lo, x);
+          acc[r][p][1] = _mm512_dpbusd_epi32(acc[r][p][1], hi, x);
+        }
+      }
+    }
+    for (int r = 0; r < MR; ++r) {
+      const Vec scale = set1(rows.scales[r * rows.groups + g]);
+      for (int p = 0; p < NP; ++p)
+        for (int h = 0; h < 2; ++h) {
+          float* sum = sums + (r * NP + p) * kPanel + h * kLanes;
+          store(sum, fma(Vec{_mm512_cvtepi32_ps(acc[r][p][h])}, scale, g == 0 ? zero() : load(sum)));
+        }
+    }
+  }
+}
+#endif
+
+bool has_vnni() {
+#if defined(DSCHAT_VNNI)
+  static const bool yes = __builtin_cpu_supports("avx512vnni");
+  return yes;
+#else
+  return false;
+#endif
+}
+
+struct Int8Job {
+  const uint8_t* w;
+  int64_t panel;  // bytes
+  const TileSink& sink;
+  bool vnni;
+
+  template <int MR, int NP, bool kStream> void tile(const Rows& rows, int64_t row, int64_t p, Ahead& ahead) const {
+    alignas(64) float sums[MR * NP * kPanel];
+#if defined(DSCHAT_VNNI)
+    if (vnni) multiply_vnni<MR, NP, kStream>(rows, w + p * panel, panel, sums, ahead);
+    else
+#endif
+      multiply_plain<MR, NP, kStream>(rows, w + p * panel, panel, sums, ahead);
+    sink.write(sums, row, MR, p, NP);
+  }
+
+  // Whole of the work of a single row block.
+  template <int MR> void stream(const Rows& rows, int64_t row, int64_t p0, int64_t p1) const {
+    constexpr int NP = panels_at_once<MR>();
+    Ahead none;
+    int64_t p = p0;
+    for (; p + NP <= p1; p += NP) tile<MR, NP, true>(rows, row, p, none);
+    for (; p < p1; ++p) tile<MR, 1, true>(rows, row, p, none);
+  }
+};
+
+}  // namespace
+
+void multiply_panels_int8(DType x_type, const void* x, int64_t x_stride, int64_t k, const q8_quad* panels, int64_t r0,
+                          int64_t r1, int64_t p0, int64_t p1, const TileSink& sink) {
+  if (r0 >= r1 || p0 >= p1) return;
+  const int64_t panel = panel_depth(panels, k) * kPanel;
+  const Int8Job job{reinterpret_cast<const uint8_t*>(panels), panel, sink, has_vnni()};
+  const int64_t limit = std::max<int64_t>(1, 512 * 1024 / (Rows::row_bytes(k) * kMaxRows)) * kMaxRows;  // stays in L2
+  for (int64_t g0 = r0; g0 < r1; g0 += limit) {
+    const int64_t count = std::min(limit, r1 - g0), blocks = (count + kMaxRows - 1) / kMaxRows;
+    const Rows rows(scratch(kScratchGemm, size_t(count * Rows::row_bytes(k))), count, k);
+    if (x_type == DType::f32) rows.fill(static_cast<const float*>(x) + g0 * x_stride, x_stride, count, k);
+    else rows.fill(static_cast<const bf16*>(x) + g0 * x_stride, x_stride, count, k);
+    if (blocks == 1) {
+      with_rows(int(count), [&](auto mr) { job.stream<mr()>(rows, g0, p0, p1); });
+      continue;
+    }
+    const auto cut = [&](int64_t b) { return count * b / blocks; };
+    for (int64_t p = p0; p < p1; ++p) {
+      const char* next = reinterpret_cast<const char*>(job.w + (p + 1) * panel);
+      Ahead ahead{next, p + 1 < p1 ? next + panel : next};
+      for (int64_t b = 0; b < blocks; ++b)
+        with_rows(int(cut(b + 1) - cut(b)),
+                  [&](auto mr) { job.tile<mr(), 1, false>(rows.from(cut(b)), g0 + cut(b), p, ahead); });
+    }
+  }
+}
+
+}  // namespace dschat
