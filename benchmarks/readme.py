@@ -4,7 +4,7 @@
     python benchmarks/readme.py --check  exit 1 if README.md does not show what the results say (CI)
 
 `<!-- table: generate-bf16 -->` ... `<!-- end -->` shows benchmarks/results/generate-bf16.json, which
-`dschat bench generate --output` wrote; `ppo` shows what benchmarks/ppo_split.py wrote.
+`dschat bench generate --output` wrote; results of benchmarks/*.py say by their "kind" what they are.
 """
 
 from __future__ import annotations
@@ -20,29 +20,154 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def spread(found: dict[str, float], digits: int = 0) -> str:
+    """Median [smallest-largest]."""
+    return f"{found['median']:.{digits}f} [{found['low']:.{digits}f}-{found['high']:.{digits}f}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['threads']} threads, kernels for {machine['isa']}"
+
+
 def generate_table(result: dict[str, Any]) -> str:
-    """Throughput against HF, one row a workload."""
-    machine, model = result["machine"], result["model"]
-    lines = [
-        "| batch, prompt + new | dschat, tokens/s | HF generate, tokens/s | ratio | decode, ms/step (HF) |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in result["rows"]:
-        ours, hf = row["ours"], row["hf"]
-        theirs = f"{hf['median']:.0f} [{hf['low']:.0f}-{hf['high']:.0f}]" if hf else "-"
-        ratio = f"**{row['speedup']:.1f}**" if hf else "-"
-        step = f"{row['decode_ms']:.1f}" + (f" ({row['hf_decode_ms']:.0f})" if hf else "")
-        lines.append(
-            f"| {row['batch_size']}, {row['prompt_length']} + {row['new_tokens']} | {ours['median']:.0f} "
-            f"[{ours['low']:.0f}-{ours['high']:.0f}] | {theirs} | {ratio} | {step} |"
-        )
-    lines.append("")
-    lines.append(
-        f"{model['type']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}; {machine['cpu']}, "
-        f"{machine['threads']} threads, kernels for {machine['isa']}, memory read at {machine['read_gb_per_s']} GB/s, "
-        f"torch {machine['torch']}. Median [smallest-largest] of the runs, the two sides in turn."
+    """Throughput against HF and whoever else ran, and as a share of what the machine allows; one row a workload."""
+    machine, model, rows = result["machine"], result["model"], result["rows"]
+    others = list(dict.fromkeys(name for row in rows for name in row.get("peers", {})))
+    bounded = all(row.get("bound_rate") for row in rows)
+    head = ["batch, prompt + new", "dschat, tokens/s", "HF generate, tokens/s", "ratio"]
+    head += [part for name in others for part in (f"{TITLES.get(name, name)}, tokens/s", "ratio")]
+    head += ["decode, ms/step (HF)"] + (["the machine allows, tokens/s", "share"] if bounded else [])
+    lines = []
+    for row in rows:
+        hf = row["hf"]
+        cells = [f"{row['batch_size']}, {row['prompt_length']} + {row['new_tokens']}", spread(row["ours"])]
+        cells += [spread(hf), f"**{row['speedup']:.1f}**"] if hf else ["-", "-"]
+        for name in others:
+            peer = row["peers"].get(name)
+            cells += [spread(peer["rate"]), f"**{row['speedups'][name]:.1f}**"] if peer else ["-", "-"]
+        cells.append(f"{row['decode_ms']:.1f}" + (f" ({row['hf_decode_ms']:.0f})" if hf else ""))
+        if bounded:
+            cells += [f"{row['bound_rate']:.0f}", f"{100 * row['bound_share']:.0f} %"]
+        lines.append(cells)
+    sides = f"the {('two', 'three', 'four', 'five')[len(others)]} sides in turn"
+    rates = f"memory read at {machine['read_gb_per_s']} GB/s, "
+    if bounded:
+        rates += f"matrix products at {machine['gflops']} GFLOP/s, "
+    versions = "".join(f", {version.split(',')[0]}" for version in result.get("versions", {}).values())
+    return "\n".join(
+        [
+            *table(head, lines),
+            "",
+            f"{model['type']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}; "
+            f"{machine_line(machine)}, {rates}torch {machine['torch']}{versions}. "
+            f"Median [smallest-largest] of the runs, {sides}.",
+        ]
     )
-    return "\n".join(lines)
+
+
+TITLES = {"openvino": "OpenVINO GenAI", "vllm": "vLLM", "trl": "TRL"}
+
+
+def ragged_table(result: dict[str, Any]) -> str:
+    """Rows of different lengths, and samples that share their prompt."""
+    work, rows, shared = result["workload"], result["ragged"], result["samples"]
+    what = (
+        f"{work['rows']} answers of {work['shortest']} to {work['longest']} tokens (log-normal) through "
+        f"{work['slots']} slots, tokens/s"
+    )
+    many = (
+        f"{work['sample_prompts']} prompts of {work['sample_prompt']} tokens, {work['n']} answers of "
+        f"{work['sample_new']}, s"
+    )
+    apart = f"prompts not shared: {spread(shared['unshared'], 1)}"
+    lines = [
+        [what, spread(rows["ours"]), f"HF in its best batches: {spread(rows['hf'])}", f"**{rows['ratio']:.1f}**"],
+        [many, spread(shared["shared"], 1), apart, f"**{shared['ratio']:.1f}**"],
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            *table(["workload", "dschat", "against", "ratio"], lines),
+            "",
+            f"{result['model']['parameters'] / 1e6:.1f} M parameters, {result['model']['dtype']}; "
+            f"{machine_line(result['machine'])}. HF's batches are sorted by the lengths of the answers, as nobody can "
+            f"before generating; {rows['rows_compared_alone']} rows were generated alone too: the same tokens and "
+            "log-probs, bit for bit.",
+        ]
+    )
+
+
+def growth_table(result: dict[str, Any]) -> str:
+    """Every point beside its bound."""
+    names = {"batch": "batch {x}, prompt {prompt}", "context": "context {x}, batch {batch}"}
+    lines = []
+    for point in result["points"]:
+        kind = point["section"].split(",")[0]
+        what = names.get(kind, f"{point['parameters'] / 1e6:.0f} M parameters, batch {point['batch']}")
+        lines.append(
+            [what.format(**point), str(point["threads"]), f"{point['step_ms']:.1f}", f"{point['step_bound_ms']:.1f}",
+             f"{point['step_times_bound']:.2f}", f"{point['prefill_s']:.2f} ({point['prefill_bound_s']:.2f})"]
+        )  # fmt: skip
+    head = ["", "threads", "decode, ms/step", "the machine allows", "times the bound", "prefill, s (bound)"]
+    return "\n".join(
+        [
+            *table(head, lines),
+            "",
+            f"{result['dtype']}; {machine_line(result['machine'])}. Medians of {result['repeats']}.",
+        ]
+    )
+
+
+def start_table(result: dict[str, Any]) -> str:
+    """Import, first generate and flip."""
+    full, lora = result["full"], result["lora"]
+    lines = [
+        ["import of dschat_kernels and all its names, after torch, s", spread(result["import"], 2)],
+        ["first generate after loading, s", spread(result["dschat"], 2)],
+        ["the same by Hugging Face, s", spread(result["hf"], 2)],
+        [
+            "flip after all weights changed",
+            f"{full['seconds']:.2f} s, {full['reads']:.1f} reads of the weights",
+        ],
+        [
+            "flip after LoRA adapters changed",
+            f"{lora['seconds']:.2f} s, {lora['reads']:.1f} reads of the weights",
+        ],
+    ]
+    text = f"{result['dtype']}; {machine_line(result['machine'])}. Fresh processes, medians of {result['repeats']}."
+    return "\n".join([*table(["", ""], lines), "", text])
+
+
+def token_logprobs_table(result: dict[str, Any]) -> str:
+    """Speed and peak memory against log_softmax and gather."""
+    lines = [
+        [f"{row['vocabulary']:,}, {row['dtype']}, {row['mode']}", f"{row['seconds']['ours']:.2f}",
+         f"{row['seconds']['torch']:.2f}", f"**{row['speedup']:.1f}**", f"{100 * row['peak_of_logits']['ours']:.1f} %",
+         f"{100 * row['peak_of_logits']['torch']:.0f} %"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["vocabulary", "dschat, s", "PyTorch, s", "ratio", "peak memory, of the logits", "PyTorch's"]
+    tokens = result["rows"][0]["tokens"]
+    return "\n".join([*table(head, lines), "", f"{tokens} tokens; {machine_line(result['machine'])}."])
+
+
+def trl_table(result: dict[str, Any]) -> str:
+    """One GRPO iteration."""
+    work, phases = result["workload"], result["phases"]
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
+    lines = [[f"GRPO iteration, {work['train']}, s", spread(result["dschat"], 1), spread(result["trl"], 1),
+              f"**{result['ratio']:.2f}**"]]  # fmt: skip
+    return "\n".join(
+        [
+            *table(["", "dschat", result["versions"]["trl"].split(",")[0], "ratio"], lines),
+            "",
+            f"{work['prompts']} prompts of {work['prompt']} tokens, {work['n']} answers of {work['new']}, minibatches "
+            f"of {work['minibatch']}, {work['dtype']}; {machine_line(result['machine'])}. Seconds of ours: {parts}.",
+        ]
+    )
 
 
 def ppo_table(result: dict[str, Any]) -> str:
@@ -82,7 +207,19 @@ def ppo_table(result: dict[str, Any]) -> str:
 def render(name: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     result = json.loads(path.read_text())
-    return (ppo_table if "sides" in result else generate_table)(result) + "\n"
+    kind = result.get("kind", "ppo" if "sides" in result else "generate")
+    return TABLES[kind](result) + "\n"
+
+
+TABLES = {
+    "generate": generate_table,
+    "growth": growth_table,
+    "ppo": ppo_table,
+    "ragged": ragged_table,
+    "start": start_table,
+    "token_logprobs": token_logprobs_table,
+    "trl": trl_table,
+}
 
 
 def main() -> int:

@@ -172,7 +172,7 @@ class GenerateReport:
             ]
             for name in names
         }
-        figure, axes = pyplot.subplots(figsize=(1.8 + 2.0 * len(self.rows), 3.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(2.4 + 2.0 * len(self.rows), 4.0), layout="constrained")
         width = 0.8 / len(names)
         for i, (name, spreads) in enumerate(rates.items()):
             found = [(x, s) for x, s in enumerate(spreads) if s is not None]
@@ -190,7 +190,7 @@ class GenerateReport:
         axes.set_ylabel("tokens/s")
         axes.set_title(f"{self.model['type']} {self.model['parameters'] / 1e6:.0f} M, {self.model['dtype']}, "
                        f"{self.machine['cpu']}, {self.machine['threads']} threads", fontsize=9)  # fmt: skip
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
         pyplot.close(figure)

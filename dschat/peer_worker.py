@@ -77,7 +77,7 @@ class OpenVINO:
     def __init__(self, model: str, dtype: str, threads: int):
         self.ov: Any = importlib.import_module("openvino")
         self.genai: Any = importlib.import_module("openvino_genai")
-        self.version = f"openvino_genai {self.genai.__version__}"
+        self.version = f"openvino_genai {self.genai.__version__.split('-')[0]}"
         self.model = model
         self.properties = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
