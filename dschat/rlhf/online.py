@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
+from ..engine.zero import ZeroSettings, make_engine
 from . import data, evaluate, losses, models, report
 from .experience import Experience, log_prob_gap, masked_vector_mean, shape_scores
 from .metrics import Metrics
@@ -89,7 +91,7 @@ class Trainer:
     @classmethod
     def build(
         cls, config: Any, engine: HybridEngine, encoder: data.Encoder, reference: HybridEngine | None,
-        functions: Sequence[RewardFunction], dtype: torch.dtype,
+        functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
         sources, _ = load_sources(config, dtype, functions, encoder)
@@ -107,6 +109,10 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Loss, and numbers for the log, of what is trained beside the policy, for one piece."""
         return None
+
+    def extra_backward(self, loss: Tensor) -> None:
+        """Gradients of what `extra_loss` gave."""
+        loss.backward()
 
     def extra_step(self) -> dict[str, float]:
         """Optimizer step of what is trained beside the policy; returns numbers for the log."""
@@ -170,20 +176,21 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs under the present policy, `batch_size` rows at a time."""
-        parts = [self.engine.logprobs(rollout.select(rows)) for rows in self.pieces(len(rollout))]
-        return torch.cat(parts)
+        return self.by_rows(rollout, self.engine.logprobs)
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs under the frozen reference, at the rollout's temperature."""
         if self.reference is not None:
-            return torch.cat([self.reference.logprobs(rollout.select(r)) for r in self.pieces(len(rollout))])
+            return self.by_rows(rollout, self.reference.logprobs)
         with self.engine.reference():
-            return torch.cat([self.engine.logprobs(rollout.select(r)) for r in self.pieces(len(rollout))])
+            return self.by_rows(rollout, self.engine.logprobs)
 
-    def pieces(self, rows: int) -> Iterator[slice]:
-        size = self.config.batch_size
-        return (slice(i, i + size) for i in range(0, rows, size))
+    def by_rows(self, rollout: Rollout, compute: Callable[[Rollout], Tensor]) -> Tensor:
+        """`compute` of a rollout, `batch_size` rows at a time, each by one process; without gradient."""
+        return parallel.by_rows(
+            len(rollout), self.config.batch_size, lambda rows: compute(rollout.select(rows))
+        )
 
     # ---------------------------------------------------------------------------------------------- one step
 
@@ -268,7 +275,9 @@ class Trainer:
                 len(experience.rollout), derive_seed(config.seed, "minibatch", step), epoch
             )
             for minibatch in data.chunks(order, size):
-                found = self._minibatch(experience, minibatch, ends)
+                found = parallel.total(
+                    self._minibatch(experience, minibatch, ends), largest=["policy/first_ratio_deviation"]
+                )
                 self._check_finite(found, experience, minibatch, step)
                 if epoch == 0 and count == 0:
                     self._check_ratio(found["policy/first_ratio_deviation"], experience, step)
@@ -299,10 +308,14 @@ class Trainer:
         how: dict[str, Any] = {"aggregation": config.aggregation, "normalizer": max(normalizer, 1.0)}
         out = {"policy/first_ratio_deviation": 0.0}
 
-        for piece in data.chunks(rows, config.batch_size):
+        for i, (piece, own) in enumerate(parallel.shares(rows, config.batch_size)):
+            everybody = torch.as_tensor(rows[i * config.batch_size : (i + 1) * config.batch_size])
+            if not bool(experience.mask[everybody].any()):
+                continue
             index = torch.as_tensor(piece)
             batch, mask = experience.rollout.select(index), experience.mask[index]
-            if not bool(mask.any()):
+            if not own or not bool(mask.any()):  # others have rows here: the same steps, for a gradient of 0
+                self._idle(experience, piece, batch, ends, how)
                 continue
             share = float(mask.sum()) / tokens
             loss, found = self._policy_loss(experience, index, batch, mask, how)
@@ -311,12 +324,20 @@ class Trainer:
             out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
             extra = self.extra_loss(experience, piece, batch, ends, how)
             if extra is not None:
-                extra[0].backward()
+                self.extra_backward(extra[0])
                 found |= extra[1]
             for name, value in found.items():
                 weight = 1.0 if name.endswith("/loss") else share  # losses are normalised already
                 out[name] = out.get(name, 0.0) + float(value.detach()) * weight
         return out
+
+    def _idle(
+        self, experience: Experience, piece: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]
+    ) -> None:
+        self.engine.backward(self.engine.logprobs(batch).sum() * 0.0)
+        extra = self.extra_loss(experience, piece, batch, ends, how)
+        if extra is not None:
+            self.extra_backward(extra[0] * 0.0)
 
     def _policy_loss(
         self, experience: Experience, index: Tensor, batch: Rollout, mask: Tensor, how: dict[str, Any]
@@ -416,8 +437,8 @@ def train(
             reference = HybridEngine(frozen.requires_grad_(False))
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-        engine = HybridEngine(policy, optimizer, exact=config.exact)
-        trainer = build(config, engine, encoder, reference, rewards, dtype)
+        engine = make_engine(policy, optimizer, run.zero, exact=config.exact)
+        trainer = build(config, engine, encoder, reference, rewards, dtype, run.zero)
 
         schedule = data.Schedule(
             len(train_set), config.prompts_per_step, config.epochs, config.max_steps, config.seed
@@ -502,7 +523,7 @@ def _conclude(
         chosen = list(eval_set)[: config.compare_hf]
         metrics.say(f"timing the rollout against Hugging Face generate on {len(chosen)} prompts")
         result["speed"] = evaluate.compare_with_hf(trainer, chosen, derive_seed(config.seed, "compare"))
-    written = []
+    written: list[Any] = []
     if trainer.average is not None:
         averaged = copy.deepcopy(trainer.engine.model)
         trainer.average.copy_to(averaged)
@@ -510,7 +531,8 @@ def _conclude(
     written += models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
     result["written"] = [str(p) for p in written]
     lines = evaluate.sentences(result)
-    report.write(run.folder, f"{name} run", lines, rows[:20])
+    if parallel.lead():
+        report.write(run.folder, f"{name} run", lines, rows[:20])
     for line in lines:
         metrics.say(line)
     return run.finish(result)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..config import PPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
+from ..engine.zero import ZeroSettings, make_stepper
 from . import data, losses, online
 from .critic import Critic, build_rewards_and_critic
 from .experience import Experience, shape_scores
 from .metrics import Metrics
 from .online import RatioError
 from .rewards import RewardFunction, Rewards
-from .run import clip_gradients, derive_seed, learning_rate, make_optimizer, set_lr
+from .run import derive_seed, learning_rate, make_optimizer, set_lr
 
 
 class PPO(online.Trainer):
@@ -41,22 +42,27 @@ class PPO(online.Trainer):
         rewards: Rewards,
         critic: Critic,
         reference: HybridEngine | None,
+        zero: ZeroSettings | None = None,
     ) -> None:
         super().__init__(config, engine, encoder, rewards, reference)
         self.critic = critic
-        self.critic_parameters = [p for p in critic.module.parameters() if p.requires_grad]
-        self.critic_optimizer = make_optimizer(
+        optimizer = make_optimizer(
             critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
             config.critic_weight_decay,
         )  # fmt: skip
+        # A head alone is a few numbers, of which nothing is to be sharded.
+        zero = None if critic.frozen_trunk or zero is None else zero.at(config.critic_zero_stage)
+        self.critic_stepper = make_stepper(critic.module, optimizer, zero, critic.scorer.packed)
+        self.critic_optimizer: Any = self.critic_stepper.optimizer
 
     @classmethod
     def build(
         cls, config: PPOConfig, engine: HybridEngine, encoder: data.Encoder,
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
+        zero: ZeroSettings | None = None,
     ) -> PPO:  # fmt: skip
         rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder)
-        return cls(config, engine, encoder, rewards, critic, reference)
+        return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(
         self, experience: Experience, scores: Tensor, valid: Tensor, metrics: Metrics
@@ -67,8 +73,7 @@ class PPO(online.Trainer):
             if experience.features is not None:
                 values = self.critic.values(rollout, experience.features)
             else:
-                pieces = self.pieces(len(rollout))
-                values = torch.cat([self.critic.values(rollout.select(rows)) for rows in pieces])
+                values = self.by_rows(rollout, self.critic.values)
         beta = experience.kl_coef if config.kl_place == "reward" else 0.0
         rewards = losses.kl_penalised_rewards(
             scores, experience.old_logp, experience.ref_logp, mask, beta, config.kl_kind
@@ -105,10 +110,10 @@ class PPO(online.Trainer):
         }
 
     def extra_step(self) -> dict[str, float]:
-        norm = clip_gradients(self.critic_parameters, self.config.max_grad_norm)
-        self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        return {"value/grad_norm": norm}
+        return {"value/grad_norm": self.critic_stepper.step(self.config.max_grad_norm or None)}
+
+    def extra_backward(self, loss: Tensor) -> None:
+        self.critic_stepper.backward(loss)
 
     def set_learning_rates(self, step: int, total: int) -> None:
         super().set_learning_rates(step, total)
