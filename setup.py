@@ -91,6 +91,7 @@ serve = ["fastapi", "uvicorn"]
 triton = ["triton>=3.9; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
 dev = [
+    "deepspeed",
     "fastapi",  # with httpx and uvicorn: dschat serve and the client of its tests
     "httpx",
     "hypothesis",

@@ -237,6 +237,15 @@ class StageConfig(Config):
     eval_every: int = opt(0, "evaluate every N steps; 0: only at the end")
     save_every: int = opt(1, "checkpoint every N steps; 0: never")
     keep_checkpoints: int = opt(2, "how many of the newest checkpoints stay")
+    zero_stage: int | None = opt(
+        None,
+        "train through DeepSpeed: 0 shards nothing over the processes, 1 optimizer states, 2 gradients too, "
+        "3 weights too; none: without DeepSpeed",
+    )
+    offload: bool = opt(
+        False, "with zero_stage 1 to 3: optimizer states (3: weights too) in the CPU's memory"
+    )
+    deepspeed: str = opt("", "DeepSpeed configuration (JSON) to pass on; empty: none")
     resume: Literal["auto", "never"] = opt("auto", "auto: go on from the newest checkpoint in output_dir")
     overwrite: bool = opt(False, "delete an earlier run in output_dir first")
     tensorboard: bool = opt(True, "write TensorBoard files too (metrics.jsonl is written always)")
@@ -275,6 +284,11 @@ class StageConfig(Config):
                 f"set learning_rate to {self.lora_learning_rate}"
             )
         self.require(0 <= self.lr_final <= 1, "lr_final", "between 0 and 1")
+        self.require(self.zero_stage in (None, 0, 1, 2, 3), "zero_stage", "0, 1, 2 or 3, or none")
+        if self.offload and not self.deepspeed and not self.zero_stage:
+            raise ConfigError(
+                f"offload is true and zero_stage {self.zero_stage}; set zero_stage to 1, 2 or 3, or leave offload out"
+            )
         if self.lr_schedule == "exponential" and not self.lr_final:
             raise ConfigError(
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
@@ -509,6 +523,11 @@ class OnlineConfig(StageConfig):
         self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
         self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        if self.ema_decay and self.zero_stage == 3:
+            raise ConfigError(
+                f"ema_decay is {self.ema_decay} and zero_stage 3, where no process has the weights to average; "
+                "set zero_stage to 2, or ema_decay to 0"
+            )
         if bool(self.unsup_data) != bool(self.unsup_coef):
             raise ConfigError(
                 f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
@@ -583,6 +602,7 @@ class PPOConfig(OnlineConfig):
         "reward", "where the head of critic_update=head starts: at the reward model's, or at zero"
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
+    critic_zero_stage: int | None = opt(None, "zero_stage of the critic; none: zero_stage")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
     critic_lora_learning_rate: float | None = opt(
         None, "peak learning rate of the critic's adapter, if it differs from that of its head"
@@ -599,6 +619,13 @@ class PPOConfig(OnlineConfig):
     def check(self) -> None:
         super().check()
         self.require(self.critic_lora_r >= 1, "critic_lora_r", "1 or more")
+        self.require(
+            self.critic_zero_stage in (None, 0, 1, 2, 3), "critic_zero_stage", "0, 1, 2 or 3, or none"
+        )
+        if self.critic_zero_stage is not None and self.zero_stage is None and not self.deepspeed:
+            raise ConfigError(
+                f"critic_zero_stage is {self.critic_zero_stage} without zero_stage; set both, or leave both out"
+            )
         self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
         decay = self.critic_weight_decay
         self.require(decay is None or decay >= 0, "critic_weight_decay", "0 or more, or none")

@@ -10,7 +10,8 @@ weights, A and B are those of W + scale B A; the one rounding of the packed weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def packed_hidden(
     *,
     exact: Decoder | None = None,
     backend: str | None = None,
+    segment: Segment | None = None,
 ) -> Tensor:
     """Hidden states that the head reads, [T, width], for packed rows.
 
@@ -44,6 +46,8 @@ def packed_hidden(
             at 0.
         exact: a refreshed `Decoder` of the same model: its packs do the projections.
         backend: of the ops between the projections.
+        segment: `segment(modules, f, x)` runs f(x), which reads the parameters of these modules and of no others:
+            for weights that are on this machine only while they are used.
 
     Gradient checkpointing is applied layer by layer where the model has it switched on. Dropout is not applied.
 
@@ -55,27 +59,23 @@ def packed_hidden(
     positions = torch.arange(input_ids.numel(), device=input_ids.device) - starts
 
     walk = _Walk(spec, cu_seqlens, positions, longest, exact, backend)
-    x = spec.embed(input_ids)
-    if spec.project_in is not None:
-        x = walk.project(x, "project_in", [spec.project_in])[0]
-    if not spec.scale_in_embed:
-        x = _scaled(x, spec.embed_scale)
-    if spec.positions is not None:
-        table: Any = spec.positions
-        x = x + torch.nn.functional.embedding(positions + spec.position_offset, table.weight)
-    if spec.embed_norm is not None:
-        x = apply_norm(spec.embed_norm, x, backend)
+    segment = segment or run_segment
+    x = segment(spec.first_modules(), walk.begin, input_ids)
     checkpointing = torch.is_grad_enabled() and getattr(spec.trunk, "gradient_checkpointing", False)
     for i, layer in enumerate(spec.layers):
-        if checkpointing:
+        if checkpointing and segment is run_segment:
             x = checkpoint(walk.layer, i, layer, x, use_reentrant=False)
         else:
-            x = walk.layer(i, layer, x)
-    if spec.final_norm is not None:
-        x = apply_norm(spec.final_norm, x, backend)
-    if spec.project_out is not None:
-        x = walk.project(x, "project_out", [spec.project_out])[0]
-    return x if spec.lm_head is None else _scaled(x, spec.logit_scale)
+            x = segment(layer.modules(), partial(walk.layer, i, layer), x)
+    return segment(spec.last_modules(), walk.end, x)
+
+
+Segment = Callable[[Sequence[Any], Callable[[Tensor], Any], Tensor], Any]
+
+
+def run_segment(modules: Sequence[Any], f: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """f(x): the segment of weights that are always whole."""
+    return f(x)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
@@ -94,7 +94,7 @@ def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int
             f"input_ids are on {input_ids.device}, cu_seqlens on {cu_seqlens.device} and the model on "
             f"{embed.weight.device}: move them to one device."
         )
-    vocabulary = embed.weight.shape[0]
+    vocabulary = embed.num_embeddings
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise ValueError(
             f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: "
@@ -150,6 +150,27 @@ class _Walk:
 
     def norm(self, norm: NormSpec | None, x: Tensor) -> Tensor:
         return x if norm is None else apply_norm(norm, x, self.backend)
+
+    def begin(self, input_ids: Tensor) -> Tensor:
+        """What the first layer reads."""
+        spec = self.spec
+        x = spec.embed(input_ids)
+        if spec.project_in is not None:
+            x = self.project(x, "project_in", [spec.project_in])[0]
+        if not spec.scale_in_embed:
+            x = _scaled(x, spec.embed_scale)
+        if spec.positions is not None:
+            table: Any = spec.positions
+            x = x + torch.nn.functional.embedding(self.positions + spec.position_offset, table.weight)
+        return self.norm(spec.embed_norm, x)
+
+    def end(self, x: Tensor) -> Tensor:
+        """What the head reads of the last layer's output."""
+        spec = self.spec
+        x = self.norm(spec.final_norm, x)
+        if spec.project_out is not None:
+            x = self.project(x, "project_out", [spec.project_out])[0]
+        return x if spec.lm_head is None else _scaled(x, spec.logit_scale)
 
     def layer(self, i: int, layer: LayerSpec, x: Tensor) -> Tensor:
         if layer.order == "post":

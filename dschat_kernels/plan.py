@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import PagedKVCache, pages_for
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
@@ -393,6 +394,9 @@ class Decoder:
         self.limit = spec.position_limit()
         self._rope_specs = spec.ropes()
         index = {id(rope): i for i, rope in enumerate(self._rope_specs)}
+        self.gather: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]] | None = None
+        """`gather(modules)`: a context inside which the weights of these modules are whole, where they are sharded
+        outside; None: they are always whole."""
         self._rope_of = [None if layer.rope is None else index[id(layer.rope)] for layer in spec.layers]
         self.executor: NativeExecutor | PythonExecutor = (
             NativeExecutor(self) if self.backend == "cpu" else PythonExecutor(self)
@@ -423,26 +427,15 @@ class Decoder:
         """
         start = time.perf_counter()
         stats = RefreshStats()
-        digests = _Digests(stats)
-        parts = {name: group.resolve(name) for name, group in self.groups.items()}
-        for name, group in self.groups.items():
-            shapes = [tuple(p.weight.shape) for p in parts[name]]
-            if group.packed is not None and shapes != group.packed.shapes:
-                raise Unsupported(
-                    f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
-                )
-        self._check_devices(parts)
         with torch.no_grad():
-            for name, group in self.groups.items():
-                self._refresh_group(group, parts[name], digests, stats)
-            for name, norm in self.norms.items():
-                key = digests.of(norm.spec.sources())
-                stats.total += 1
-                if key != self._norm_keys.get(name):
-                    norm.fill(self.device)
-                    self._norm_keys[name] = key
-                    stats.changed += 1
-            self._refresh_tables(digests, stats)
+            if self.gather is None:
+                self._check_shapes()
+                self._check_devices({name: group.resolve(name) for name, group in self.groups.items()})
+                digests = _Digests(stats)
+                self._refresh_part(list(self.groups), list(self.norms), digests, stats)
+                self._refresh_tables(digests, stats)
+            else:
+                self._refresh_sharded(self.gather, stats)
         if stats.changed:
             self.epoch += 1
             self._rebind()
@@ -482,6 +475,45 @@ class Decoder:
         modules: list[Any] = [m for m in (self.spec.embed, self.spec.positions) if m is not None]
         return [m.weight.detach() for m in modules]
 
+    def _check_shapes(self) -> None:
+        """Raises Unsupported for a projection of another shape than its pack."""
+        for name, group in self.groups.items():
+            shapes = [tuple(p.weight.shape) for p in group.resolve(name)]
+            if group.packed is not None and shapes != group.packed.shapes:
+                raise Unsupported(
+                    f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
+                )
+
+    def _refresh_part(
+        self, groups: Sequence[str], norms: Sequence[str], digests: _Digests, stats: RefreshStats
+    ) -> None:
+        for name in groups:
+            self._refresh_group(self.groups[name], self.groups[name].resolve(name), digests, stats)
+        for name in norms:
+            norm = self.norms[name]
+            key = digests.of(norm.spec.sources())
+            stats.total += 1
+            if key != self._norm_keys.get(name):
+                norm.fill(self.device)
+                self._norm_keys[name] = key
+                stats.changed += 1
+
+    def _refresh_sharded(
+        self, gather: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]], stats: RefreshStats
+    ) -> None:
+        """The same with one layer's weights whole at a time. Digests are of one gathering: the next one may put
+        other weights at the same address."""
+        parts: dict[str, tuple[list[str], list[str]]] = {}
+        for kind, names in enumerate((list(self.groups), list(self.norms))):
+            for name in names:
+                parts.setdefault(name.rpartition(".")[0], ([], []))[kind].append(name)
+        for groups, norms in parts.values():
+            modules = [s.module for name in groups for s in self.groups[name].specs]
+            with gather(modules + [self.norms[name].spec.module for name in norms]):
+                self._refresh_part(groups, norms, _Digests(stats), stats)
+        with gather([m for m in (self.spec.embed, self.spec.positions) if m is not None]):
+            self._refresh_tables(_Digests(stats), stats)
+
     def _refresh_group(
         self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
     ) -> None:
@@ -508,12 +540,13 @@ class Decoder:
     def _refresh_tables(self, digests: _Digests, stats: RefreshStats) -> None:
         """Embedding and learned positions are used where they are (copied only when the dtypes differ)."""
         tables = self._tables()
-        in_place = all(t.dtype == self.dtype and t.is_contiguous() for t in tables)
+        in_place = self.gather is None and all(t.dtype == self.dtype and t.is_contiguous() for t in tables)
         key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else digests.of(tables)
         stats.total += 1
         if key == self._table_key:
             return
-        self.embed_table, *rest = [t.to(self.dtype).contiguous() for t in tables]
+        copy = self.gather is not None
+        self.embed_table, *rest = [t.to(self.dtype, copy=copy).contiguous() for t in tables]
         self.position_table = rest[0] if rest else torch.empty(0)
         self._table_key = key
         stats.changed += 1

@@ -10,6 +10,7 @@ bit with exact=True.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +24,10 @@ from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
 
+from .. import parallel
 from .packed import PackedModel, check_batch, pack_rows
-from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig
+from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions, row_streams
+from .stepper import Stepper
 
 
 class HybridEngine:
@@ -67,10 +70,11 @@ class HybridEngine:
             raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
         if hasattr(model, "zero_optimization") and hasattr(model, "module"):
             raise ValueError(
-                "the model is a DeepSpeed engine: this version runs one process, give engine.module."
+                "the model is a DeepSpeed engine: give the model to dschat.engine.zero.ZeroEngine, which makes it one."
             )
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
+        self.stepper = Stepper(optimizer)
         self.max_slots = max_slots
         if exact:
             _check_exact(rollout_weights)
@@ -172,33 +176,70 @@ class HybridEngine:
             _check_limits(limits, len(prompts), sampling.max_new_tokens)
 
         flip = self.flip()
-        run = RolloutRun(
-            self.decoder,
-            prompts,
-            sampling,
-            self.max_slots,
-            self._pad_token(sampling),
-            on_token,
-            limits,
-            self.graphs,
-        )
-        self._check_epoch()
-        run.run()
-        run.stats.flip = flip.seconds
-        run.stats.total = time.perf_counter() - start
+        completions, stats = self._roll_out(prompts, sampling, on_token, limits)
+        stats.flip = flip.seconds
+        stats.total = time.perf_counter() - start
         device = self.decoder.device
         return Rollout(
             input_ids.repeat_interleave(sampling.n, 0).to(device),
             mask.repeat_interleave(sampling.n, 0).to(device),
-            *run.completions(),
+            *completions,
             sampling=sampling,
-            stats=run.stats,
+            stats=stats,
         )
 
     def release(self) -> None:
         """Gives up what is kept between rollouts for CUDA graphs: their recordings and the cache."""
         if self.graphs is not None:
             self.graphs.release()
+
+    def _roll_out(
+        self,
+        prompts: Sequence[Tensor],
+        sampling: SamplingConfig,
+        on_token: Callable[[int, int], None] | None,
+        limits: Sequence[int] | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], RolloutStats]:
+        """(completions as `RolloutRun.completions` gives them, stats). Each process takes some of the prompts; none
+        waits for another before it has decoded all of its own."""
+        streams = row_streams(prompts, sampling.n)
+        own = parallel.share(len(prompts))
+        first = own.start * sampling.n
+        shift = on_token and (lambda row, token: on_token(first + row, token))
+        pad = self._pad_token(sampling)
+        rows = slice(first, own.stop * sampling.n)
+        self._check_epoch()
+        if own.stop > own.start:
+            run = RolloutRun(
+                self.decoder, prompts[own], sampling, self.max_slots, pad, shift,
+                None if limits is None else limits[own], self.graphs, streams[rows],
+            )  # fmt: skip
+            run.run()
+            found, stats = run.completions(), run.stats
+        else:
+            found, stats = empty_completions(), RolloutStats()
+        if parallel.world() > 1:
+            found = self._gather(
+                found, [n * sampling.n for n in parallel.counts(len(prompts))], sampling, pad
+            )
+            stats.completion_tokens = int(found[1].sum())
+        return found, stats
+
+    @staticmethod
+    def _gather(
+        found: tuple[Tensor, Tensor, Tensor, Tensor],
+        counts: Sequence[int],
+        sampling: SamplingConfig,
+        pad: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The completions of all processes, cut to the longest of all."""
+        ids, mask, logprobs, finished = found
+        more = (0, sampling.max_new_tokens - ids.shape[1])
+        ids = parallel.gather(nn.functional.pad(ids, more, value=pad), counts)
+        mask = parallel.gather(nn.functional.pad(mask, more), counts)
+        logprobs = parallel.gather(nn.functional.pad(logprobs, more), counts)
+        width = int(mask.sum(1).max())
+        return ids[:, :width], mask[:, :width], logprobs[:, :width], parallel.gather(finished, counts)
 
     def _check_prompts(self, prompts: Sequence[Tensor], sampling: SamplingConfig) -> None:
         for i, prompt in enumerate(prompts):
@@ -284,7 +325,7 @@ class HybridEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients."""
-        loss.backward()
+        self.stepper.backward(loss)
 
     def step(self, max_grad_norm: float | None = None) -> float:
         """Optimizer step and zero_grad; the next generate sees the new weights.
@@ -292,25 +333,10 @@ class HybridEngine:
         Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that. A norm that is nan or
         infinite steps nothing: the gradients are dropped and the weights stay as they are.
         """
-        if self.optimizer is None:
-            raise ValueError(
-                "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."
-            )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm is {max_grad_norm}: give a number above 0, or None for no clipping."
-            )
-        parameters = [
-            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if bool(torch.isfinite(norm)):
-            if max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-            self.optimizer.step()
+        norm = self.stepper.step(max_grad_norm)
+        if math.isfinite(norm):
             self.epoch += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     # -------------------------------------------------------------------------------------------------- report
 

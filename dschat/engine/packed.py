@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dschat_kernels.forward import exact_weight, packed_hidden
+from dschat_kernels.forward import Segment, exact_weight, packed_hidden, run_segment
 from dschat_kernels.models.spec import DecoderSpec, decoder_spec
 from dschat_kernels.ops.token_logprobs import token_logprobs
 from dschat_kernels.packing import resolve_linear
@@ -95,6 +95,8 @@ class PackedModel:
         self.model = model
         self.backend = backend
         self._modules: list[nn.Module] = []
+        self.segment: Segment = run_segment
+        """Runs a part of the model; replaced where the weights are sharded (dschat/engine/zero.py)."""
         self.sync()
 
     def sync(self) -> bool:
@@ -110,7 +112,9 @@ class PackedModel:
         """Hidden states after the last norm, [T, width], with gradient where the model has it."""
         self.sync()
         self.check_dropout()
-        return packed_hidden(self.spec, rows.ids, rows.cu_seqlens, exact=exact, backend=self.backend)
+        return packed_hidden(
+            self.spec, rows.ids, rows.cu_seqlens, exact=exact, backend=self.backend, segment=self.segment
+        )
 
     def check_dropout(self) -> None:
         """Dropout would make the ratio of the first minibatch differ from 1."""
@@ -157,12 +161,16 @@ class PackedModel:
 
         float32 [len(select)]; with `entropy` a pair of these.
         """
-        hidden = self.hidden(rows, exact)[select]
-        weight, bias = self.head_weight(exact)
-        return token_logprobs(
-            hidden, weight, targets, temperature=temperature, bias=bias, logit_softcap=self.spec.logit_softcap,
-            return_entropy=entropy, backend=self.backend,
-        )  # fmt: skip
+
+        def head(hidden: Tensor) -> Any:
+            weight, bias = self.head_weight(exact)
+            return token_logprobs(
+                hidden, weight, targets, temperature=temperature, bias=bias,
+                logit_softcap=self.spec.logit_softcap, return_entropy=entropy, backend=self.backend,
+            )  # fmt: skip
+
+        modules = [] if self.spec.lm_head is None else [self.spec.lm_head.module]
+        return self.segment(modules, head, self.hidden(rows, exact)[select])
 
 
 def sequence_hidden(

@@ -165,6 +165,7 @@ class _Prompt:
 class RolloutRun:
     """One generate call: `prompts` (ragged, int64) times `sampling.n` rows, at most `max_slots` at a time. `limits`:
     most tokens of a completion, prompt by prompt, where they are to be less than `sampling.max_new_tokens`.
+    `streams`: of every row; default those of the prompts, as `row_streams` gives them.
 
     A row is waiting (its prompt is in `queue` or `open`), active (it has a slot and its last token is drawn
     but not fed), or done. A prompt keeps a slot of its own from its prefill until its last sample starts.
@@ -180,11 +181,12 @@ class RolloutRun:
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
         graphs: DecodeGraphs | None = None,
+        streams: np.ndarray | None = None,
     ):
         self.decoder, self.sampling, self.on_token = decoder, sampling, on_token
         self.graphs = graphs if graphs is not None and graphs.reason is None else None
         rows = len(prompts) * sampling.n
-        self.streams = _streams(prompts, sampling.n)
+        self.streams = row_streams(prompts, sampling.n) if streams is None else streams
         self.ids = np.full((rows, sampling.max_new_tokens), pad_token_id, dtype=np.int64)
         self.logprobs = np.zeros((rows, sampling.max_new_tokens), dtype=np.float32)
         self.counts = np.zeros(rows, dtype=np.int64)
@@ -365,6 +367,12 @@ class RolloutRun:
         )
 
 
+def empty_completions() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`RolloutRun.completions` of no rows."""
+    none = torch.zeros(0, 0)
+    return none.long(), none.bool(), none, torch.zeros(0, dtype=torch.bool)
+
+
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Steps make no reference cycles, and a search for some among a model's many objects takes as long as a step."""
@@ -377,7 +385,7 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _streams(prompts: Iterable[Tensor], n: int) -> np.ndarray:
+def row_streams(prompts: Iterable[Tensor], n: int) -> np.ndarray:
     """One stream a row. A prompt that stands in the batch twice draws further samples, not the same ones again."""
     seen: dict[bytes, int] = {}
     streams = []

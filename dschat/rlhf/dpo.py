@@ -23,8 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import parallel
 from ..config import DPOConfig
 from ..engine.hybrid_engine import HybridEngine
+from ..engine.zero import make_engine
 from . import data, losses, models, sources
 from .checkpoint import atomic_folder
 from .rewards import require_same_tokenizer
@@ -52,7 +54,8 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         reference = Reference(config, policy, encoder.pad_id)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-        engine = HybridEngine(policy, optimizer)
+        engine = make_engine(policy, optimizer, run.zero)
+        optimizers = {"policy": engine.optimizer}
         reference.attach(engine)
 
         per_step = config.batch_size * config.gradient_accumulation_steps
@@ -65,7 +68,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         with metrics.phase("reference"):
             # Before the weights are restored: what is trained now is what the reference is.
             reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
-        run.restore({"policy": policy}, {"policy": optimizer})
+        run.restore({"policy": policy}, optimizers)
 
         final: dict[str, float] = {}
         for step in range(run.step, total):
@@ -73,7 +76,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             with metrics.phase("update"):
                 values = accumulate(engine, reference, train_set, rows, encoder.pad_id, config)
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
-                set_lr(optimizer, values["lr"])
+                set_lr(engine.optimizer, values["lr"])
                 values["grad_norm"] = engine.step(config.max_grad_norm or None)
             failed = [train_set[i] for i in rows]
             run.check_finite(values["grad_norm"], "gradient", step + 1, failed, {"policy": policy})
@@ -83,7 +86,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 values |= {f"eval/{k}": v for k, v in held_out.items()}
                 final |= {f"eval_{k}": v for k, v in held_out.items()}
             metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
-            run.save(step + 1, {"policy": policy}, {"policy": optimizer})
+            run.save(step + 1, {"policy": policy}, optimizers)
             final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
         written = models.save_model(policy, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
@@ -142,18 +145,24 @@ class Reference:
         with adapter_off:
             return pair_logprobs(self.engine, examples, self.pad_id, self.mean)
 
+    def _both(self, examples: Sequence[data.Example]) -> Tensor:
+        """[2, pairs]: `compute` of all, each pair by one process."""
+        found = parallel.by_rows(
+            len(examples), self.config.batch_size, lambda rows: torch.stack(self.compute(examples[rows]), 1)
+        )
+        return found.t().contiguous()
+
     def prepare(self, folder: Path, sets: dict[str, Sequence[data.Example]]) -> None:
         """Fill the cache of every set, from `folder` where it holds that of the same pairs."""
         if not self.config.cache_reference:
             return
         file = folder / "reference" / f"{_digest(sets, self.mean)}.safetensors"
-        if not file.is_file():
-            found = {}
-            for name, examples in sets.items():
-                if pieces := [self.compute(piece) for piece in data.chunks(examples, self.config.batch_size)]:
-                    found[name] = torch.stack([torch.cat([p[i] for p in pieces]) for i in range(2)])
-            with atomic_folder(file.parent) as temporary:
-                save_file(found, temporary / file.name)
+        if not parallel.from_lead(file.is_file):
+            found = {name: self._both(examples) for name, examples in sets.items() if examples}
+            if parallel.lead():
+                with atomic_folder(file.parent) as temporary:
+                    save_file(found, temporary / file.name)
+            parallel.barrier()
         self.cache = load_file(file)
         self.frozen = None
 
@@ -192,15 +201,16 @@ def accumulate(
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one step, `batch_size` pairs at a time; the loss is the mean over all of them."""
     values = dict.fromkeys(("loss", "accuracy", "chosen_reward", "rejected_reward"), 0.0)
-    for piece in data.chunks(rows, config.batch_size):
+    for piece, own in parallel.shares(rows, config.batch_size):
         examples = [train_set[i] for i in piece]
         loss, found = _piece_loss(
             engine, reference, "train", piece, examples, pad_id, config, normalizer=len(rows)
         )
-        engine.backward(loss)
-        values["loss"] += float(loss.detach())
+        engine.backward(loss if own else loss * 0.0)
+        values["loss"] += float(loss.detach()) * own
         for key, value in found.items():
-            values[key] += float(value) * len(piece) / len(rows)
+            values[key] += float(value) * own * len(piece) / len(rows)
+    values = parallel.total(values)
     values["margin"] = values["chosen_reward"] - values["rejected_reward"]
     return values
 
@@ -212,13 +222,13 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
     out = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    for rows in data.chunks(range(len(examples)), config.batch_size):
+    for rows, own in parallel.shares(range(len(examples)), config.batch_size):
         piece = [examples[i] for i in rows]
         loss, found = _piece_loss(
             engine, reference, "eval", rows, piece, pad_id, config, normalizer=len(examples)
         )
-        share = len(piece) / len(examples)
-        out["loss"] += float(loss)
+        share = own * len(piece) / len(examples)
+        out["loss"] += float(loss) * own
         out["accuracy"] += float(found["accuracy"]) * share
         out["margin"] += float(found["chosen_reward"] - found["rejected_reward"]) * share
-    return out
+    return parallel.total(out)

@@ -116,12 +116,17 @@ class Metrics:
         progress: bool = True,
         after_step: int = 0,
         console: Console | None = None,
+        write: bool = True,
     ) -> None:
+        """write: False for a process that is not the lead of its run: nothing is kept or shown."""
         self.folder, self.name, self.total_steps = Path(folder), name, total_steps
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path, self.completions_path = self.folder / "metrics.jsonl", self.folder / "completions.jsonl"
-        for path in (self.path, self.completions_path):
-            drop_after(path, after_step)
+        self._write = write
+        tensorboard, progress = tensorboard and write, progress and write
+        if write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in (self.path, self.completions_path):
+                drop_after(path, after_step)
         self.console = console or Console()
         self._phases: dict[str, float] = {}
         self._step_start = time.perf_counter()
@@ -170,7 +175,8 @@ class Metrics:
             "time/unix": time.time(),
         }
         self._phases, self._step_start = {}, now
-        append_line(self.path, {"step": step} | line)
+        if self._write:
+            append_line(self.path, {"step": step} | line)
         if self._writer is not None:
             for key, value in line.items():
                 if key != "time/unix":
@@ -194,7 +200,7 @@ class Metrics:
         """Keep prompts and answers with their scores in completions.jsonl, and show the first `show` as a
         table.
         """
-        for row in rows:
+        for row in rows if self._write else ():
             append_line(self.completions_path, {"step": step} | dict(row))
         if show and not self._quiet and rows:
             (self._bar.console if self._bar else self.console).print(completions_table(rows[:show], title))

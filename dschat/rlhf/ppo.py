@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import PPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
+from ..engine.zero import ZeroSettings, make_stepper
 from . import data, losses, online
 from .critic import Critic, build_rewards_and_critic
 from .environments import credit_turns
@@ -26,7 +27,7 @@ from .experience import Experience, shape_scores
 from .metrics import Metrics
 from .online import RatioError
 from .rewards import RewardFunction, Rewards
-from .run import clip_gradients, derive_seed, learning_rate, make_optimizer, set_lr
+from .run import derive_seed, learning_rate, make_optimizer, set_lr
 
 
 class PPO(online.Trainer):
@@ -42,22 +43,27 @@ class PPO(online.Trainer):
         rewards: Rewards,
         critic: Critic,
         reference: HybridEngine | None,
+        zero: ZeroSettings | None = None,
     ) -> None:
         super().__init__(config, engine, encoder, rewards, reference)
         self.critic = critic
-        self.critic_parameters = [p for p in critic.module.parameters() if p.requires_grad]
-        self.critic_optimizer = make_optimizer(
+        optimizer = make_optimizer(
             critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
             config.critic_weight_decay,
         )  # fmt: skip
+        # A head alone is a few numbers, of which nothing is to be sharded.
+        zero = None if critic.frozen_trunk or zero is None else zero.at(config.critic_zero_stage)
+        self.critic_stepper = make_stepper(critic.module, optimizer, zero, critic.scorer.packed)
+        self.critic_optimizer: Any = self.critic_stepper.optimizer
 
     @classmethod
     def build(
         cls, config: PPOConfig, engine: HybridEngine, encoder: data.Encoder,
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
+        zero: ZeroSettings | None = None,
     ) -> PPO:  # fmt: skip
         rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder)
-        return cls(config, engine, encoder, rewards, critic, reference)
+        return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(
         self, experience: Experience, scores: Tensor, valid: Tensor, metrics: Metrics
@@ -68,8 +74,7 @@ class PPO(online.Trainer):
             if experience.features is not None:
                 values = self.critic.values(rollout, experience.features)
             else:
-                pieces = self.pieces(len(rollout))
-                values = torch.cat([self.critic.values(rollout.select(rows)) for rows in pieces])
+                values = self.by_rows(rollout, self.critic.values)
         beta = experience.kl_coef if config.kl_place == "reward" else 0.0
         rewards = losses.kl_penalised_rewards(
             scores, experience.old_logp, experience.ref_logp, mask, beta, config.kl_kind
@@ -108,11 +113,13 @@ class PPO(online.Trainer):
         }
 
     def extra_norms(self) -> dict[str, float]:
-        return {"value/grad_norm": clip_gradients(self.critic_parameters, self.config.max_grad_norm)}
+        return {"value/grad_norm": self.critic_stepper.ready(self.config.max_grad_norm or None)}
 
     def extra_step(self) -> None:
-        self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
+        self.critic_stepper.apply()
+
+    def extra_backward(self, loss: Tensor) -> None:
+        self.critic_stepper.backward(loss)
 
     def set_learning_rates(self, step: int, total: int) -> None:
         super().set_learning_rates(step, total)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from . import data, losses
@@ -46,12 +47,14 @@ class PretrainingMix:
             len(self.blocks), count, replace=False
         )
         blocks = [list(self.blocks[int(i)]) for i in rows]
+        ((piece, own),) = parallel.shares(blocks, count)
         # The first token of a block is given, the others are predicted.
-        batch: Any = data.Sequences.of([b[:1] for b in blocks], [b[1:] for b in blocks], self.pad_id)
+        batch: Any = data.Sequences.of([b[:1] for b in piece], [b[1:] for b in piece], self.pad_id)
         logp = engine.logprobs(batch, temperature=1.0)
-        loss, _ = losses.nll_loss(logp, batch.completion_mask)
-        engine.backward(self.config.unsup_coef * loss)
-        return {"unsup/loss": float(loss.detach())}
+        predicted = count * (self.config.unsup_length - 1)
+        loss, _ = losses.nll_loss(logp, batch.completion_mask, normalizer=predicted)
+        engine.backward(self.config.unsup_coef * loss if own else loss * 0.0)
+        return parallel.total({"unsup/loss": float(loss.detach()) * own})
 
 
 def _text(record: data.Record) -> str:

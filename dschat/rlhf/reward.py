@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import torch
 
+from .. import parallel
 from ..config import RewardConfig
+from ..engine.zero import make_stepper
 from . import data, losses, models, sources
-from .run import Run, clip_gradients, interruptible, learning_rate, make_optimizer, require_data, set_lr
+from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
 
 NORMALISE_ON = 128  # training pairs whose scores give mean and deviation
 
@@ -39,8 +41,9 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         model = models.make_trainable(model, config, "SEQ_CLS")
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         scorer = models.Scorer(model)
-        parameters = models.trainable(model)
         optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
+        stepper = make_stepper(model, optimizer, run.zero, scorer.packed)
+        optimizers = {"reward": stepper.optimizer}
 
         per_step = config.batch_size * config.gradient_accumulation_steps
         schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
@@ -49,32 +52,31 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         metrics.say(train_stats.sentence("reward data"))
         if eval_set:
             metrics.say(eval_stats.sentence("reward held-out data"))
-        run.restore({"reward": model}, {"reward": optimizer})
+        run.restore({"reward": model}, optimizers)
 
         final: dict[str, float] = {}
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with metrics.phase("update"):
                 values = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-                for piece in data.chunks(examples, config.batch_size):
+                for piece, own in parallel.shares(examples, config.batch_size):
                     loss, found = pair_loss(scorer, piece, encoder.pad_id, config, len(examples))
-                    loss.backward()
-                    values["loss"] += float(loss.detach())
+                    stepper.backward(loss if own else loss * 0.0)
+                    values["loss"] += float(loss.detach()) * own
                     for name in ("accuracy", "margin"):
-                        values[name] += float(found[name]) * len(piece) / len(examples)
-                values["grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
+                        values[name] += float(found[name]) * own * len(piece) / len(examples)
+                values = parallel.total(values)
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
+                set_lr(stepper.optimizer, values["lr"])
+                values["grad_norm"] = stepper.step(config.max_grad_norm or None)
                 run.check_finite(values["grad_norm"], "gradient", step + 1, examples, {"reward": model})
-                set_lr(optimizer, values["lr"])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(scorer, eval_set, encoder.pad_id, config)
                 values |= {f"eval/{k}": v for k, v in held_out.items()}
                 final |= {f"eval_{k}": v for k, v in held_out.items()}
             metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
-            run.save(step + 1, {"reward": model}, {"reward": optimizer})
+            run.save(step + 1, {"reward": model}, optimizers)
             final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
 
         if config.normalise:
@@ -141,13 +143,22 @@ def pair_scores(
     return scores[: len(examples)], scores[len(examples) :]
 
 
+def all_scores(
+    scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pair_scores` of many pairs, each by one process; without gradient."""
+    both = parallel.by_rows(
+        len(examples), batch_size, lambda rows: torch.stack(pair_scores(scorer, examples[rows], pad_id), 1)
+    )
+    return both[:, 0], both[:, 1]
+
+
 @torch.no_grad()
 def evaluate(
     scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int, config: RewardConfig
 ) -> dict[str, float]:
     """Loss, accuracy and margin on held-out pairs."""
-    pieces = [pair_scores(scorer, piece, pad_id) for piece in data.chunks(examples, config.batch_size)]
-    chosen, rejected = (torch.cat([p[i] for p in pieces]) for i in range(2))
+    chosen, rejected = all_scores(scorer, examples, pad_id, config.batch_size)
     loss, metrics = losses.bradley_terry_loss(chosen, rejected, _margins(examples, config.margin))
     return {"loss": float(loss), "accuracy": float(metrics["accuracy"]), "margin": float(metrics["margin"])}
 
@@ -157,8 +168,6 @@ def moments(
     scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int, batch_size: int
 ) -> tuple[float, float]:
     """Mean and biased standard deviation of the raw scores of all answers of some pairs."""
-    scores = torch.cat(
-        [torch.cat(pair_scores(scorer, piece, pad_id)) for piece in data.chunks(examples, batch_size)]
-    ).double()
+    scores = torch.cat(all_scores(scorer, examples, pad_id, batch_size)).double()
     std = float(scores.std(correction=0))
     return float(scores.mean()), std if std > 1e-6 else 1.0

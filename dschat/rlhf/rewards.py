@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from . import data, models
 
@@ -185,7 +186,11 @@ class Rewards:
                         "float32, or train it again with a lower learning rate"
                     )
             else:
-                scores = call_function(source, prompts, completions, columns)
+
+                def call(function: Any = source) -> Tensor:
+                    return call_function(function, prompts, completions, columns)
+
+                scores = parallel.from_lead(call)
             said = ~torch.isnan(scores)
             total = total + weight * torch.where(said, scores, torch.zeros_like(scores))
             valid |= said

@@ -29,11 +29,14 @@ from torch import Tensor, nn
 from dschat_kernels.limits import use_threads
 
 from .. import config as configs
+from .. import parallel
 from ..config import ConfigError, StageConfig
+from ..engine.zero import ZeroSettings, whole
 from . import checkpoint, data
 from .metrics import Metrics, reset_peak_memory
 
-# Keys that may differ when a run goes on: they change what is shown or kept, never what is computed.
+# Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
+# computed (but for the rounding of sums over processes).
 FREE_KEYS = {
     "resume",
     "overwrite",
@@ -46,6 +49,10 @@ FREE_KEYS = {
     "token_cache",
     "data_workers",
     "stream",
+    "zero_stage",
+    "critic_zero_stage",
+    "offload",
+    "deepspeed",
 }
 
 
@@ -135,6 +142,8 @@ class Run:
     """
 
     def __init__(self, config: StageConfig, stage: str) -> None:
+        parallel.start()
+        self.zero = zero_settings(config)
         self.config, self.stage = config, stage
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
@@ -145,6 +154,7 @@ class Run:
         self.step = 0
         self._started = time.perf_counter()
         self._open()
+        parallel.barrier()  # every process has looked at the folder before the lead writes into it
 
     def _open(self) -> None:
         """Look at what is there; nothing is written before `start`, so that a run that cannot start leaves
@@ -202,20 +212,26 @@ class Run:
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
+        if parallel.lead():
+            self._write_start()
+        self.metrics = Metrics(
+            self.folder, self.stage, total_steps, after_step=self.step, write=parallel.lead(),
+            tensorboard=self.config.tensorboard, progress=self.config.progress,
+        )  # fmt: skip
+        parallel.barrier()
+        if self.step:
+            self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
+        return self.metrics
+
+    def _write_start(self) -> None:
         if self.config.overwrite and self.folder.is_dir():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
+        content["processes"] = parallel.world()
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
-        self.metrics = Metrics(
-            self.folder, self.stage, total_steps, after_step=self.step,
-            tensorboard=self.config.tensorboard, progress=self.config.progress,
-        )  # fmt: skip
-        if self.step:
-            self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
-        return self.metrics
 
     def restore(
         self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
@@ -226,7 +242,8 @@ class Run:
         if not self.step:
             return {}
         for name, module in modules.items():
-            checkpoint.load_module_state(name, module, self.tensors)
+            with whole([p for p in module.parameters() if p.requires_grad], write=True):
+                checkpoint.load_module_state(name, module, self.tensors)
         for name, optimizer in optimizers.items():
             checkpoint.load_optimizer_state(
                 f"optimizer.{name}", optimizer, self.tensors, self.state["optimizers"][name]
@@ -248,12 +265,13 @@ class Run:
             all_tensors, rng = checkpoint.rng_state()
             states = {}
             for name, module in modules.items():
-                all_tensors |= checkpoint.module_state(name, module)
+                all_tensors |= _module_state(name, module)
             for name, optimizer in optimizers.items():
                 found, states[name] = checkpoint.optimizer_state(f"optimizer.{name}", optimizer)
                 all_tensors |= found
             state = {"optimizers": states, "rng": rng, "extra": dict(extra or {})}
-            checkpoint.save(self.checkpoints, step, all_tensors, state, self.config.keep_checkpoints)
+            if parallel.lead():
+                checkpoint.save(self.checkpoints, step, all_tensors, state, self.config.keep_checkpoints)
 
     def eval_due(self, step: int, total: int) -> bool:
         """Whether held-out data is looked at after `step`."""
@@ -286,8 +304,10 @@ class Run:
         """Keep what a step failed on, for `dschat replay`: `failed-step-000003/` with the batch and the weights."""
         where = self.folder / f"failed-step-{step:06d}"
         weights: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            weights |= checkpoint.module_state(name, module)
+        for name, module in modules.items():  # every process: weights that are divided are put together
+            weights |= _module_state(name, module)
+        if not parallel.lead():
+            return where
         with checkpoint.atomic_folder(where) as temporary:
             for name, content in (("batch", tensors), ("weights", weights)):
                 plain = {k: v.detach().cpu().contiguous().clone() for k, v in content.items()}
@@ -300,18 +320,40 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json, the sign that the run is done."""
         self.result = dict(result) | {"seconds": time.perf_counter() - self._started}
-        checkpoint.atomic_text(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
+        if parallel.lead():
+            checkpoint.atomic_text(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
+        parallel.barrier()
         return self.result
+
+
+def zero_settings(config: StageConfig) -> ZeroSettings | None:
+    """What a run asks DeepSpeed for; None: nothing. Raises ConfigError for settings that cannot work."""
+    try:
+        return ZeroSettings.read(config.zero_stage, config.offload, config.deepspeed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _module_state(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """checkpoint.module_state of a module whose weights may be sharded: one by one, copied on the lead."""
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not any(hasattr(p, "ds_id") for p in trained.values()):
+        return checkpoint.module_state(name, module)
+    out = {}
+    for key, parameter in trained.items():
+        with whole([parameter]):
+            if parallel.lead():
+                out[f"{name}.{key}"] = parameter.detach().cpu().clone()
+    return out
 
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Ctrl-C ends a run with one line that says how to go on."""
+    """Ctrl-C, and the loss of another process, end a run with one line that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, parallel.Parted) as error:
         newest = checkpoint.latest(run.checkpoints)
         where = f"after {newest.name}" if newest else "from the start"
-        raise ConfigError(
-            f"interrupted; the same command goes on {where} ({os.fspath(run.folder)})"
-        ) from None
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise ConfigError(f"{what}; the same command goes on {where} ({os.fspath(run.folder)})") from None

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from .. import parallel
 from ..config import SFTConfig
 from ..engine.hybrid_engine import HybridEngine
+from ..engine.zero import make_engine
 from . import data, losses, models, sources
 from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
 
@@ -32,7 +34,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         model = model or models.load_policy(config.model, models.pick_dtype(config.dtype))
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
-        engine = HybridEngine(model, optimizer)
+        engine = make_engine(model, optimizer, run.zero)
 
         per_step = config.batch_size * config.gradient_accumulation_steps
         schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
@@ -41,7 +43,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         metrics.say(train_stats.sentence("SFT data"))
         if eval_set:
             metrics.say(eval_stats.sentence("SFT held-out data"))
-        run.restore({"policy": model}, {"policy": optimizer})
+        optimizers = {"policy": engine.optimizer}
+        run.restore({"policy": model}, optimizers)
 
         final: dict[str, float] = {}
         for step in range(run.step, total):
@@ -49,7 +52,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             with metrics.phase("update"):
                 loss, tokens = accumulate(engine, examples, encoder.pad_id, config)
                 lr = learning_rate(config, config.learning_rate, step, total)
-                set_lr(optimizer, lr)
+                set_lr(engine.optimizer, lr)
                 norm = engine.step(config.max_grad_norm or None)
             run.check_finite(norm, "gradient", step + 1, examples, {"policy": model})
             values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
@@ -58,7 +61,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                     held_out = evaluate(engine, eval_set, encoder.pad_id, config)
                 final["eval_loss"] = values["eval/loss"] = held_out
             metrics.log(step + 1, values, show=["loss", "eval/loss"])
-            run.save(step + 1, {"policy": model}, {"policy": optimizer})
+            run.save(step + 1, {"policy": model}, optimizers)
             final["loss"] = loss
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
@@ -84,15 +87,15 @@ def accumulate(
     tokens = sum(len(e.answers[0]) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
-    for piece in data.chunks(examples, config.batch_size):
+    for piece, own in parallel.shares(examples, config.batch_size):
         batch: Any = data.Sequences.of([e.prompt_ids for e in piece], [e.answers[0] for e in piece], pad_id)
         logp = engine.logprobs(batch, temperature=1.0)
         loss, _ = losses.nll_loss(
             logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count
         )
-        engine.backward(loss)
-        total += float(loss.detach())
-    return total, tokens
+        engine.backward(loss if own else loss * 0.0)
+        total += float(loss.detach()) * own
+    return parallel.total({"loss": total})["loss"], tokens
 
 
 @torch.no_grad()
@@ -101,10 +104,11 @@ def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int
     tokens = sum(len(e.answers[0]) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
-    for piece in data.chunks(examples, config.batch_size):
+    for piece, own in parallel.shares(examples, config.batch_size):
         batch: Any = data.Sequences.of([e.prompt_ids for e in piece], [e.answers[0] for e in piece], pad_id)
         logp = engine.logprobs(batch, temperature=1.0)
-        total += float(
-            losses.nll_loss(logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count)[0]
+        loss, _ = losses.nll_loss(
+            logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count
         )
-    return total
+        total += float(loss) * own
+    return parallel.total({"loss": total})["loss"]

@@ -147,6 +147,15 @@ class LayerSpec:
             if (norm := getattr(self, part)) is not None:
                 yield part, norm
 
+    def linears(self) -> list[LinearSpec]:
+        """Its projections, in the order of execution."""
+        gate = [] if self.gate is None else [self.gate]
+        return [self.q, self.k, self.v, self.o, *gate, self.up, self.down]
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose parameters it reads."""
+        return [s.module for s in self.linears()] + [norm.module for _, norm in self.norms()]
+
 
 @dataclass(frozen=True, eq=False)
 class DecoderSpec:
@@ -217,10 +226,18 @@ class DecoderSpec:
         """Every projection, in the order of execution, head last."""
         found = [self.project_in] if self.project_in else []
         for layer in self.layers:
-            found += [layer.q, layer.k, layer.v, layer.o]
-            found += ([layer.gate] if layer.gate else []) + [layer.up, layer.down]
+            found += layer.linears()
         found += [s for s in (self.project_out, self.lm_head) if s is not None]
         return found
+
+    def first_modules(self) -> list[nn.Module]:
+        """The modules whose parameters are read before the first layer."""
+        parts = [self.project_in, self.embed_norm]
+        return [m for m in (self.embed, self.positions) if m is not None] + [p.module for p in parts if p]
+
+    def last_modules(self) -> list[nn.Module]:
+        """The modules whose parameters are read between the last layer and the head."""
+        return [p.module for p in (self.final_norm, self.project_out) if p is not None]
 
 
 def decoder_spec(model: nn.Module) -> DecoderSpec:

@@ -250,7 +250,7 @@ def test_refusals() -> None:
         HybridEngine(model, max_slots=0)
     wrapped = SimpleNamespace(module=model, zero_optimization=lambda: True)
     with pytest.raises(
-        ValueError, match=r"is a DeepSpeed engine: this version runs one process, give engine\.module"
+        ValueError, match=r"is a DeepSpeed engine: give the model to dschat\.engine\.zero\.ZeroEngine"
     ):
         HybridEngine(wrapped)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"has no optimizer: give HybridEngine\(model, optimizer="):
