@@ -61,7 +61,8 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        return bool(self.checks) and all(c.passed for c in self.checks) and all(c.passed for c in self.others)
+        own = bool(self.checks) and all(c.passed for c in self.checks)
+        return own and all(other.passed for other in self.others)
 
     def to_dict(self) -> dict[str, Any]:
         rows = [{**asdict(c), "passed": c.passed} for c in self.checks]
