@@ -41,25 +41,54 @@ struct Rows {
   template <typename T> void fill(const T* x, int64_t x_stride, int64_t rows, int64_t k) const {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t g = 0; g < groups; ++g) {
-        alignas(64) float group[kQuantGroup] = {};
-        const int64_t len = std::min(kQuantGroup, k - g * kQuantGroup);
-        const T* from = x + r * x_stride + g * kQuantGroup;
-        int64_t i = 0;
-        for (; i + kLanes <= len; i += kLanes) store(group + i, load(from + i));
-        if (i < len) store(group + i, load(from + i, int(len - i)), int(len - i));
-        scales[r * groups + g] = quantise(group, kQuantGroup);
-        int8_t* to = values + r * stride + g * kQuantGroup;
+        Vec v[kVecs];
+        for (int64_t i = 0, at = g * kQuantGroup; i < kVecs; ++i, at += kLanes)
+          v[i] = load(x + r * x_stride + std::min(at, k), int(std::max<int64_t>(0, std::min<int64_t>(kLanes, k - at))));
         int32_t sum = 0;
-        for (int64_t j = 0; j < kQuantGroup; ++j) {
-          to[j] = int8_t(group[j]);
-          sum += to[j];
-        }
+        scales[r * groups + g] = quantise_group(v, values + r * stride + g * kQuantGroup, sum);
         begins[r * groups + g] = -128 * sum;
       }
+  }
+
+ private:
+  static constexpr int kVecs = int(kQuantGroup / kLanes);
+
+  // quantise.h's rule for one group; sum: of the values, which are exact in whatever order they are added.
+  static float quantise_group(const Vec* v, int8_t* to, int32_t& sum) {
+#if defined(__AVX512F__)
+    // The same without a store of every step: maxima and integers do not mind the order.
+    const __m512 most = _mm512_set1_ps(std::numeric_limits<float>::max());
+    Vec largest = abs(v[0]);
+    for (int i = 1; i < kVecs; ++i) largest = max(largest, abs(v[i]));
+    bool finite = true;
+    for (int i = 0; i < kVecs; ++i) finite &= _mm512_cmp_ps_mask(abs(v[i]).v, most, _CMP_LE_OQ) == 0xffff;
+    const float scale = _mm512_reduce_max_ps(largest.v) / 127.0f;
+    if (finite && scale >= std::numeric_limits<float>::min()) {
+      const __m512 divisor = _mm512_set1_ps(scale);
+      __m512i total = _mm512_setzero_si512();
+      for (int i = 0; i < kVecs; ++i) {
+        // |v| / scale is at most 127 (1 + 2^-22): it rounds to 127.
+        const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(v[i].v, divisor));
+        total = _mm512_add_epi32(total, q);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes), _mm512_cvtepi32_epi8(q));
+      }
+      sum = _mm512_reduce_add_epi32(total);
+      return scale;
+    }
+#endif
+    alignas(64) float group[kQuantGroup];
+    for (int i = 0; i < kVecs; ++i) store(group + i * kLanes, v[i]);
+    const float step = quantise(group, kQuantGroup);
+    for (int64_t j = 0; j < kQuantGroup; ++j) {
+      to[j] = int8_t(group[j]);
+      sum += to[j];
+    }
+    return step;
   }
 };
 
 constexpr int64_t kQuadsInGroup = kQuantGroup / 4;
+constexpr int kInt8Rows = 8;  // at once: with more, compilers keep accumulators in memory
 
 // sums[MR][NP * 32] = MR rows times NP panels, whose bytes are fetched ahead where they come from memory (kStream).
 template <int MR, int NP, bool kStream>
@@ -88,33 +117,38 @@ void multiply_plain(const Rows& rows, const uint8_t* w, int64_t panel, float* su
 }
 
 #if defined(DSCHAT_VNNI)
+// Loops over accumulators are unrolled, so that these stay in registers.
+#define DSCHAT_UNROLL _Pragma("GCC unroll 16")
 template <int MR, int NP, bool kStream>
 DSCHAT_VNNI_TARGET void multiply_vnni(const Rows& rows, const uint8_t* w, int64_t panel, float* sums, Ahead& ahead) {
   constexpr int64_t kAhead = 2048;
-  for (int64_t g = 0; g < rows.groups; ++g) {
+  const int64_t stride = rows.stride, groups = rows.groups;
+  for (int64_t g = 0; g < groups; ++g) {
     const int64_t q0 = g * kQuadsInGroup, q1 = std::min(rows.quads, q0 + kQuadsInGroup);
+    const int32_t* begins = rows.begins + g;
     __m512i acc[MR][NP][2];
-    for (int r = 0; r < MR; ++r)
-      for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = _mm512_set1_epi32(rows.begins[r * rows.groups + g]);
+    DSCHAT_UNROLL for (int r = 0; r < MR; ++r)
+      DSCHAT_UNROLL for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = _mm512_set1_epi32(begins[r * groups]);
     for (int64_t q = q0; q < q1; ++q) {
-      if (!kStream) ahead.step(), ahead.step();
+      if (!kStream) ahead.step();  // half a panel a block: all of it while two or more blocks pass
+      const int8_t* x = rows.values + q * 4;
       for (int p = 0; p < NP; ++p) {
         const uint8_t* at = w + p * panel + q * 128;
         if (kStream) __builtin_prefetch(at + kAhead), __builtin_prefetch(at + kAhead + 64);
         const __m512i lo = _mm512_loadu_si512(at), hi = _mm512_loadu_si512(at + 64);
         for (int r = 0; r < MR; ++r) {
           int32_t bits;
-          std::memcpy(&bits, rows.values + r * rows.stride + q * 4, 4);
-          const __m512i x = _mm512_set1_epi32(bits);
-          acc[r][p][0] = _mm512_dpbusd_epi32(acc[r][p][0], lo, x);
-          acc[r][p][1] = _mm512_dpbusd_epi32(acc[r][p][1], hi, x);
+          std::memcpy(&bits, x + r * stride, 4);
+          const __m512i four = _mm512_set1_epi32(bits);
+          acc[r][p][0] = _mm512_dpbusd_epi32(acc[r][p][0], lo, four);
+          acc[r][p][1] = _mm512_dpbusd_epi32(acc[r][p][1], hi, four);
         }
       }
     }
-    for (int r = 0; r < MR; ++r) {
-      const Vec scale = set1(rows.scales[r * rows.groups + g]);
-      for (int p = 0; p < NP; ++p)
-        for (int h = 0; h < 2; ++h) {
+    DSCHAT_UNROLL for (int r = 0; r < MR; ++r) {
+      const Vec scale = set1(rows.scales[r * groups + g]);
+      DSCHAT_UNROLL for (int p = 0; p < NP; ++p)
+        DSCHAT_UNROLL for (int h = 0; h < 2; ++h) {
           float* sum = sums + (r * NP + p) * kPanel + h * kLanes;
           store(sum, fma(Vec{_mm512_cvtepi32_ps(acc[r][p][h])}, scale, g == 0 ? zero() : load(sum)));
         }
@@ -150,7 +184,7 @@ struct Int8Job {
 
   // Whole of the work of a single row block.
   template <int MR> void stream(const Rows& rows, int64_t row, int64_t p0, int64_t p1) const {
-    constexpr int NP = panels_at_once<MR>();
+    constexpr int NP = MR <= 2 ? 4 : (MR <= 4 ? 2 : 1);
     Ahead none;
     int64_t p = p0;
     for (; p + NP <= p1; p += NP) tile<MR, NP, true>(rows, row, p, none);
@@ -165,14 +199,14 @@ void multiply_panels_int8(DType x_type, const void* x, int64_t x_stride, int64_t
   if (r0 >= r1 || p0 >= p1) return;
   const int64_t panel = panel_depth(panels, k) * kPanel;
   const Int8Job job{reinterpret_cast<const uint8_t*>(panels), panel, sink, has_vnni()};
-  const int64_t limit = std::max<int64_t>(1, 512 * 1024 / (Rows::row_bytes(k) * kMaxRows)) * kMaxRows;  // stays in L2
+  const int64_t limit = std::max<int64_t>(1, 512 * 1024 / (Rows::row_bytes(k) * kInt8Rows)) * kInt8Rows;  // stays in L2
   for (int64_t g0 = r0; g0 < r1; g0 += limit) {
-    const int64_t count = std::min(limit, r1 - g0), blocks = (count + kMaxRows - 1) / kMaxRows;
+    const int64_t count = std::min(limit, r1 - g0), blocks = (count + kInt8Rows - 1) / kInt8Rows;
     const Rows rows(scratch(kScratchGemm, size_t(count * Rows::row_bytes(k))), count, k);
     if (x_type == DType::f32) rows.fill(static_cast<const float*>(x) + g0 * x_stride, x_stride, count, k);
     else rows.fill(static_cast<const bf16*>(x) + g0 * x_stride, x_stride, count, k);
     if (blocks == 1) {
-      with_rows(int(count), [&](auto mr) { job.stream<mr()>(rows, g0, p0, p1); });
+      with_rows<kInt8Rows>(int(count), [&](auto mr) { job.stream<mr()>(rows, g0, p0, p1); });
       continue;
     }
     const auto cut = [&](int64_t b) { return count * b / blocks; };
@@ -180,7 +214,7 @@ void multiply_panels_int8(DType x_type, const void* x, int64_t x_stride, int64_t
       const char* next = reinterpret_cast<const char*>(job.w + (p + 1) * panel);
       Ahead ahead{next, p + 1 < p1 ? next + panel : next};
       for (int64_t b = 0; b < blocks; ++b)
-        with_rows(int(cut(b + 1) - cut(b)),
+        with_rows<kInt8Rows>(int(cut(b + 1) - cut(b)),
                   [&](auto mr) { job.tile<mr(), 1, false>(rows.from(cut(b)), g0 + cut(b), p, ahead); });
     }
   }
