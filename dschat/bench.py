@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dschat_kernels.backends import backends, matmul_peak, read_bandwidth
 
@@ -237,6 +237,10 @@ def generate(
     return report
 
 
+def _random_prompts(engine: HybridEngine, batch: int, prompt: int) -> Tensor:
+    return torch.randint(engine.spec.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+
+
 def _measure(
     engine: HybridEngine,
     sides: Sequence[Side],
@@ -246,7 +250,7 @@ def _measure(
     repeats: int,
     machine: bounds.Machine,
 ) -> GenerateRow:
-    ids = torch.randint(engine.spec.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    ids = _random_prompts(engine, batch, prompt)
     sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)
     rows = ids.tolist()
     first = engine.generate(ids, None, sampling).completion_ids[:, 0].tolist()
