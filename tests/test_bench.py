@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,9 @@ def test_bound_is_the_slower_of_memory_and_arithmetic() -> None:
 # ------------------------------------------------------------------------------------------------------ other sides
 
 
-def test_a_peer_in_its_own_process_gives_the_same_tokens(
-    stories_model: Any, small_machine: None, tmp_path: Path
-) -> None:
+def test_a_peer_in_its_own_process_gives_the_same_tokens(stories_model: Any, small_machine: None) -> None:
     ids = torch.randint(500, (3, 7), generator=torch.Generator().manual_seed(1)).tolist()
-    with peers.start(["hf"], str(STORIES), dtype="float32", threads=2) as (worker,):
+    with peers.start(["hf"], str(STORIES), dtype="float32", threads=1) as (worker,):
         process = worker._process
         seconds, tokens = worker.run(ids, 5)
         assert seconds > 0 and tokens == peers.Here(stories_model).run(ids, 5)[1]
@@ -147,8 +146,6 @@ def test_a_peer_in_its_own_process_gives_the_same_tokens(
     assert data["versions"].keys() == {"hf", "other"}
     head, _, *rows = report.to_markdown().splitlines()
     assert "| other tok/s | ratio |" in head and len({line.count("|") for line in (head, *rows)}) == 1
-    report.plot(tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def worker_script(folder: Path, body: str) -> str:
@@ -194,25 +191,22 @@ def test_peers_that_fail_say_why(tmp_path: Path) -> None:
             pass
 
 
+@pytest.fixture
+def same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def test_bench_command(
-    tmp_path: Path, small_machine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_machine: None, same_threads: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "bench.json"
-    words = [
-        "bench",
-        "generate",
-        "--model",
-        str(STORIES),
-        "--workload",
-        "2x4+3",
-        "--repeats",
-        "1",
-        "--output",
-        str(out),
-    ]
-    assert cli.main([*words, "--dtype", "float32", "--against", "hf", "--plot", str(tmp_path / "p.png")]) == 0
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    words = ["bench", "generate", "--model", str(STORIES), "--workload", "2x4+3", "--repeats", "1", "--threads", "1",
+             "--dtype", "float32", "--output", str(out)]  # fmt: skip
+    assert cli.main([*words, "--against", "hf", "--plot", str(picture)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["hf_same_first"] == 1.0 and (tmp_path / "p.png").exists()
+    assert row["hf_same_first"] == 1.0 and picture.read_bytes()[:4] == b"\x89PNG"
     assert cli.main([*words, "--against", "none"]) == 0
     assert json.loads(out.read_text())["rows"][0]["hf"] is None
     assert cli.main([*words, "--against", "hf,nosuch"]) == 2
