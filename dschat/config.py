@@ -231,6 +231,11 @@ class StageConfig(Config):
     eval_every: int = opt(0, "evaluate every N steps; 0: only at the end")
     save_every: int = opt(1, "checkpoint every N steps; 0: never")
     keep_checkpoints: int = opt(2, "how many of the newest checkpoints stay")
+    best_metric: str = opt(
+        "",
+        "number of the log, such as eval/score: its best step's checkpoint stays, and is what is written at the end",
+    )
+    best_is: Literal["highest", "lowest"] = opt("highest", "which best_metric is best")
     resume: Literal["auto", "never"] = opt("auto", "auto: go on from the newest checkpoint in output_dir")
     overwrite: bool = opt(False, "delete an earlier run in output_dir first")
     tensorboard: bool = opt(True, "write TensorBoard files too (metrics.jsonl is written always)")
@@ -272,6 +277,15 @@ class StageConfig(Config):
         if self.lr_schedule == "exponential" and not self.lr_final:
             raise ConfigError(
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
+
+        if self.best_metric.endswith("loss") and self.best_is == "highest":
+            raise ConfigError(
+                f"best_metric is {self.best_metric} and best_is highest, which keeps the worst; set best_is to lowest"
+            )
+        if self.best_metric.startswith("eval/") and not (self.eval_data or self.eval_split):
+            raise ConfigError(
+                f"best_metric is {self.best_metric} and nothing is held out; give eval_data or eval_split"
             )
 
     def _check_data(self) -> None:
@@ -566,6 +580,7 @@ class PPOConfig(OnlineConfig):
         "reward", "where the head of critic_update=head starts: at the reward model's, or at zero"
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
+    save_critic: bool = opt(True, "write the critic too, as a sequence classifier whose score is the value")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
     critic_lora_learning_rate: float | None = opt(
         None, "peak learning rate of the critic's adapter, if it differs from that of its head"
