@@ -455,7 +455,7 @@ class OnlineConfig(StageConfig):
     )
 
     kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
-    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the rewards (or scores), or a loss")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the reward, or a loss")
     kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
     kl_correction: bool = opt(
         False, "weigh the KL in the loss by the ratio, which makes its gradient the KL's, also off-policy"
@@ -625,7 +625,12 @@ class PPOConfig(OnlineConfig):
 
 @dataclass(kw_only=True)
 @redefault(
-    output_dir="runs/grpo", samples_per_prompt=8, kl_coef=0.04, kl_place="loss", kl_kind="k3", missing_eos_penalty=0.0
+    output_dir="runs/grpo",
+    samples_per_prompt=8,
+    kl_coef=0.04,
+    kl_place="loss",
+    kl_kind="k3",
+    missing_eos_penalty=0.0,
 )
 class GRPOConfig(OnlineConfig):
     """Group relative policy optimisation: the other answers to a prompt are the baseline."""
