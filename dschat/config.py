@@ -20,7 +20,7 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -163,6 +163,20 @@ class Config:
         }
 
 
+def redefault(**values: Any) -> Callable[[type[C]], type[C]]:
+    """Under @dataclass: other defaults for fields of the parent, whose types and help texts stay."""
+
+    def apply(cls: type[C]) -> type[C]:
+        parent: Any = cls.__mro__[1]
+        kinds, known = field_types(parent), {f.name: f for f in dataclasses.fields(parent)}
+        for name, value in values.items():
+            cls.__annotations__[name] = kinds[name]
+            setattr(cls, name, opt(value, known[name].metadata["help"]))
+        return cls
+
+    return apply
+
+
 @dataclass(kw_only=True)
 class StageConfig(Config):
     """What SFT, reward model and PPO have in common."""
@@ -246,6 +260,11 @@ class StageConfig(Config):
         False, "with zero_stage 1 to 3: optimizer states (3: weights too) in the CPU's memory"
     )
     deepspeed: str = opt("", "DeepSpeed configuration (JSON) to pass on; empty: none")
+    best_metric: str = opt(
+        "",
+        "number of the log, such as eval/score: its best step's checkpoint stays, and is what is written at the end",
+    )
+    best_is: Literal["highest", "lowest"] = opt("highest", "which best_metric is best")
     resume: Literal["auto", "never"] = opt("auto", "auto: go on from the newest checkpoint in output_dir")
     overwrite: bool = opt(False, "delete an earlier run in output_dir first")
     tensorboard: bool = opt(True, "write TensorBoard files too (metrics.jsonl is written always)")
@@ -292,6 +311,15 @@ class StageConfig(Config):
         if self.lr_schedule == "exponential" and not self.lr_final:
             raise ConfigError(
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
+            )
+
+        if self.best_metric.endswith("loss") and self.best_is == "highest":
+            raise ConfigError(
+                f"best_metric is {self.best_metric} and best_is highest, which keeps the worst; set best_is to lowest"
+            )
+        if self.best_metric.startswith("eval/") and not (self.eval_data or self.eval_split):
+            raise ConfigError(
+                f"best_metric is {self.best_metric} and nothing is held out; give eval_data or eval_split"
             )
 
     def _check_data(self) -> None:
@@ -448,7 +476,7 @@ class OnlineConfig(StageConfig):
     )
 
     kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
-    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the rewards, or a loss")
+    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the reward, or a loss")
     kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
     kl_correction: bool = opt(
         False, "weigh the KL in the loss by the ratio, which makes its gradient the KL's, also off-policy"
@@ -603,6 +631,7 @@ class PPOConfig(OnlineConfig):
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
     critic_zero_stage: int | None = opt(None, "zero_stage of the critic; none: zero_stage")
+    save_critic: bool = opt(True, "write the critic too, as a sequence classifier whose score is the value")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
     critic_lora_learning_rate: float | None = opt(
         None, "peak learning rate of the critic's adapter, if it differs from that of its head"
@@ -639,14 +668,20 @@ class PPOConfig(OnlineConfig):
 
 
 @dataclass(kw_only=True)
+@redefault(
+    output_dir="runs/grpo",
+    samples_per_prompt=8,
+    kl_coef=0.04,
+    kl_place="loss",
+    kl_kind="k3",
+    missing_eos_penalty=0.0,
+)
 class GRPOConfig(OnlineConfig):
     """Group relative policy optimisation: the other answers to a prompt are the baseline."""
 
     command: ClassVar[str] = "grpo"
     about: ClassVar[str] = "GRPO (and Dr. GRPO, DAPO, GSPO) against rewards, without a critic"
 
-    output_dir: str = opt("runs/grpo", "where everything of this run goes")
-    samples_per_prompt: int = opt(8, "answers sampled for each prompt: the group")
     baseline: Literal["mean", "others"] = opt(
         "mean", "what an answer is compared with: the group's mean, or that of its other answers"
     )
@@ -656,10 +691,6 @@ class GRPOConfig(OnlineConfig):
     flat_groups: Literal["keep", "drop"] = opt(
         "keep", "groups whose scores are all equal: keep them (for the KL), or leave them out of the update"
     )
-    kl_coef: float = opt(0.04, "weight of the KL to the reference (start value when adaptive)")
-    kl_place: Literal["reward", "loss"] = opt("loss", "where that KL is: taken off the scores, or a loss")
-    kl_kind: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
-    missing_eos_penalty: float = opt(0.0, "taken off the score of an answer that the length limit cut")
 
     def check(self) -> None:
         super().check()
@@ -671,30 +702,15 @@ class GRPOConfig(OnlineConfig):
 
 
 @dataclass(kw_only=True)
+@redefault(
+    output_dir="runs/rloo", samples_per_prompt=4, baseline="others", scale="none", ratio_level="answer",
+    aggregation="sequence", kl_coef=0.05, kl_place="reward", kl_kind="k1",
+)  # fmt: skip
 class RLOOConfig(GRPOConfig):
     """REINFORCE leave-one-out: GRPO's skeleton with another baseline, no scaling, the ratio of the answer."""
 
     command: ClassVar[str] = "rloo"
     about: ClassVar[str] = "REINFORCE leave-one-out against rewards, without a critic"
-
-    output_dir: str = opt("runs/rloo", "where everything of this run goes")
-    samples_per_prompt: int = opt(4, "answers sampled for each prompt: the group")
-    baseline: Literal["mean", "others"] = opt(
-        "others", "what an answer is compared with: the group's mean, or that of its other answers"
-    )
-    scale: Literal["group", "batch", "none"] = opt(
-        "none", "advantages are divided by the deviation of the group's or of all scores, or not at all"
-    )
-    ratio_level: Literal["token", "sequence", "answer"] = opt(
-        "answer", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
-    )
-    aggregation: Literal["token", "sequence", "constant"] = opt(
-        "sequence",
-        "mean over all tokens, over sequences of their token means, or sum / (rows * max_new_tokens)",
-    )
-    kl_coef: float = opt(0.05, "weight of the KL to the reference (start value when adaptive)")
-    kl_place: Literal["reward", "loss"] = opt("reward", "where that KL is: taken off the scores, or a loss")
-    kl_kind: Literal["k1", "k2", "k3"] = opt("k1", "estimator of that KL")
 
 
 @dataclass(kw_only=True)

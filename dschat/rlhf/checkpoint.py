@@ -176,16 +176,21 @@ def _hash(path: Path) -> str:
 
 
 def save(
-    folder: str | Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
+    folder: str | Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int = 2,
+    best: int | None = None,
 ) -> Path:
-    """Write checkpoint `step` into `folder`, then remove all but the newest `keep` and what killed runs left
-    behind.
+    """Write checkpoint `step` into `folder`, then remove all but the newest `keep`, step `best`, and what killed runs
+    left behind.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(rest, ignore_errors=True)
-    final = folder / f"{PREFIX}{step:06d}"
+    final = step_folder(folder, step)
     with atomic_folder(final) as temporary:
         path = temporary / "tensors.safetensors"
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
@@ -197,8 +202,14 @@ def save(
         }
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for old in _all(folder)[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != step_folder(folder, best):
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"{PREFIX}{step:06d}"
 
 
 def _all(folder: Path) -> list[Path]:

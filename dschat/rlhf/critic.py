@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,23 @@ class Critic:
         if features is None:
             return self.scorer.values(batch)
         return models.scatter(self.scorer.read(features, self.head), batch.completion_mask)
+
+    def save(self, tokenizer: Any, folder: Path, merge: bool, encoder: data.Encoder) -> list[Path]:
+        """Write it as a sequence classifier whose score at a token is the value there (less reward_mean, by reward_std,
+        where the config has them, as a reward model's). A critic with an adapter is used up by merging.
+        """
+        model = self.scorer.model
+        models.set_scorer_padding(model, tokenizer, encoder)
+        if not self.frozen_trunk:
+            return models.save_model(model, tokenizer, folder, merge)
+        base = model.get_base_model() if models.is_peft(model) else model
+        name = "score" if hasattr(base, "score") else "classifier"
+        head = getattr(base, name)
+        setattr(base, name, self.head)
+        try:
+            return models.save_model(model, tokenizer, folder, merge)
+        finally:
+            setattr(base, name, head)
 
 
 class AdapterOff:

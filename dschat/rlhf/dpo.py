@@ -88,6 +88,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
             run.save(step + 1, {"policy": policy}, optimizers)
             final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
+        run.restore_best({"policy": policy})
         written = models.save_model(policy, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 

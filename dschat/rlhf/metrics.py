@@ -128,6 +128,7 @@ class Metrics:
             for path in (self.path, self.completions_path):
                 drop_after(path, after_step)
         self.console = console or Console()
+        self.latest: dict[str, float] = {}
         self._phases: dict[str, float] = {}
         self._step_start = time.perf_counter()
         self._last_plain = -math.inf
@@ -175,6 +176,7 @@ class Metrics:
             "time/unix": time.time(),
         }
         self._phases, self._step_start = {}, now
+        self.latest = line
         if self._write:
             append_line(self.path, {"step": step} | line)
         if self._writer is not None:

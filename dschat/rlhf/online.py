@@ -19,6 +19,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -135,6 +136,10 @@ class Trainer:
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self.policy_optimizer}
+
+    def export(self, folder: Path, tokenizer: Any) -> list[Path]:
+        """Write what was trained beside the policy; returns the folders."""
+        return []
 
     def forget(self) -> None:
         """Drop what reward models remember of the last rollout."""
@@ -487,7 +492,10 @@ def train(
             extra = trainer.state() | {"before": before, "after": after}
             run.save(step + 1, modules, optimizers, extra)
             trainer.forget()
-        after = after or saved.get("after", {})
+        best = run.restore_best(modules)
+        engine.epoch += 1  # the weights may be others now
+        trainer.forget()
+        after = best.get("after") or after or saved.get("after", {})
         return _conclude(run, trainer, eval_set, before, after, last, tokenizer)
 
 
@@ -568,6 +576,7 @@ def _conclude(
         trainer.average.copy_to(averaged)
         written += models.save_model(averaged, tokenizer, run.folder / "ema", config.merge_lora)
     written += models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
+    written += trainer.export(run.folder, tokenizer)
     result["written"] = [str(p) for p in written]
     lines = evaluate.sentences(result)
     if parallel.lead():

@@ -11,6 +11,7 @@ them. What is common to all algorithms is in dschat/rlhf/online.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +132,12 @@ class PPO(online.Trainer):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {**super().optimizers(), "critic": self.critic_optimizer}
+
+    def export(self, folder: Path, tokenizer: Any) -> list[Path]:
+        """`critic/model` (a sequence classifier, its score being the value) and, with LoRA, `critic/adapter`."""
+        if not self.config.save_critic:
+            return []
+        return self.critic.save(tokenizer, folder / "critic", self.config.merge_lora, self.encoder)
 
     def forget(self) -> None:
         super().forget()

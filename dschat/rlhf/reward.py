@@ -79,6 +79,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             run.save(step + 1, {"reward": model}, optimizers)
             final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
 
+        run.restore_best({"reward": model})
         if config.normalise:
             mean, std = moments(scorer, train_set[:NORMALISE_ON], encoder.pad_id, config.batch_size)
             model.config.reward_mean, model.config.reward_std = mean, std

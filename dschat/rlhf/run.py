@@ -152,6 +152,7 @@ class Run:
         self.tensors: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
         self.step = 0
+        self.best: dict[str, Any] | None = None
         self._started = time.perf_counter()
         self._open()
         parallel.barrier()  # every process has looked at the folder before the lead writes into it
@@ -202,6 +203,7 @@ class Run:
         newest = checkpoint.latest(self.checkpoints)
         if newest is not None:
             self.tensors, self.state, self.step = checkpoint.load(newest)
+            self.best = self.state.get("best")
 
     def __enter__(self) -> Run:
         return self
@@ -256,11 +258,12 @@ class Run:
         self, step: int, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer],
         extra: Mapping[str, Any] | None = None, last: bool = False,
     ) -> None:  # fmt: skip
-        """Checkpoint after `step` if it is due. extra: what else to keep, as JSON values."""
-        every = self.config.save_every
-        if not every or (step % every and not last):
-            return
+        """Checkpoint after `step` if it is due or the best so far. extra: what else to keep, as JSON values."""
         assert self.metrics is not None
+        better = self._look_at_best(step)
+        every = self.config.save_every
+        if not better and (not every or (step % every and not last)):
+            return
         with self.metrics.phase("checkpoint"):
             all_tensors, rng = checkpoint.rng_state()
             states = {}
@@ -269,9 +272,47 @@ class Run:
             for name, optimizer in optimizers.items():
                 found, states[name] = checkpoint.optimizer_state(f"optimizer.{name}", optimizer)
                 all_tensors |= found
-            state = {"optimizers": states, "rng": rng, "extra": dict(extra or {})}
+            state = {"optimizers": states, "rng": rng, "extra": dict(extra or {}), "best": self.best}
+            best = self.best["step"] if self.best else None
             if parallel.lead():
-                checkpoint.save(self.checkpoints, step, all_tensors, state, self.config.keep_checkpoints)
+                checkpoint.save(
+                    self.checkpoints, step, all_tensors, state, self.config.keep_checkpoints, best
+                )
+
+    def _look_at_best(self, step: int) -> bool:
+        """Whether best_metric of this step is better than all before."""
+        name = self.config.best_metric
+        assert self.metrics is not None
+        if not name:
+            return False
+        if name not in self.metrics.latest:
+            if self.eval_due(step, self.metrics.total_steps):
+                known = [k for k in self.metrics.latest if not k.startswith("time/")]
+                raise ConfigError(
+                    f"best_metric is {name}, which {self.stage} does not log; use one of {', '.join(known)}"
+                )
+            return False
+        value = self.metrics.latest[name]
+        lower = self.config.best_is == "lowest"
+        if self.best and not (value < self.best["value"] if lower else value > self.best["value"]):
+            return False
+        self.best = {"step": step, "value": value}
+        return True
+
+    def restore_best(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Put the best checkpoint's weights into modules, for what is written at the end.
+
+        Returns what else it kept; {} where the last step is the best, or none was asked for.
+        """
+        assert self.metrics is not None
+        if not self.best or self.best["step"] == self.metrics.total_steps:
+            return {}
+        tensors, state, step = checkpoint.load(checkpoint.step_folder(self.checkpoints, self.best["step"]))
+        for name, module in modules.items():
+            with whole([p for p in module.parameters() if p.requires_grad], write=True):
+                checkpoint.load_module_state(name, module, tensors)
+        self.metrics.say(f"writing the best step, {step}: {self.config.best_metric} {self.best['value']:.4g}")
+        return dict(state["extra"])
 
     def eval_due(self, step: int, total: int) -> bool:
         """Whether held-out data is looked at after `step`."""
@@ -319,7 +360,8 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json, the sign that the run is done."""
-        self.result = dict(result) | {"seconds": time.perf_counter() - self._started}
+        best = {"best": {"metric": self.config.best_metric, **self.best}} if self.best else {}
+        self.result = dict(result) | best | {"seconds": time.perf_counter() - self._started}
         if parallel.lead():
             checkpoint.atomic_text(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
         parallel.barrier()

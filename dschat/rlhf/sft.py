@@ -63,6 +63,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             metrics.log(step + 1, values, show=["loss", "eval/loss"])
             run.save(step + 1, {"policy": model}, optimizers)
             final["loss"] = loss
+        run.restore_best({"policy": model})
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 
