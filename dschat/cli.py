@@ -68,6 +68,10 @@ def _run(words: list[str]) -> int:
 
         print(f"dschat {__version__}")
         return 0
+    if words[0] == "launch":
+        from . import launch
+
+        return launch.main(words[1:])
     name = " ".join(words[:2]) if " ".join(words[:2]) in configs.COMMANDS else words[0]
     cls = configs.COMMANDS.get(name)
     if cls is None:
@@ -93,7 +97,7 @@ def _run(words: list[str]) -> int:
 def _unknown_command(words: Sequence[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(words[0], [*configs.COMMANDS, "bench"], n=1)
+    near = difflib.get_close_matches(words[0], [*configs.COMMANDS, "bench", "launch"], n=1)
     if words[0] == "bench":
         return "bench needs what to measure: dschat bench generate"
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(configs.COMMANDS)}"
@@ -104,6 +108,7 @@ def overview() -> str:
     """What `dschat` alone prints."""
     width = max(len(name) for name in configs.COMMANDS)
     rows = [f"  dschat {name:<{width}}  {cls.about}" for name, cls in configs.COMMANDS.items()]
+    rows.append(f"  dschat {'launch':<{width}}  one of these in several processes, or on several machines")
     return "\n".join(
         ["dschat: RLHF with one model that is both the trainer and the fast generator", "", *rows, "",
          "Each command has --help, --config FILE and --dump-config; keys of the file are the flags."]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ class Flag:
 
     names: of DeepSpeed-Chat, spaces between. same: the key has that name here too. to: the key here. note: why
     it has no effect. instead: why it is refused, and what replaces it. harmless: values of a refused flag that
-    ask for what happens here anyway. values: texts of values that are called something else here.
+    ask for what happens here anyway. values: texts of values that are called something else here. each: the number is
+    of one process there and of all together here.
     """
 
     names: str
@@ -28,6 +30,7 @@ class Flag:
     instead: str = ""
     harmless: tuple[str, ...] = ()
     values: Mapping[str, Any] | Translate = field(default_factory=dict)
+    each: bool = False
 
 
 def _targets(value: str) -> str:
@@ -39,14 +42,17 @@ OFF = ("false", "0", "0.0", "none")
 TABLE = (
     Flag("learning_rate critic_learning_rate lora_learning_rate critic_lora_learning_rate weight_decay", same=True),
     Flag("critic_weight_decay gradient_accumulation_steps ppo_epochs unsup_coef beta label_smoothing", same=True),
-    Flag("seed output_dir data_split", same=True),
+    Flag("seed output_dir data_split zero_stage critic_zero_stage offload", same=True),
+    Flag("actor_zero_stage", to="zero_stage"),
+    Flag("deepspeed", same=True, values={"true": "", "false": ""}),  # there a switch, here also a configuration's file
+    Flag("deepspeed_config", to="deepspeed"),
     Flag("dtype", same=True, values={"bf16": "bfloat16", "fp32": "float32"}),
     Flag("model_name_or_path actor_model_name_or_path", to="model"),
     Flag("critic_model_name_or_path", to="reward"),  # the critic starts from the reward model, as it does there
     Flag("data_path sft_only_data_path", to="data"),
     Flag("unsupervised_dataset_name", to="unsup_data"),
-    Flag("per_device_train_batch_size per_device_training_batch_size", to="batch_size"),
-    Flag("per_device_generation_batch_size", to="prompts_per_step"),
+    Flag("per_device_train_batch_size per_device_training_batch_size", to="batch_size", each=True),
+    Flag("per_device_generation_batch_size", to="prompts_per_step", each=True),
     Flag("num_train_epochs", to="epochs"),
     Flag("max_train_steps test_stop_step", to="max_steps"),
     Flag("lr_scheduler_type", to="lr_schedule", values={"constant_with_warmup": "constant"}),
@@ -67,7 +73,7 @@ TABLE = (
     Flag("enable_hybrid_engine", note="the hybrid engine is always on"),
     Flag("unpin_actor_parameters", note="no parameter is pinned"),
     Flag("release_inference_cache", note="the cache is freed by itself"),
-    Flag("tp_gather_partition_size", note="nothing is gathered"),
+    Flag("tp_gather_partition_size", note="under ZeRO-3 one layer is gathered at a time"),
     Flag("align_overflow", note="there is no loss scale that could overflow"),
     Flag("compute_fp32_loss", note="losses are float32 always"),
     Flag("add_eot_token", note="the end-of-turn token is appended always"),
@@ -80,14 +86,10 @@ TABLE = (
     Flag("enable_test_mode", note="test_stop_step, here max_steps, is what ends a run early"),
     Flag("only_optimize_lora", note="with lora_r the adapter trains alone"),
     Flag("critic_lora_module_name", note="lora_targets names the critic's modules too"),
-    Flag("local_rank", note="there is one process"),
-    Flag("deepspeed", note="this version runs without DeepSpeed"),
-    Flag("offload offload_reference_model offload_reward_model", note="everything is in the CPU's memory"),
+    Flag("local_rank", note="the environment says it (LOCAL_RANK)"),
+    Flag("offload_reference_model offload_reward_model", note="frozen models stay where they were loaded"),
     Flag("disable_dropout disable_actor_dropout disable_critic_dropout", note="dropout is always off"),
-    Flag("zero_stage actor_zero_stage critic_zero_stage",
-         instead="this version trains in one process without ZeRO; leave it out, or set it to 0", harmless=OFF),
-    Flag("deepspeed_config", instead="this version trains in one process without ZeRO; give its settings as keys here"),
-    Flag("inference_tp_size", instead="this version runs on one device; leave it out, or set it to 1", harmless=("1",)),
+    Flag("inference_tp_size", instead="every process generates with whole weights; leave it out, or set it to 1", harmless=("1",)),
     Flag("generation_batches", instead="raise prompts_per_step instead", harmless=("1",)),
     Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
@@ -113,6 +115,8 @@ def text_of(value: Any) -> str | None:
 def translate(flag: Flag, value: Any) -> Any:
     """The value of a flag under its name here."""
     text = text_of(value)
+    if flag.each and text is not None and text.isdigit():
+        return int(text) * int(os.environ.get("WORLD_SIZE", "1"))
     if callable(flag.values):
         single = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
         return flag.values(single) if isinstance(single, str) else value
@@ -132,8 +136,10 @@ def markdown() -> str:
             what = f"no effect: {flag.note}" if flag.note else f"refused: {flag.instead}"
             if flag.harmless:
                 what += f" (accepted with {', '.join(flag.harmless)})"
+        if flag.each:
+            what += ", times the number of processes"
         if flag.values and not callable(flag.values):
-            what += "; " + ", ".join(f"{a} is {b}" for a, b in flag.values.items())
+            what += "; " + ", ".join(f"{a} is {b if b != '' else 'nothing'}" for a, b in flag.values.items())
         elif callable(flag.values):
             what += "; a name that ends in a dot is all-linear"
         lines.append(f"| {names} | {what} |")

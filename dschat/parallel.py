@@ -26,8 +26,11 @@ TIMEOUT = "DSCHAT_TIMEOUT"
 """Environment variable: seconds that a process waits for the others (default 1800)."""
 
 
-class Parted(RuntimeError):
-    """Another process of the run has ended or is not heard of any more."""
+def is_parted(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has ended or is not heard of any more."""
+    text = str(error).lower()
+    signs = ("closed by peer", "connection", "timed out", "timeout", "broken pipe", "nccl", "gloo")
+    return world() > 1 and any(sign in text for sign in signs)
 
 
 def start(alone: bool = False) -> None:
@@ -108,14 +111,6 @@ def shares(rows: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bool]]:
 # ------------------------------------------------------------------------------------------- results together
 
 
-def _call(collective: Callable[..., Any], *args: Any, **keywords: Any) -> None:
-    try:
-        collective(*args, **keywords)
-    except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:160]
-        raise Parted(f"another process of this run has ended or does not answer ({reason})") from error
-
-
 def barrier() -> None:
     """Waits for all processes."""
     if world() > 1:
@@ -133,7 +128,7 @@ def gather(tensor: Tensor, each: Sequence[int]) -> Tensor:
     flags = own.dtype == torch.bool
     own = own.to(torch.uint8) if flags else own
     parts = [torch.empty_like(own) for _ in each]
-    _call(dist.all_gather, parts, own)
+    dist.all_gather(parts, own)
     out = torch.cat([part[:n] for part, n in zip(parts, each, strict=True)])
     return out.bool() if flags else out
 
@@ -162,7 +157,7 @@ def total(values: Mapping[str, float], largest: Sequence[str] = ()) -> dict[str,
     ):
         if names:
             tensor = torch.tensor([out[k] for k in names], dtype=torch.float64, device=_device())
-            _call(dist.all_reduce, tensor, op=getattr(dist.ReduceOp, op))
+            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
             out |= zip(names, tensor.tolist(), strict=True)
     return out
 
@@ -177,7 +172,7 @@ def from_lead(compute: Callable[[], T]) -> T:
             box[0] = compute()
         except Exception as error:
             box[1] = error
-    _call(dist.broadcast_object_list, box, src=0)
+    dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]
     return box[0]
@@ -195,7 +190,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     for dtype, found in by_dtype.items():
         # bfloat16 sums would depend on the number of processes in their third digit.
         flat = torch.cat([p.grad.reshape(-1).float() for p in found if p.grad is not None])
-        _call(dist.all_reduce, flat)
+        dist.all_reduce(flat)
         for parameter, part in zip(found, flat.split([p.numel() for p in found]), strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(part.view_as(parameter.grad).to(dtype))

@@ -26,14 +26,14 @@ ONE = {
     "output_dir": ("o", {"output_dir": "o"}),
     "seed": ("1234", {"seed": 1234}),
     "dtype": ("bf16", {"dtype": "bfloat16"}),
-    "offload": ("", "note"),
+    "offload": ("", {"offload": True}),
     "compute_fp32_loss": ("", "note"),
     "enable_tensorboard": ("", {"tensorboard": True}),
     "tensorboard_path": ("t", "note"),
     "add_eot_token": ("", "note"),
     "only_optimize_lora": ("", "note"),
     "local_rank": ("0", "note"),
-    "deepspeed": ("", "note"),
+    "deepspeed": ("", {"deepspeed": ""}),
 }
 STEP_1 = {
     "model_name_or_path": ("m", {"model": "m"}),
@@ -45,7 +45,7 @@ STEP_1 = {
     "num_warmup_steps": ("7", {"warmup_steps": 7}),
     "gradient_checkpointing": ("", "lower batch_size and raise gradient_accumulation_steps instead"),
     "dropout": ("0.1", "dropout is off in every stage; leave it out"),
-    "zero_stage": ("2", "without ZeRO; leave it out, or set it to 0"),
+    "zero_stage": ("2", {"zero_stage": 2}),
     "lora_dim": ("128", {"lora_r": 128}),
     "lora_module_name": ("decoder.layers.", {"lora_targets": ["all-linear"]}),
     "lora_learning_rate": ("5e-4", {"lora_learning_rate": 5e-4}),
@@ -88,8 +88,8 @@ SCRIPTS = {
         "tp_gather_partition_size": ("8", "note"),
         "offload_reference_model": ("", "note"),
         "offload_reward_model": ("", "note"),
-        "actor_zero_stage": ("3", "leave it out, or set it to 0"),
-        "critic_zero_stage": ("3", "leave it out, or set it to 0"),
+        "actor_zero_stage": ("3", {"zero_stage": 3}),
+        "critic_zero_stage": ("3", {"critic_zero_stage": 3}),
         "actor_gradient_checkpointing": ("", "raise gradient_accumulation_steps instead"),
         "critic_gradient_checkpointing": ("", "raise gradient_accumulation_steps instead"),
         "actor_dropout": ("0.1", "dropout is off in every stage; leave it out"),
@@ -110,7 +110,12 @@ SCRIPTS = {
     },
 }  # fmt: skip
 # A flag whose other half is needed before the config is complete.
-NEEDS = {"unsup_coef": "--unsup_data x", "unsupervised_dataset_name": "--unsup_coef 1"}
+NEEDS = {
+    "unsup_coef": "--unsup_data x",
+    "unsupervised_dataset_name": "--unsup_coef 1",
+    "offload": "--zero_stage 2",
+    "critic_zero_stage": "--zero_stage 2",
+}
 
 
 def parse(command: str, line: str):
@@ -150,7 +155,6 @@ def test_every_flag(command, flag):
 @pytest.mark.parametrize(
     "line",
     [
-        "--actor_zero_stage 0 --critic_zero_stage 0",
         "--inference_tp_size 1 --generation_batches 1",
         "--actor_dropout 0.0 --critic_dropout 0",
         "--actor_gradient_checkpointing false --enable_mixed_precision_lora false",

@@ -139,7 +139,8 @@ def deepspeed() -> Any:
     """The package, quiet. Raises ImportError with what to do."""
     try:
         os.environ.setdefault("DS_BUILD_OPS", "0")
-        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
     except ImportError as error:
         raise ImportError(

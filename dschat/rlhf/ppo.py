@@ -21,7 +21,7 @@ from ..config import PPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
 from ..engine.zero import ZeroSettings, make_stepper
-from . import data, losses, online
+from . import data, losses, models, online
 from .critic import Critic, build_rewards_and_critic
 from .environments import credit_turns
 from .experience import Experience, shape_scores
@@ -48,6 +48,7 @@ class PPO(online.Trainer):
     ) -> None:
         super().__init__(config, engine, encoder, rewards, reference)
         self.critic = critic
+        self.critic_parameters = models.trainable(critic.module)
         optimizer = make_optimizer(
             critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
             config.critic_weight_decay,

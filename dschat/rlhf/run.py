@@ -131,11 +131,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale gradients down to `limit` (0: never) and return their norm before that."""
-    return float(nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf))
-
-
 class Run:
     """Open a run's folder; use as a context manager. `result` is not None when the run is finished
     already.
@@ -394,8 +389,12 @@ def interruptible(run: Run) -> Iterator[None]:
     """Ctrl-C, and the loss of another process, end a run with one line that says how to go on."""
     try:
         yield
-    except (KeyboardInterrupt, parallel.Parted) as error:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not parallel.is_parted(error):
+            raise
         newest = checkpoint.latest(run.checkpoints)
         where = f"after {newest.name}" if newest else "from the start"
-        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        what = "interrupted"
+        if isinstance(error, RuntimeError):
+            what = "another process of this run has ended or does not answer"
         raise ConfigError(f"{what}; the same command goes on {where} ({os.fspath(run.folder)})") from None

@@ -1,0 +1,64 @@
+"""One spawn of each scenario for all tests of the session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+import worker
+
+PROMPTS = [
+    "Once upon a time",
+    "One day, a girl",
+    "Tom and his dog",
+    "There was a cat",
+    "The sun was",
+    "Lily saw",
+]
+HAPPY = [" there was a happy dog.", " saw a nice bird.", " went to the park.", " that liked to play."]
+SAD = [" there was a mad man.", " fell and cried.", " lost a toy.", " that was bad and sad."]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs and a reward model for the runs."""
+    from dschat.rlhf import models
+
+    where = tmp_path_factory.mktemp("distributed")
+    rows = [
+        {"prompt": p, "chosen": HAPPY[(i + j) % 4], "rejected": SAD[i % 4]}
+        for i, p in enumerate(PROMPTS)
+        for j in (0, 1)
+    ]
+    (where / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    scorer = models.load_scorer(str(worker.STORIES), torch.float32)
+    scorer.save_pretrained(where / "scorer")
+    models.load_tokenizer(str(worker.STORIES)).save_pretrained(where / "scorer")
+    return where
+
+
+@pytest.fixture(scope="session")
+def zero(folder: Path) -> dict[str, Any]:
+    """Results of worker.zero in two processes."""
+    processes.spawn("zero", folder)
+    return torch.load(folder / "zero.pt")
+
+
+@pytest.fixture(scope="session")
+def stages(folder: Path) -> dict[str, Any]:
+    """Results of worker.stages in two processes; the runs are in folder/NAME-many."""
+    processes.spawn("stages", folder)
+    return torch.load(folder / "stages.pt")

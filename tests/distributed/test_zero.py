@@ -1,0 +1,144 @@
+"""Two processes, through DeepSpeed and without, against one process without: rollouts token for token, losses and
+gradients up to rounding."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worker
+
+from dschat.engine import zero as module
+from dschat.engine.zero import ZeroSettings
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """kind -> the same in this process, without DeepSpeed."""
+    cache: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in cache:
+            own = worker.engine(kind, None, rate=1e-3 if kind == "full-bf16" else 1e-2)
+            cache[kind] = worker.train(own, 3) | {"state": own.optimizer.state_dict()}
+        return cache[kind]
+
+    return get
+
+
+CASES = [(k, s) for k in worker.KINDS for s in range(4) if not (k == "lora-exact" and s < 2)]
+
+
+@pytest.mark.parametrize(("kind", "stage"), CASES)
+def test_rollouts_are_those_of_one_process_token_for_token(zero, alone, kind, stage):
+    """Rows are divided among the processes; weights come from shards, LoRA fused, before and after steps. A full
+    bfloat16 model has float32 masters with DeepSpeed and none without, so it is compared before its first step."""
+    many, one = zero[f"{kind}/{stage}"], alone(kind)
+    steps = 1 if kind == "full-bf16" else 3
+    for i in range(steps):
+        assert torch.equal(many["tokens"][i], one["tokens"][i]), f"step {i}"
+        tolerance = 0.0 if i == 0 else 2e-2 if "bf16" in kind else 1e-3
+        assert float((many["logprobs"][i] - one["logprobs"][i]).abs().max()) <= tolerance
+    assert not torch.equal(one["logprobs"][0], one["logprobs"][1][:, : one["logprobs"][0].shape[1]])
+
+
+@pytest.mark.parametrize(("kind", "stage"), CASES)
+def test_losses_and_gradient_norms_are_those_of_one_process(zero, alone, kind, stage):
+    """Accumulated over backwards of unequal size, normalised by all rows; within 1e-4 in float32."""
+    many, one = zero[f"{kind}/{stage}"], alone(kind)
+    bound = 2e-2 if "bf16" in kind else 1e-4
+    steps = 1 if kind == "full-bf16" else 3
+    for name in ("loss", "norm"):
+        assert many[name][:steps] == pytest.approx(one[name][:steps], rel=bound), name
+    assert all(math.isfinite(x) for x in many["loss"] + many["norm"])
+    assert many["norm"][0] > 0.5, "the clip has something to do"
+
+
+def test_plain_data_parallel_is_one_process(zero, alone):
+    many, one = zero["plain"], alone("full")
+    assert all(torch.equal(a, b) for a, b in zip(many["tokens"], one["tokens"], strict=True))
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert many["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_changes_nothing(zero, alone, stage):
+    many, one = zero[f"offload/{stage}"], alone("lora")
+    assert all(torch.equal(a, b) for a, b in zip(many["tokens"], one["tokens"], strict=False))
+    assert many["loss"] == pytest.approx(one["loss"][:2], rel=1e-4)
+    assert many["norm"] == pytest.approx(one["norm"][:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_exact_mode_is_exact_when_sharded(zero, stage):
+    """The training forward on packs that were gathered from shards gives the rollout's bits."""
+    assert zero[f"lora-exact/{stage}"]["gap"] == [0.0, 0.0, 0.0]
+    assert max(zero[f"lora/{stage}"]["gap"]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_state_is_whole_and_that_of_one_process(zero, alone, kind, stage):
+    """A checkpoint knows neither stages nor processes: same entries, shapes and values as torch's own."""
+    many, one = zero[f"{kind}/{stage}"]["state"], alone(kind)["state"]
+    assert many["state"].keys() == one["state"].keys()
+    for i, entry in one["state"].items():
+        assert float(many["state"][i]["step"]) == float(entry["step"]) == 3
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(many["state"][i][name], entry[name], rtol=1e-2, atol=1e-5), (i, name)
+    for a, b in zip(many["param_groups"], one["param_groups"], strict=True):
+        assert a["params"] == b["params"] and a["weight_decay"] == b["weight_decay"] and a["lr"] == b["lr"]
+
+
+# ------------------------------------------------------------------------------------------- one process, unspawned
+
+
+def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path):
+    def file(text: str) -> str:
+        path = tmp_path / "ds.json"
+        path.write_text(text)
+        return str(path)
+
+    read = ZeroSettings.read
+    assert read(None, False, "") is None and read(2, True, "") == ZeroSettings(2, True)
+    with pytest.raises(ValueError, match="offload is true without ZeRO: set zero_stage"):
+        read(None, True, "")
+    with pytest.raises(ValueError, match="offload is true and zero_stage 0: set zero_stage"):
+        read(0, True, "")
+    with pytest.raises(ValueError, match="which is no file"):
+        read(1, False, str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"is not valid JSON \(line 1\)"):
+        read(1, False, file("{"))
+    with pytest.raises(ValueError, match="has optimizer, which is not passed on: give learning_rate"):
+        read(1, False, file('{"optimizer": {"type": "Adam"}}'))
+    with pytest.raises(ValueError, match="has fp16, which is not passed on: use bfloat16"):
+        read(1, False, file('{"fp16": {"enabled": true}}'))
+    with pytest.raises(ValueError, match="zero_stage is 3 and .* has stage 2: keep one"):
+        read(3, False, file('{"zero_optimization": {"stage": 2}}'))
+
+
+def test_a_deepspeed_file_is_passed_through(tmp_path: Path):
+    content = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 12345, "stage3_prefetch_bucket_size": "auto"},
+        "comms_logger": {"enabled": True},
+        "optimizer": "auto",
+        "fp16": {"enabled": False},
+        "train_batch_size": 64,
+    }
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="train_batch_size of .* have no effect"):
+        settings = ZeroSettings.read(None, True, str(path))
+    assert settings is not None and settings.stage == 2
+    config = module.deepspeed_config(settings, torch.bfloat16)
+    assert config["comms_logger"] == {"enabled": True}
+    assert config["zero_optimization"]["reduce_bucket_size"] == 12345
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert "stage3_prefetch_bucket_size" not in config["zero_optimization"]
+    assert (
+        config["bf16"] == {"enabled": True} and "optimizer" not in config and "train_batch_size" not in config
+    )

@@ -1,0 +1,232 @@
+"""What the spawned processes do: `worker.py SCENARIO FOLDER`. The lead leaves the results as FOLDER/SCENARIO.pt.
+
+The same functions run in the test's own process, alone, to give what the results are compared with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dschat import config as C
+from dschat import parallel
+from dschat.engine import HybridEngine, SamplingConfig
+from dschat.engine.zero import ZeroSettings, make_engine
+from dschat.rlhf import models
+
+STORIES = Path(__file__).parents[1] / "data" / "stories260k"
+SAMPLING = SamplingConfig(max_new_tokens=10, n=2, seed=3, eos_token_id=[13, 426, 2])
+KINDS = {  # name -> (dtype, LoRA, exact)
+    "full": (torch.float32, False, False),
+    "lora": (torch.float32, True, False),
+    "lora-exact": (torch.float32, True, True),
+    "lora-bf16": (torch.bfloat16, True, False),
+    "full-bf16": (torch.bfloat16, False, False),
+}
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Five prompts (so that two processes share them unequally), two of them alike, left-padded."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 500, (5, 9), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :4] = False
+    ids[4] = ids[0]
+    return ids, mask
+
+
+def policy(kind: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype, lora, _ = KINDS[kind]
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=dtype).eval()
+    return models.add_lora(model, 4, 8, ["all-linear"], "CAUSAL_LM", 0) if lora else model
+
+
+def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2) -> HybridEngine:
+    model = policy(kind)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
+    return make_engine(model, optimizer, settings, exact=KINDS[kind][2])
+
+
+def train(own: HybridEngine, steps: int, chunk: int = 4) -> dict[str, list[Any]]:
+    """Rolls out and steps towards what was drawn: tokens, losses, gradient norms. Several backwards a step, the last
+    of fewer rows than processes."""
+    ids, mask = prompts()
+    out: dict[str, list[Any]] = {"tokens": [], "logprobs": [], "loss": [], "norm": [], "gap": []}
+    for _ in range(steps):
+        rollout = own.generate(ids, mask, SAMPLING)
+        out["tokens"].append(rollout.completion_ids.clone())
+        out["logprobs"].append(rollout.logprobs.clone())
+        count = rollout.completion_mask.sum()
+        total = gap = 0.0
+        rows = list(range(len(rollout) - 1))
+        for piece, mine in parallel.shares(rows, chunk):
+            batch = rollout.select(list(piece))
+            logp = own.logprobs(batch)
+            gap = max(gap, float((logp.detach() - batch.logprobs).abs().max()))
+            loss = -(logp * batch.completion_mask).sum() / count
+            own.backward(loss if mine else loss * 0.0)
+            total += float(loss.detach()) * mine
+        found = parallel.total({"loss": total, "gap": gap}, largest=["gap"])
+        out["loss"].append(found["loss"])
+        out["gap"].append(found["gap"])
+        out["norm"].append(own.step(0.5))
+    return out
+
+
+def gathered(own: HybridEngine) -> list[str]:
+    """Parameters that ZeRO-3 shards and that are whole now."""
+    return [
+        n
+        for n, p in own.model.named_parameters()
+        if hasattr(p, "ds_id") and p.ds_status.name != "NOT_AVAILABLE"
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- scenarios
+
+
+def zero(folder: Path) -> dict[str, Any]:
+    """Every ZeRO stage with every kind of model; state and leftovers of ZeRO-3."""
+    out: dict[str, Any] = {}
+    for kind in KINDS:
+        for stage in (0, 1, 2, 3):
+            if kind == "lora-exact" and stage in (0, 1):
+                continue
+            own = engine(kind, ZeroSettings(stage), rate=1e-3 if kind == "full-bf16" else 1e-2)
+            result: dict[str, Any] = train(own, 3)
+            if kind in ("full", "lora"):
+                result["state"] = own.optimizer.state_dict()
+            result["left"] = gathered(own)
+            if stage == 3 and kind == "full":
+                result |= _zero3(own)
+            out[f"{kind}/{stage}"] = result
+    for stage in (2, 3):
+        out[f"offload/{stage}"] = train(engine("lora", ZeroSettings(stage, offload=True)), 2)
+    out["plain"] = train(engine("full", None), 3)
+    return out
+
+
+def _zero3(own: Any) -> dict[str, Any]:
+    """What is left gathered after a failure in the middle of a forward, and how much is whole at a time."""
+    from dschat.engine import zero as module
+
+    sizes: list[int] = []
+    original = module.whole
+
+    @contextlib.contextmanager
+    def counting(parameters: Any, write: bool = False) -> Any:
+        with original(parameters, write):
+            sizes.append(sum(p.numel() for p in own.model.parameters()))
+            yield
+
+    module.whole = counting
+    try:
+        own.flip()
+        own._check_epoch()
+        ids, mask = prompts()
+        rollout = own.generate(ids, mask, SAMPLING)
+        own.logprobs(rollout)
+    finally:
+        module.whole = original
+    layer, own.packed.spec.layers[1].down.module.forward = own.packed.spec.layers[1].down.module.forward, None
+    with contextlib.suppress(TypeError):
+        own.logprobs(rollout)
+    own.packed.spec.layers[1].down.module.forward = layer
+    total = sum(p.ds_numel for p in own.model.parameters())
+    return {"after_failure": gathered(own), "largest": max(sizes), "total": total, "memory": own.memory()}
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    """The stages as runs, each with ZeRO as STAGES has it; `half` ends after its second checkpoint."""
+    return {name: run_stage(name, folder) for name in STAGES}
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {"zero_stage": 2, "lora_r": 0, "gradient_accumulation_steps": 2},
+    "reward": {"zero_stage": 3, "lora_r": 4},
+    "dpo": {"zero_stage": 3, "lora_r": 4, "gradient_accumulation_steps": 2},
+    "ppo": {"zero_stage": 3, "lora_r": 4, "exact": True, "critic_update": "lora", "ppo_epochs": 2},
+    "ppo-full": {"zero_stage": 3, "lora_r": 0, "critic_update": "all", "critic_zero_stage": 2},
+    "grpo": {"zero_stage": 2, "lora_r": 4, "reward": ["worker:short"]},
+    "half": {"zero_stage": 3, "lora_r": 0},
+    "half-grpo": {"lora_r": 4, "reward": ["worker:short"]},
+}
+
+
+def short(prompts: Any, completions: list[str], **_: Any) -> list[float]:
+    """Shorter answers are better."""
+    return [-len(c) / 20 for c in completions]
+
+
+class Ended(BaseException):
+    """Ends a run after a checkpoint."""
+
+
+def run_stage(name: str, folder: Path, output: str = "many", **more: Any) -> dict[str, Any]:
+    """The result of one stage's run; {} where it was ended early."""
+    import importlib
+
+    from dschat.rlhf.run import Run
+
+    keys = {
+        "model": str(STORIES), "data": [str(folder / "pairs.jsonl")], "eval_data": [str(folder / "pairs.jsonl")],
+        "output_dir": str(folder / f"{name}-{output}"), "dtype": "float32", "tensorboard": False,
+        "progress": False, "batch_size": 5, "learning_rate": 2e-3, "max_steps": 3, "keep_checkpoints": 9,
+    } | STAGES[name] | more  # fmt: skip
+    command = {"half": "sft"}.get(
+        name, name.rpartition("-")[2] if name == "half-grpo" else name.partition("-")[0]
+    )
+    if command in ("sft", "reward", "dpo"):
+        keys |= {"max_length": 64}
+    if command == "sft":
+        keys |= {"response": "chosen"}
+    if command in ("ppo", "grpo"):
+        keys |= {"max_new_tokens": 8, "max_prompt_length": 16, "prompts_per_step": 3, "samples_per_prompt": 2,
+                 "batch_size": 4}  # fmt: skip
+        keys = {"reward": [str(folder / "scorer")]} | keys
+    if command == "ppo":
+        keys |= {"critic_learning_rate": 1e-3}
+    config = {"sft": C.SFTConfig, "reward": C.RewardConfig, "dpo": C.DPOConfig, "ppo": C.PPOConfig,
+              "grpo": C.GRPOConfig}[command](**keys)  # fmt: skip
+    trainer = importlib.import_module(f"dschat.rlhf.{command}")
+    if not name.startswith("half") or output == "one":
+        return trainer.train(config)
+    original = Run.save
+
+    def save(self: Run, step: int, *args: Any, **kw: Any) -> None:
+        original(self, step, *args, **kw)
+        if step == 2 and output == "many":
+            raise Ended
+
+    Run.save = save  # type: ignore[method-assign]
+    try:
+        return trainer.train(config)
+    except Ended:
+        return {}
+    finally:
+        Run.save = original  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    import faulthandler
+
+    faulthandler.dump_traceback_later(380, exit=True)
+    torch.set_num_threads(1)
+    parallel.start()
+    name, where = sys.argv[1], Path(sys.argv[2])
+    found = globals()[name](where)
+    if parallel.lead():
+        torch.save(found, where / f"{name}.pt")
+    parallel.barrier()
