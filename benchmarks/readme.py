@@ -194,6 +194,8 @@ def ppo_table(result: dict[str, Any]) -> str:
         for name, phases in rows.items()
     ]
     what = "LoRA" if work["train"] == "lora" else "all weights trained"
+    if work["exact"]:
+        what += ", exact mode on our side (the rollout's log-probs are the old ones, bit for bit)"
     lines += [
         "",
         f"**{result['ratio']:.2f} times as fast.** {work['batch']} prompts of {work['prompt']} tokens, answers of "
