@@ -64,7 +64,7 @@ def browse(page: Path, width: int, tmp_path: Path) -> dict:
 
 @pytest.mark.parametrize("width", [1250, 500])
 def test_page_in_a_browser(tmp_path, width):
-    """Standards mode, curves of a visible size, all texts shown, nothing fetched, and no sideways scrolling, even when narrow."""
+    """Standards mode, visible curves, all texts shown, nothing fetched, and no sideways scrolling, even when narrow."""
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2, steps=5)]
     page = report.compare(runs, tmp_path / "page.html")
     found = browse(page, width, tmp_path)
