@@ -60,7 +60,7 @@ def plan(name: str, seed: int, folder: Path, model: str, steps: int) -> configs.
         before = {"model": str(folder / "start" / "sft"), "reward": [str(folder / "start" / "reward")]}
         keys = {**SHARED, **AGAINST_MODEL[name], **before}
     if model:
-        keys["model"] = model
+        keys |= {"model": model, "lora_last": 0}
     if steps:
         keys["max_steps"] = steps
     return configs.build(cls, {**keys, **extra})
@@ -69,7 +69,9 @@ def plan(name: str, seed: int, folder: Path, model: str, steps: int) -> configs.
 def prepare(folder: Path, model: str, steps: int) -> None:
     """The SFT model and the reward model that the algorithms start from, once."""
     keys = configs.read_yaml("recipes/quickstart.yaml")
-    keys |= {"output_dir": str(folder / "start"), "ppo": None} | ({"model": model} if model else {})
+    keys |= {"output_dir": str(folder / "start"), "ppo": None} | (
+        {"model": model, "lora_last": 0} if model else {}
+    )
     if steps:
         keys["max_steps"] = steps
     pipeline.train(configs.build(configs.TrainConfig, keys))

@@ -32,8 +32,10 @@ class Critic:
 
     def values(self, batch: Rollout, features: Tensor | None = None) -> Tensor:
         """float32 [B, C] with gradient, 0 where masked. features: those of the batch's tokens."""
-        if features is None:
+        if not self.frozen_trunk:
             return self.scorer.values(batch)
+        if features is None:
+            features = self.scorer.gather(batch)[1]
         return models.scatter(self.scorer.read(features, self.head), batch.completion_mask)
 
     def save(self, tokenizer: Any, folder: Path, merge: bool, encoder: data.Encoder) -> list[Path]:
