@@ -120,7 +120,7 @@ def verify(
     rollout_weights: str = "model",
     deep: bool = False,
 ) -> Certificate:
-    """Certifies `model` (a causal language model or a PEFT model, on the CPU); nothing of it is changed.
+    """Certifies `model` (a causal language model or a PEFT model); nothing of it is changed.
 
     Args:
         prompts: int64 token sequences of different lengths; default: four random ones, with `deep` longer ones too.
@@ -174,7 +174,8 @@ class _Verifier:
             generator = torch.Generator().manual_seed(seed)
             lengths = [n for n in (23, 9, 17, 1, *((150, 70) if deep else ())) if n + new <= spec.context]
             prompts = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in lengths]
-        self.prompts = list(prompts)
+        self.device = self.engine.decoder.device
+        self.prompts = [p.cpu() for p in prompts]
         if not self.prompts:
             raise ValueError(
                 f"there is no prompt to verify with (max_new_tokens {new}, context {spec.context}): "
@@ -237,7 +238,7 @@ class _Verifier:
     def hf_logits(self) -> Tensor:
         """HF's, in float64."""
         wide = copy.deepcopy(self.model).double()
-        return torch.cat([wide(p[None]).logits[0] for p in self.prompts])
+        return torch.cat([wide(p[None].to(self.device)).logits[0] for p in self.prompts])
 
     def quantisation(self) -> None:
         """The packs against the weights, every op against its reference, the logits against HF's."""
@@ -263,7 +264,7 @@ class _Verifier:
     def logits_against_hf(self) -> None:
         """Beside HF's own error: what HF in the same dtype loses against HF in float64."""
         fused = self.step(self.prompts, "all")
-        hf = torch.cat([self.model(p[None]).logits[0].float() for p in self.prompts])
+        hf = torch.cat([self.model(p[None].to(self.device)).logits[0].float() for p in self.prompts])
         exact = self.hf_logits()
         ours, theirs = ((x.double() - exact).abs() for x in (fused, hf))
         floor = 8 * ROUNDING[self.dtype] * float(exact.abs().max())
@@ -276,15 +277,17 @@ class _Verifier:
     def greedy_against_hf(self, rollout: Rollout) -> None:
         """Tokens may part only where HF's own logits of the two tokens are closer than the errors of both sides."""
         model: Any = self.model
+        ids, mask = self.ids.to(self.device), self.mask.long().to(self.device)
         out = model.generate(
-            input_ids=self.ids, attention_mask=self.mask.long(), max_new_tokens=self.new, min_new_tokens=self.new,
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.new, min_new_tokens=self.new,
             num_beams=1, **NEVER,
         )[:, self.ids.shape[1] :]  # fmt: skip
         rows = (out != rollout.completion_ids).any(1).nonzero().squeeze(1).tolist()
         worst = 0.0
         for row in rows:
             t = int((out[row] != rollout.completion_ids[row]).nonzero()[0])
-            logits = self.model(torch.cat([self.prompts[row], out[row, :t]])[None]).logits[0, -1].float()
+            so_far = torch.cat([self.prompts[row].to(self.device), out[row, :t]])
+            logits = self.model(so_far[None]).logits[0, -1].float()
             worst = max(worst, float(logits[out[row, t]] - logits[rollout.completion_ids[row, t]]))
         note = f"{len(rows)} of {len(out)} rows part from HF's" if rows else "all rows are HF's"
         self.add("greedy tokens, HF's logit gap where they part", worst, 2 * self.logit_bound, note)
