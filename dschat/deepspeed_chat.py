@@ -89,7 +89,7 @@ TABLE = (
     Flag("local_rank", note="the environment says it (LOCAL_RANK)"),
     Flag("offload_reference_model offload_reward_model", note="frozen models stay where they were loaded"),
     Flag("disable_dropout disable_actor_dropout disable_critic_dropout", note="dropout is always off"),
-    Flag("inference_tp_size", instead="each process generates with whole weights; leave it out or give 1", harmless=("1",)),
+    Flag("inference_tp_size", instead="each process generates with whole weights; leave it out", harmless=("1",)),
     Flag("generation_batches", instead="raise prompts_per_step instead", harmless=("1",)),
     Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
