@@ -232,7 +232,11 @@ def families(draw: st.DrawFn) -> Any:
     if "head_dim" in fields:
         sizes["head_dim"] = dim
     if "ffn_hidden_size" in fields:
-        sizes |= {"ffn_hidden_size": draw(st.integers(1, 60)), "num_kv_heads": kv_heads}
+        grouped = fields.get("new_decoder_architecture") or fields.get("multi_query", True)
+        sizes |= {
+            "ffn_hidden_size": draw(st.integers(1, 60)),
+            "num_kv_heads": kv_heads if grouped else kv_heads * group,  # transformers cannot run others
+        }
     config = config_class(**{**fields, **sizes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
