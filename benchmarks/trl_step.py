@@ -90,7 +90,8 @@ class Theirs:
 
     def __init__(self, python: str, settings: dict[str, Any], log: Any, limit: float = 1800.0):
         env = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
-        env.pop("PYTHONPATH", None)  # of our environment
+        if python != sys.executable:
+            env.pop("PYTHONPATH", None)  # of our environment
         self.log, self.limit = log, limit
         self.process = subprocess.Popen(
             [python, str(WORKER), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,

@@ -168,7 +168,8 @@ def environment(name: str, threads: int, python: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    env.pop("PYTHONPATH", None)  # of our environment
+    if python != sys.executable:
+        env.pop("PYTHONPATH", None)  # of our environment
     if name == "vllm":
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         libraries = [Path(python).absolute().parent.parent / "lib" / "libiomp5.so"]

@@ -229,6 +229,10 @@ def test_bench_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "avx2", "avx2", "AVX2",
     ]  # fmt: skip
     assert peers.environment("hf", 2, sys.executable)["ATEN_CPU_CAPABILITY"] == "avx2"
+    monkeypatch.setenv("PYTHONPATH", "ours")
+    assert peers.environment("hf", 2, sys.executable)["PYTHONPATH"] == "ours"
+    assert "PYTHONPATH" not in peers.environment("vllm", 2, "another/python")
+    assert peers.environment("vllm", 3, "another/python")["OMP_NUM_THREADS"] == "3"
 
 
 def test_int8_says_how_far_its_log_probs_are(stories_model: Any, small_machine: None) -> None:
