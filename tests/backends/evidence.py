@@ -47,7 +47,8 @@ From the strongest to the weakest:
 - **Compiled**: no spills, and registers, shared memory, occupancy, 128-bit accesses and matrix instructions no worse
   than the checked-in tables. wgmma and tcgen05, which Triton uses on sm_90 and sm_100, are compiled only.
 
-`make test` runs what stands in front; what follows "nightly" is run by `make test-full` besides, with every size.
+`make test` runs what stands in front; what follows "nightly" is a test of `make test-full`, with every size, and is no
+claim that it has passed: the report of that run says so.
 """
 
 

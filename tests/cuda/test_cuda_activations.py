@@ -1,4 +1,4 @@
-"""bias_act and gated_act of csrc/cuda against float64."""
+"""bias_act and gated_act of csrc/cuda: values far out, layouts, registration (errors: tests/backends)."""
 
 from __future__ import annotations
 

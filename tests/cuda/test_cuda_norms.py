@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm of csrc/cuda against float64, and row by row bit for bit."""
+"""layer_norm and rms_norm of csrc/cuda: what is special to them, and a row's bits (errors: tests/backends)."""
 
 from __future__ import annotations
 

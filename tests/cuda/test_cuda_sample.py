@@ -1,4 +1,4 @@
-"""sample and token_logprobs of csrc/cuda: the tokens of reference and CPU, and log-probs against float64."""
+"""sample of csrc/cuda: masked and broken rows, layouts, the distribution (tokens: tests/backends)."""
 
 from __future__ import annotations
 

@@ -46,9 +46,10 @@ def test_compiles_without_spills(name: str) -> None:
 
 
 def worse_fields(row: dict[str, int], listed: dict[str, int]) -> list[str]:
-    """Fewer wide accesses are only worse where there are none left: a compiler may unroll less."""
+    """Fewer wide accesses are only worse where there are none left: a compiler may unroll less. Rows made without a
+    disassembler have no instructions."""
     worse = [field for field in FIELDS if row[field] > listed[field]]
-    worse += [field for field in INSTRUCTIONS if field in row and listed[field] and not row[field]]
+    worse += [field for field in INSTRUCTIONS if field in row and listed.get(field) and not row[field]]
     return worse + ["occupancy"] * (row["occupancy"] < listed["occupancy"])
 
 
@@ -74,11 +75,11 @@ def test_the_table_has_no_spills_and_uses_the_hardware() -> None:
         for kernel, row in rows.items():
             assert row["spills"] == row["stack"] == 0, f"{kernel} on {arch}"
             source, _, name = kernel.partition(": ")
-            if source in ("rms_norm", "layer_norm", "bias_act", "gated_act") and name.startswith(
-                ("forward", "backward")
-            ):
+            streaming = source in ("rms_norm", "layer_norm", "bias_act", "gated_act")
+            if streaming and name.startswith(("forward", "backward")):
                 assert row["wide"] and row["occupancy"] >= 50, f"{kernel} on {arch}: {row}"
-            if name.startswith(("attention_tiles", "linear_tiles", "chunk_sums")) and "float" not in name:
+            products = name.startswith(("attention_tiles", "linear_tiles", "chunk_sums"))
+            if products and "<float" not in name and "tensor" in row:
                 assert row["tensor"], f"{kernel} on {arch}: {row}"
 
 

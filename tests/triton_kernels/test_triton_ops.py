@@ -1,4 +1,4 @@
-"""Every op of the triton backend against float64, by the criterion of tests/helpers.py, in Triton's interpreter.
+"""What is special to the triton backend's ops, in Triton's interpreter (the cases of every op: tests/backends).
 
 Sizes are small because the interpreter is slow: odd ones, one, none, and around the blocks of the kernels.
 """

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.cuda.ptx.compiled import compiled_module, cuda_kernels, cuda_ptx, library
+from tests.cuda.ptx.compiled import compiled_module, compiled_triton, cuda_kernels, cuda_ptx, library
 from tests.cuda.ptx.translate import Untranslated, translate
 
 MASK = 2**32 - 1
@@ -268,3 +268,17 @@ def test_a_wrong_instruction_in_compiled_code_is_seen() -> None:
         path = str(library(translate(text, name)))
         compiled_module().launch_library(path, [2, 1, 1], [32, 1, 1], 256, parameters)
         assert torch.allclose(y, expected, rtol=1e-5) != wrong
+
+
+def test_hoppers_own_instructions_stay_out() -> None:
+    """Triton multiplies with wgmma on sm_90: compiled there (benchmarks/gpu_static.py), executed for sm_80 only."""
+    triton = pytest.importorskip("triton")
+    from dschat_kernels.ops._common import offered
+    from dschat_kernels.ops.linear import linear
+    from dschat_kernels.packing import PackedLinear
+
+    assert triton is not None
+    offered("triton")
+    packed = PackedLinear.from_weight(torch.randn(64, 64).bfloat16(), dense=True)
+    with compiled_triton("sm_90"), pytest.raises(Untranslated, match="wgmma"):
+        linear(torch.randn(64, 64).bfloat16(), packed, backend="triton")
