@@ -614,7 +614,7 @@ class Decoder:
         for rows, row_lens, begin in _passes(lens, self.max_tokens):
             chosen = places[rows]
             tables = _tables(ids[begin : begin + int(row_lens.sum())], cache, chosen, row_lens, logits)
-            if logits == "last" and len(rows) != len(lens):  # a cut row's logits come with its final piece
+            if logits == "last" and int(row_lens.sum()) != len(ids):  # a cut row has its logits last
                 done = np.cumsum(lens)[rows] == begin + np.cumsum(row_lens)
                 tables.selected = tables.selected[done]
             pieces.append(self.executor.run(tables, cache))

@@ -105,6 +105,16 @@ def test_chunks_decode_batch_and_mixtures_have_the_bits_of_one_step(name: str, d
     assert [cache.length(s) for s in slots] == lens
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_one_logit_a_row_wherever_a_pass_ends(limit: int) -> None:
+    """Also where the first pass touches every row and the last row goes on in the next one."""
+    model = model_of("stories", torch.float32)
+    whole, small = decoder_of(model), decoder_of(model, max_tokens=limit)
+    rows = [torch.tensor([5, 9, 7]), torch.tensor([8]), torch.tensor([3, 4, 6, 2])]
+    for some in (rows, rows[2:], rows[::-1]):
+        assert torch.equal(prefill(small, some, "last"), prefill(whole, some, "last"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["stories", *CONFIGS])
 @torch.no_grad()

@@ -133,7 +133,7 @@ class Generator:
         model = model or models.load_policy(name, models.pick_dtype(config.dtype))
         self.engine = HybridEngine(model, backend=config.backend)
 
-    def prompts(self, records: Sequence[data.Record]) -> list[data.Example]:
+    def prompts(self, records: Sequence[data.Record]) -> Sequence[data.Example]:
         stats = data.DataStats()
         room = self.engine.spec.max_positions - self.config.max_new_tokens
         limit = min(self.config.max_length, room)

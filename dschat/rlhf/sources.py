@@ -93,8 +93,8 @@ def records(config: StageConfig, which: Literal["train", "eval"]) -> tuple[Seque
     if which == "train" and config.data_weights:
         chosen = blend([len(g) for g in groups], config.data_weights, config.seed)
         found = [groups[source][row] for source, row in chosen]
-        for number, name in enumerate(config.data):
-            stats.notes.append(f"{sum(s == number for s, _ in chosen)} of {name}")
+        for i, name in enumerate(config.data):
+            stats.notes.append(f"{sum(source == i for source, _ in chosen)} of {name}")
     else:
         found = [row for group in groups for row in group]
     return (found[:limit] if limit else found), stats
