@@ -57,7 +57,9 @@ def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     while rest and rest[0].startswith("--"):
         key, eq, value = rest.pop(0)[2:].partition("=")
         if key not in ("num_processes", "master_port", "hostfile"):
-            raise ConfigError(f"--{key} is no flag of dschat launch; put flags of the command behind the command")
+            raise ConfigError(
+                f"--{key} is no flag of dschat launch; put flags of the command behind the command"
+            )
         if not eq:
             if not rest:
                 raise ConfigError(f"--{key} needs a value")
@@ -90,7 +92,9 @@ def _free_port() -> int:
 
 def _hand_over(hostfile: str, command: list[str], flags: dict[str, str]) -> int:
     if not os.path.isfile(hostfile):
-        raise ConfigError(f"hostfile {hostfile} does not exist; give a file with lines such as: worker-1 slots=8")
+        raise ConfigError(
+            f"hostfile {hostfile} does not exist; give a file with lines such as: worker-1 slots=8"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("a hostfile needs DeepSpeed's launcher; run: pip install 'dschat[deepspeed]'")
     port = ["--master_port", flags["master_port"]] if "master_port" in flags else []
@@ -166,7 +170,9 @@ class _Group:
             self.errors[first].seek(0)
             sys.stderr.write(self.errors[first].read().decode(errors="replace")[-4000:])
         if self.processes > 1:
-            print(f"dschat: process {first} of {self.processes} {how}; the others are stopped", file=sys.stderr)
+            print(
+                f"dschat: process {first} of {self.processes} {how}; the others are stopped", file=sys.stderr
+            )
         return 128 - code if code < 0 else code
 
     def _stop(self) -> None:

@@ -12,7 +12,14 @@ import pytest
 import torch
 import worker
 
-PROMPTS = ["Once upon a time", "One day, a girl", "Tom and his dog", "There was a cat", "The sun was", "Lily saw"]
+PROMPTS = [
+    "Once upon a time",
+    "One day, a girl",
+    "Tom and his dog",
+    "There was a cat",
+    "The sun was",
+    "Lily saw",
+]
 HAPPY = [" there was a happy dog.", " saw a nice bird.", " went to the park.", " that liked to play."]
 SAD = [" there was a mad man.", " fell and cried.", " lost a toy.", " that was bad and sad."]
 
