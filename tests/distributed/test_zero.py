@@ -117,7 +117,7 @@ def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path):
         read(1, False, file('{"optimizer": {"type": "Adam"}}'))
     with pytest.raises(ValueError, match="has fp16, which is not passed on: use bfloat16"):
         read(1, False, file('{"fp16": {"enabled": true}}'))
-    with pytest.raises(ValueError, match="zero_stage is 3 and .* has stage 2: keep one"):
+    with pytest.raises(ValueError, match=r"zero_stage is 3 and .* has stage 2: keep one"):
         read(3, False, file('{"zero_optimization": {"stage": 2}}'))
 
 
@@ -131,7 +131,7 @@ def test_a_deepspeed_file_is_passed_through(tmp_path: Path):
     }
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="train_batch_size of .* have no effect"):
+    with pytest.warns(UserWarning, match=r"train_batch_size of .* have no effect"):
         settings = ZeroSettings.read(None, True, str(path))
     assert settings is not None and settings.stage == 2
     config = module.deepspeed_config(settings, torch.bfloat16)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,20 @@ def zero(folder: Path) -> dict[str, Any]:
             out[f"{kind}/{stage}"] = result
     for stage in (2, 3):
         out[f"offload/{stage}"] = train(engine("lora", ZeroSettings(stage, offload=True)), 2)
+    out["lengths"] = _lengths()
     out["plain"] = train(engine("full", None), 2)
     return out
+
+
+def _lengths() -> torch.Tensor:
+    """Tokens of each row of a rollout under ZeRO-3 in which the rows of one process end long before the other's."""
+    own = engine("lora", ZeroSettings(3))
+    ids, mask = prompts()
+    first = HybridEngine(policy("lora")).generate(ids, mask, replace(SAMPLING, eos_token_id=None))
+    stop = sorted(
+        {int(t) for t in first.completion_ids[6:, 0]}
+    )  # the first tokens of the second process's rows
+    return own.generate(ids, mask, replace(SAMPLING, eos_token_id=stop)).completion_mask.sum(1)
 
 
 def _zero3(own: Any) -> dict[str, Any]:
