@@ -322,6 +322,12 @@ def evaluate(config: configs.EvalConfig) -> None:
     _write(config.output, json.dumps(result, indent=1))
 
 
+def plan(config: configs.PlanConfig) -> None:
+    from . import planning
+
+    print("\n".join(planning.lines(*planning.plan(config), config)))
+
+
 def report(config: configs.ReportConfig) -> None:
     import os
 
@@ -372,6 +378,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "rloo": _stage,
     "train": train,
     "eval": evaluate,
+    "plan": plan,
     "report": report,
     "replay": replay,
     "chat": chat,

@@ -910,6 +910,26 @@ class ReplayConfig(Config):
 
 
 @dataclass(kw_only=True)
+class PlanConfig(Config):
+    command: ClassVar[str] = "plan"
+    about: ClassVar[str] = "memory, tokens and times of a PPO recipe on N GPUs, as an estimate"
+    positional: ClassVar[str] = "recipe"
+    recipe: str = opt("", "YAML file of dschat ppo, such as recipes/deepspeed_chat/opt-1.3b.yaml")
+    gpus: int = opt(1, "GPUs")
+    memory: float = opt(80.0, "GB of each GPU")
+    bandwidth: float = opt(2039.0, "GB/s of its memory")
+    tflops: float = opt(312.0, "its peak in the run's dtype")
+    efficiency: float = opt(0.5, "share of the peak that matrix products are taken to reach")
+
+    def check(self) -> None:
+        self.require(bool(self.recipe), "recipe", "a YAML file of dschat ppo")
+        self.require(self.gpus >= 1, "gpus", "1 or more")
+        for key in ("memory", "bandwidth", "tflops"):
+            self.require(getattr(self, key) > 0, key, "greater than 0")
+        self.require(0 < self.efficiency <= 1, "efficiency", "above 0 and at most 1")
+
+
+@dataclass(kw_only=True)
 class DoctorConfig(Config):
     command: ClassVar[str] = "doctor"
     about: ClassVar[str] = "what runs on this machine, what does not, and why"
@@ -918,7 +938,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, ReportConfig, ReplayConfig, ChatConfig, ServeConfig),
+    *(EvalConfig, PlanConfig, ReportConfig, ReplayConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 

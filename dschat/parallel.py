@@ -43,6 +43,7 @@ def start(alone: bool = False) -> None:
     if world == "1":
         if alone:
             backend = "nccl" if torch.cuda.is_available() else "gloo"
+            os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             atexit.register(stop)
         return

@@ -327,6 +327,14 @@ class ZeroOptimizer:
             return list(inner.fp32_partitioned_groups_flat)
         return list(inner.single_partition_of_fp32_groups)
 
+    def _link(self) -> None:
+        """Tells DeepSpeed's parameters of stage 1 and 2 where their moments are. It does so itself when the first group
+        of its first step is done, and so forgets the other groups."""
+        inner: Any = self.stepper.inner
+        if self.stepper.settings.stage in (1, 2):
+            inner._hp_optimizer_states_linked = False
+            inner._lazy_init_hp_params_optimizer_state()
+
     def state_dict(self) -> dict[str, Any]:
         """{"state": {index: {step, exp_avg, exp_avg_sq, and master where the weights are not float32}},
         "param_groups": ...}, on the CPU."""
@@ -338,6 +346,8 @@ class ZeroOptimizer:
 
         steps = [base.state[flat]["step"] for flat in self._flat() if base.state.get(flat)]
         state: dict[int, dict[str, Any]] = {}
+        if steps:
+            self._link()
         for i, p in enumerate(self.parameters):
             if not steps:
                 break
@@ -371,8 +381,7 @@ class ZeroOptimizer:
                     "step": torch.as_tensor(float(next(iter(state.values()))["step"])),
                     **moments,
                 }
-            if hasattr(self.stepper.inner, "_lazy_init_hp_params_optimizer_state"):
-                self.stepper.inner._lazy_init_hp_params_optimizer_state()
+            self._link()
         for i, p in enumerate(self.parameters):
             entry = state.get(i, {})
             with whole([p]):

@@ -4,7 +4,6 @@ gradients up to rounding."""
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +22,61 @@ def alone() -> Any:
 
     def get(kind: str) -> Any:
         if kind not in cache:
-            own = worker.engine(kind, None, rate=1e-3 if kind == "full-bf16" else 1e-2)
-            cache[kind] = worker.train(own, 3) | {"state": own.optimizer.state_dict()}
+            own = worker.engine(kind, None, rate=1e-3 if "bf16" in kind else 1e-2)
+            cache[kind] = worker.train(own, 2) | {"state": own.optimizer.state_dict()}
         return cache[kind]
 
     return get
 
 
-CASES = [(k, s) for k in worker.KINDS for s in range(4) if not (k == "lora-exact" and s < 2)]
+@pytest.mark.parametrize(("kind", "stage"), worker.CASES)
+def test_rollouts_are_those_of_one_process_token_for_token(zero, kind, stage):
+    """The weights that two processes hold in shards after two steps, whole in one process: the same tokens and the
+    same log-probs, bit for bit. Rows are divided among the processes, and LoRA is fused while a layer is gathered."""
+    found = zero[f"{kind}/{stage}"]
+    own = worker.engine(kind, None)
+    trained = {n: p for n, p in own.model.named_parameters() if p.requires_grad}
+    assert trained.keys() == found["weights"].keys()
+    before = own.generate(*worker.prompts(), worker.SAMPLING)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(found["weights"][name])
+    rollout = own.generate(*worker.prompts(), worker.SAMPLING)
+    assert torch.equal(rollout.completion_ids, found["final"][0])
+    assert torch.equal(rollout.logprobs, found["final"][1])
+    assert torch.equal(before.completion_ids, found["tokens"][0])
+    assert not torch.equal(before.completion_ids, rollout.completion_ids), "the steps changed something"
 
 
-@pytest.mark.parametrize(("kind", "stage"), CASES)
-def test_rollouts_are_those_of_one_process_token_for_token(zero, alone, kind, stage):
-    """Rows are divided among the processes; weights come from shards, LoRA fused, before and after steps. A full
-    bfloat16 model has float32 masters with DeepSpeed and none without, so it is compared before its first step."""
-    many, one = zero[f"{kind}/{stage}"], alone(kind)
-    steps = 1 if kind == "full-bf16" else 3
-    for i in range(steps):
-        assert torch.equal(many["tokens"][i], one["tokens"][i]), f"step {i}"
-        tolerance = 0.0 if i == 0 else 2e-2 if "bf16" in kind else 1e-3
-        assert float((many["logprobs"][i] - one["logprobs"][i]).abs().max()) <= tolerance
-    assert not torch.equal(one["logprobs"][0], one["logprobs"][1][:, : one["logprobs"][0].shape[1]])
-
-
-@pytest.mark.parametrize(("kind", "stage"), CASES)
+@pytest.mark.parametrize(("kind", "stage"), [c for c in worker.CASES if c[0] != "full-bf16"])
 def test_losses_and_gradient_norms_are_those_of_one_process(zero, alone, kind, stage):
-    """Accumulated over backwards of unequal size, normalised by all rows; within 1e-4 in float32."""
+    """Accumulated over backwards of unequal size, normalised by all rows: within 1e-4 in float32, 2e-2 in bfloat16.
+    (A full bfloat16 model has float32 masters with DeepSpeed and none without.)"""
     many, one = zero[f"{kind}/{stage}"], alone(kind)
-    bound = 2e-2 if "bf16" in kind else 1e-4
-    steps = 1 if kind == "full-bf16" else 3
     for name in ("loss", "norm"):
-        assert many[name][:steps] == pytest.approx(one[name][:steps], rel=bound), name
-    assert all(math.isfinite(x) for x in many["loss"] + many["norm"])
+        assert many[name] == pytest.approx(one[name], rel=2e-2 if "bf16" in kind else 1e-4), name
     assert many["norm"][0] > 0.5, "the clip has something to do"
 
 
 def test_plain_data_parallel_is_one_process(zero, alone):
     many, one = zero["plain"], alone("full")
     assert all(torch.equal(a, b) for a, b in zip(many["tokens"], one["tokens"], strict=True))
-    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert many["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert many["norm"] == pytest.approx(one["norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offload_changes_nothing(zero, alone, stage):
     many, one = zero[f"offload/{stage}"], alone("lora")
-    assert all(torch.equal(a, b) for a, b in zip(many["tokens"], one["tokens"], strict=False))
-    assert many["loss"] == pytest.approx(one["loss"][:2], rel=1e-4)
-    assert many["norm"] == pytest.approx(one["norm"][:2], rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(many["tokens"], one["tokens"], strict=True))
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert many["norm"] == pytest.approx(one["norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_exact_mode_is_exact_when_sharded(zero, stage):
     """The training forward on packs that were gathered from shards gives the rollout's bits."""
-    assert zero[f"lora-exact/{stage}"]["gap"] == [0.0, 0.0, 0.0]
+    assert zero[f"lora-exact/{stage}"]["gap"] == [0.0, 0.0]
     assert max(zero[f"lora/{stage}"]["gap"]) < 1e-4
 
 
@@ -87,7 +87,7 @@ def test_the_state_is_whole_and_that_of_one_process(zero, alone, kind, stage):
     many, one = zero[f"{kind}/{stage}"]["state"], alone(kind)["state"]
     assert many["state"].keys() == one["state"].keys()
     for i, entry in one["state"].items():
-        assert float(many["state"][i]["step"]) == float(entry["step"]) == 3
+        assert float(many["state"][i]["step"]) == float(entry["step"]) == 2
         for name in ("exp_avg", "exp_avg_sq"):
             assert torch.allclose(many["state"][i][name], entry[name], rtol=1e-2, atol=1e-5), (i, name)
     for a, b in zip(many["param_groups"], one["param_groups"], strict=True):
@@ -131,7 +131,7 @@ def test_a_deepspeed_file_is_passed_through(tmp_path: Path):
     }
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="train_batch_size of .* have no effect"):
+    with pytest.warns(UserWarning, match=r"train_batch_size of .* have no effect"):
         settings = ZeroSettings.read(None, True, str(path))
     assert settings is not None and settings.stage == 2
     config = module.deepspeed_config(settings, torch.bfloat16)

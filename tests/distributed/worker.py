@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from dschat import config as C
 from dschat import parallel
 from dschat.engine import HybridEngine, SamplingConfig
-from dschat.engine.zero import ZeroSettings, make_engine
+from dschat.engine.zero import ZeroSettings, make_engine, whole
 from dschat.rlhf import models
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260k"
@@ -27,6 +28,10 @@ KINDS = {  # name -> (dtype, LoRA, exact)
     "lora-bf16": (torch.bfloat16, True, False),
     "full-bf16": (torch.bfloat16, False, False),
 }
+
+CASES = [
+    (k, s) for k in KINDS for s in range(4) if s > 1 or k in ("full", "lora") or (k, s) == ("lora-bf16", 1)
+]
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,6 +90,15 @@ def train(own: HybridEngine, steps: int, chunk: int = 4) -> dict[str, list[Any]]
     return out
 
 
+def final(own: HybridEngine) -> dict[str, Any]:
+    """The trained weights, whole, and a rollout with them."""
+    trained = {n: p for n, p in own.model.named_parameters() if p.requires_grad}
+    with whole(trained.values()):
+        weights = {n: p.detach().clone() for n, p in trained.items()}
+    rollout = own.generate(*prompts(), SAMPLING)
+    return {"weights": weights, "final": (rollout.completion_ids, rollout.logprobs)}
+
+
 def gathered(own: HybridEngine) -> list[str]:
     """Parameters that ZeRO-3 shards and that are whole now."""
     return [
@@ -102,10 +116,11 @@ def zero(folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind in KINDS:
         for stage in (0, 1, 2, 3):
-            if kind == "lora-exact" and stage in (0, 1):
+            if (kind, stage) not in CASES:
                 continue
-            own = engine(kind, ZeroSettings(stage), rate=1e-3 if kind == "full-bf16" else 1e-2)
-            result: dict[str, Any] = train(own, 3)
+            own = engine(kind, ZeroSettings(stage), rate=1e-3 if "bf16" in kind else 1e-2)
+            result: dict[str, Any] = train(own, 2)
+            result |= final(own)
             if kind in ("full", "lora"):
                 result["state"] = own.optimizer.state_dict()
             result["left"] = gathered(own)
@@ -114,8 +129,20 @@ def zero(folder: Path) -> dict[str, Any]:
             out[f"{kind}/{stage}"] = result
     for stage in (2, 3):
         out[f"offload/{stage}"] = train(engine("lora", ZeroSettings(stage, offload=True)), 2)
-    out["plain"] = train(engine("full", None), 3)
+    out["lengths"] = _lengths()
+    out["plain"] = train(engine("full", None), 2)
     return out
+
+
+def _lengths() -> torch.Tensor:
+    """Tokens of each row of a rollout under ZeRO-3 in which the rows of one process end long before the other's."""
+    own = engine("lora", ZeroSettings(3))
+    ids, mask = prompts()
+    first = HybridEngine(policy("lora")).generate(ids, mask, replace(SAMPLING, eos_token_id=None))
+    stop = sorted(
+        {int(t) for t in first.completion_ids[6:, 0]}
+    )  # the first tokens of the second process's rows
+    return own.generate(ids, mask, replace(SAMPLING, eos_token_id=stop)).completion_mask.sum(1)
 
 
 def _zero3(own: Any) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""`dschat launch`: refusals, and what happens when a process dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+import worker
+
+from dschat import launch, parallel
+from dschat.config import ConfigError
+from dschat.rlhf import checkpoint
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--num_processes", "2"], "there is no command to launch; write dschat launch"),
+        (["--num_processes", "2", "pppo"], "'pppo' is no command; write dschat launch"),
+        (["--num_processes", "0", "ppo"], "num_processes is '0', but it must be a whole number of 1 or more"),
+        (
+            ["--num_gpus", "2", "ppo"],
+            "--num_gpus is no flag of dschat launch; put flags of the command behind",
+        ),
+        (["--hostfile", "nowhere", "ppo"], "hostfile nowhere does not exist; give a file with lines such as"),
+    ],
+)
+def test_refusals(words, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        launch.main(words)
+
+
+def test_a_hostfile_is_handed_to_deepspeeds_launcher():
+    words = launch.hand_over_words("hosts", ["ppo", "--config", "x.yaml"])
+    assert words[1:] == [
+        "-m", "deepspeed.launcher.runner", "--hostfile", "hosts", "--no_local_rank", "--module", "dschat", "ppo",
+        "--config", "x.yaml",
+    ]  # fmt: skip
+
+
+def test_an_incomplete_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(
+        ValueError, match=r"WORLD_SIZE is 2, but RANK .* is not set: start the run with dschat launch"
+    ):
+        parallel.start()
+
+
+def test_a_death_ends_all_and_leaves_a_good_checkpoint(folder: Path):
+    """The reward function kills its process in step 3: the other ends too, soon, with a sentence; nothing is left
+    running; the newest checkpoint is whole, and one process goes on from it."""
+    output = folder / "died"
+    keys = {
+        "model": worker.STORIES, "data": folder / "pairs.jsonl", "output_dir": output, "dtype": "float32",
+        "reward": "dying:reward", "max_new_tokens": 6, "max_prompt_length": 16, "prompts_per_step": 3,
+        "samples_per_prompt": 2, "batch_size": 4, "lora_r": 4, "max_steps": 3, "tensorboard": "false",
+        "progress": "false", "learning_rate": "1e-3",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "dschat", "launch", "--num_processes", "2", "grpo"]
+    for key, value in keys.items():
+        command += [f"--{key}", str(value)]
+    environment = processes.environment(DIE_AT="3", DIED_MARK=str(output))
+    start = time.monotonic()
+    done = subprocess.run(
+        command, env=environment, cwd=processes.ROOT, capture_output=True, text=True, timeout=processes.LIMIT
+    )
+    assert done.returncode == 137, done.stderr
+    assert "process 0 of 2 was killed by signal 9; the others are stopped" in done.stderr
+    assert time.monotonic() - start < processes.LIMIT / 2
+    left = [p for p in Path("/proc").glob("[0-9]*/environ") if _mentions(p, str(output))]
+    assert not left, "a process is left"
+    newest = checkpoint.latest(output / "checkpoints")
+    assert newest is not None and newest.name == "step-000002"
+    checkpoint.load(newest)
+    assert not (output / "result.json").exists()
+
+
+def _mentions(environ: Path, text: str) -> bool:
+    try:
+        return f"DIED_MARK={text}".encode() in environ.read_bytes() and environ.parent.name != str(
+            os.getpid()
+        )
+    except OSError:
+        return False
