@@ -30,6 +30,7 @@ def test_three_ways_are_one(tmp_path):
 def test_dump_is_read_back(cls, tmp_path):
     values = {"ppo": {"model": "m", "kl_coef": 1e-5}} if cls is C.TrainConfig else {}
     values = {"runs": ["a", "b"]} if cls is C.ReportConfig else values
+    values = {"batch": "runs/x/failed-step-000003"} if cls is C.ReplayConfig else values
     config = C.build(cls, values)
     for comments in (False, True):
         text = C.dump(config, comments)

@@ -292,7 +292,7 @@ def win_rate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     scores: list[list[float]] = []
     lengths: list[Tensor] = []
     texts: list[list[str]] = []
-    examples: list[data.Example] = []
+    examples: Sequence[data.Example] = []
     for side in (Generator(config.model, config, model, tokenizer), Generator(against, config)):
         examples = side.prompts(records)
         rollout, answers = side.answer(examples)
