@@ -117,7 +117,7 @@ def _cuda(compile: bool = True) -> Backend:
         return Backend("cuda", False, f"It cannot run, because {reason}.")
     major, minor = torch.cuda.get_device_capability()
     return Backend(
-        "cuda", True, f"{torch.cuda.get_device_name()}, compiled just in time", isa=f"sm_{major}{minor}"
+        "cuda", True, f"{torch.cuda.get_device_name()}, compiled by nvcc", isa=f"sm_{major}{minor}"
     )
 
 

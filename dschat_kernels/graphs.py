@@ -57,12 +57,13 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = work()
         return graph, result
 
     def replay(self, graph: Any) -> None:
-        graph.replay()
+        with torch.cuda.device(self.device):
+            graph.replay()
 
 
 def bucket_of(rows: int) -> int:

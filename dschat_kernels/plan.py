@@ -389,6 +389,7 @@ class Decoder:
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
         self.embed_table = self.position_table = torch.empty(0)
+        self._tables_copied = False  # they are the decoder's own, not the model's
         self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi, device=self.device)
         self.ropes: list[tuple[Tensor, Tensor]] = []
         self.limit = spec.position_limit()
@@ -545,9 +546,12 @@ class Decoder:
         stats.total += 1
         if key == self._table_key:
             return
-        copy = self.gather is not None
-        self.embed_table, *rest = [t.to(self.dtype, copy=copy).contiguous() for t in tables]
+        held = (self.embed_table, self.position_table) if self._tables_copied else (None, None)
+        if not in_place:  # into the copies of last time, where there are some
+            tables = [_refill(h, t.contiguous(), self.dtype) for h, t in zip(held, tables, strict=False)]
+        self.embed_table, *rest = tables
         self.position_table = rest[0] if rest else torch.empty(0)
+        self._tables_copied = not in_place
         self._table_key = key
         stats.changed += 1
 

@@ -78,20 +78,23 @@ def test_lengths_grow_across_pages(model: Any) -> None:
     assert engine.graphs is not None and engine.graphs.recorded == 2
 
 
-def test_weights_are_updated_in_place(model: Any) -> None:
-    """Every weight changes, tied and untied, and the recordings go on, with the new ones."""
-    engine = engine_of(model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_updated_in_place(model: Any, dtype: torch.dtype) -> None:
+    """Every weight changes, and the recordings go on, with the new ones; also where the rollout has copies in another
+    dtype than the model's."""
+    engine = engine_of(model, dtype=dtype)
     before = generate(engine)
     graphs = engine.graphs
     assert graphs is not None
-    recorded = graphs.recorded
+    recorded, sizes, addresses = graphs.recorded, set(graphs._buckets), engine.decoder.addresses()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5).add_(0.01)
     after = generate(engine)
     assert not same(before, after)
-    assert same(after, generate(engine_of(model, graphs=False)))
-    assert graphs.recorded == recorded or len(graphs._buckets) * 2 == graphs.recorded
+    assert same(after, generate(engine_of(model, graphs=False, dtype=dtype)))
+    assert engine.decoder.addresses() == addresses
+    assert graphs.recorded - recorded == 2 * len(set(graphs._buckets) - sizes)  # of sizes that are new
 
 
 def move(model: Any) -> None:
