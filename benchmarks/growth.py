@@ -153,7 +153,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ticks = sorted({p["x"] for p in result["points"] if p["section"].split(",")[0] == key})
         axes.set_xticks(ticks, [f"{x / 1e6:.0f} M" if x >= 1e5 else f"{x}" for x in ticks], fontsize=7)
         axes.minorticks_off()
-        axes.legend(fontsize=7, loc="upper left")
+        if sections:
+            axes.legend(fontsize=7, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("decode step, ms")
     figure.suptitle(f"{result['machine']['cpu']}, {result['dtype']}", fontsize=9)
