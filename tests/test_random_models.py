@@ -102,6 +102,7 @@ def mixtures(draw: st.DrawFn) -> Any:
         st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers)
     )
     attention = draw(st.sampled_from(ATTENTIONS))
+    rope = draw(st.sampled_from(ROPES))
     fields = {
         "vocab_size": draw(st.integers(11, 90)),
         "hidden_size": kv_heads * group * draw(st.integers(2, 12)),
@@ -109,12 +110,13 @@ def mixtures(draw: st.DrawFn) -> Any:
         "num_hidden_layers": layers,
         "num_attention_heads": kv_heads * group,
         "num_key_value_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 20)),
+        # transformers' dynamic frequencies divide by head_dim - 2
+        "head_dim": 2 * draw(st.integers(2 if rope["rope_type"] == "dynamic" else 1, 20)),
         "hidden_act": draw(st.sampled_from(ACTIVATIONS)),
         "max_position_embeddings": 128,
         "rope_parameters": {
             "rope_theta": draw(st.sampled_from([100.0, 10000.0])),
-            **draw(st.sampled_from(ROPES)),
+            **rope,
         },
         "attention_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
