@@ -33,6 +33,7 @@ SHARED = (
     "vector_math",
     "gemm",
     "gemm_amx",
+    "gemm_int8",
     "attention_backward",
     "step",
 )  # of csrc/cpu, not an op
