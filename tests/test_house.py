@@ -35,6 +35,8 @@ SHARED = (
     "gemm_amx",
     "gemm_int8",
     "attention_backward",
+    "linear_backward",
+    "token_logprobs_backward",
     "step",
 )  # of csrc/cpu, not an op
 CUDA_SHARED = ("attention_backward", "error")  # of csrc/cuda, not an op
