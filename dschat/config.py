@@ -914,7 +914,7 @@ class PlanConfig(Config):
     command: ClassVar[str] = "plan"
     about: ClassVar[str] = "memory, tokens and times of a PPO recipe on N GPUs, as an estimate"
     positional: ClassVar[str] = "recipe"
-    recipe: str = opt("", "YAML file of dschat ppo, such as recipes/deepspeed_chat/opt-1.3b.yaml")
+    recipe: str = opt("recipes/deepspeed_chat/opt-1.3b.yaml", "YAML file of dschat ppo")
     gpus: int = opt(1, "GPUs")
     memory: float = opt(80.0, "GB of each GPU")
     bandwidth: float = opt(2039.0, "GB/s of its memory")
@@ -922,7 +922,6 @@ class PlanConfig(Config):
     efficiency: float = opt(0.5, "share of the peak that matrix products are taken to reach")
 
     def check(self) -> None:
-        self.require(bool(self.recipe), "recipe", "a YAML file of dschat ppo")
         self.require(self.gpus >= 1, "gpus", "1 or more")
         for key in ("memory", "bandwidth", "tflops"):
             self.require(getattr(self, key) > 0, key, "greater than 0")

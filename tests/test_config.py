@@ -70,7 +70,17 @@ def test_every_field_explains_itself():
         ("top_k: 50", "top_k is 50, .* full distribution, .* set top_k to 0"),
         ("temperature: 0", "temperature is 0.0, but PPO samples"),
         ("reward: [a, b]\nreward_weights: [1]", "reward_weights has 1 entries for 2 rewards"),
-        ("zero_stage: 2", "zero_stage in .* is not supported: this version trains in one process"),
+        (
+            "inference_tp_size: 2",
+            "inference_tp_size in .* is not supported: every process generates with whole",
+        ),
+        ("zero_stage: 4", "zero_stage is 4, but it must be 0, 1, 2 or 3, or none"),
+        ("offload: true", "offload is true and zero_stage None; set zero_stage to 1, 2 or 3"),
+        ("critic_zero_stage: 3", "critic_zero_stage is 3 without zero_stage; set both"),
+        (
+            "zero_stage: 3\nema_decay: 0.9",
+            "ema_decay is 0.9 and zero_stage 3, where no process has the weights",
+        ),
         ("model: a\nmodel_name_or_path: b", "'model_name_or_path' in .* sets model, which is set already"),
         ("- a\n- b", "must hold `key: value` lines, but it holds a list"),
         ("a: [1", "line 1 is not valid YAML"),

@@ -1,0 +1,76 @@
+"""`dschat plan`: against counts that were done by hand, and every recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dschat import planning
+from dschat.cli import main
+from dschat.config import ConfigError, PlanConfig
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes" / "deepspeed_chat").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("facebook/opt-350m", 0.353),
+        ("facebook/opt-1.3b", 1.311),
+        ("facebook/opt-6.7b", 6.648),
+        ("facebook/opt-13b", 12.840),
+        ("meta-llama/Llama-2-7b-hf", 6.738),
+    ],
+)
+def test_parameters_are_counted(name, billions):
+    """Against 12 h^2 a layer (Llama: 4 h^2 + 3 h f) and the embeddings."""
+    assert planning.shape_of(name).parameters == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_a_models_own_weights_are_counted():
+    from transformers import AutoModelForCausalLM
+
+    folder = ROOT / "tests" / "data" / "stories260k"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    shape = planning.shape_of(str(folder))
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert shape.parameters == sum(p.numel() for p in model.parameters()) - norms
+    with pytest.raises(ConfigError, match="the shape of nowhere is not known; give a model folder"):
+        planning.shape_of("nowhere")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_planned(path, capsys):
+    """Its numbers are DeepSpeed-Chat's for each process; sharding over more GPUs takes less of each."""
+    few, many = (planning.plan(PlanConfig(recipe=str(path), gpus=n)) for n in (1, 8))
+    each = int(re.search(r"per_device_generation_batch_size: (\d+)", path.read_text())[1])  # type: ignore[index]
+    assert (few[0].prompts_per_step, many[0].prompts_per_step) == (each, 8 * each)
+    assert many[1].tokens == 8 * each * 512
+    assert (many[1].gpu_bytes < few[1].gpu_bytes) == (many[0].zero_stage == 3)
+    assert all(s > 0 for s in many[1].seconds.values())
+    assert main(["plan", "--recipe", str(path), "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("ESTIMATE of") and "nothing was measured" in text
+
+
+def test_there_are_the_published_ones():
+    assert sorted(p.stem for p in RECIPES) == [
+        "llama2-7b",
+        "llama2-7b-lora",
+        "opt-1.3b",
+        "opt-13b-lora",
+        "opt-6.7b-lora",
+    ]
+
+
+def test_memory_by_hand():
+    """Llama-2-7B, all weights, ZeRO-3 on 8: bfloat16 weights, gradients, 12 bytes of state, each an eighth."""
+    _, found = planning.plan(PlanConfig(recipe=str(ROOT / "recipes/deepspeed_chat/llama2-7b.yaml"), gpus=8))
+    parts = {p.name: p.bytes / 1e9 for p in found.parts}
+    assert parts["policy: weights"] == pytest.approx(6.738 * 2 / 8, rel=0.01)
+    assert parts["policy: optimizer"] == pytest.approx(6.738 * 12 / 8, rel=0.01)
+    assert parts["rollout packs (whole on each GPU)"] == pytest.approx(6.738 * 2, rel=0.01)
+    assert parts["cache of 1 rows"] == pytest.approx(2 * 32 * 4096 * 512 * 2 / 1e9)
