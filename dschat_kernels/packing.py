@@ -369,7 +369,7 @@ class PackedLinear:
         if self.panels is None or self.scales is not None:
             held = "dense" if self.panels is None else "int8"
             raise ValueError(f"the pack is {held}: only panels of the model's dtype can be transposed.")
-        depth = module.panel_depth(DTYPES[self.dtype], self.total)
+        depth = module.panel_depth(DTYPES[self.dtype], WEIGHTS.index("model"), self.total)
         out = torch.empty(-(-self.k // PANEL) * depth * PANEL, dtype=self.dtype)
         module.transpose_panels(DTYPES[self.dtype], ptr(self.panels), self.n, self.k, self.gated, ptr(out))
         return out

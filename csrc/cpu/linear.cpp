@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "epilogue.h"
 #include "gemm_int8.h"
+#include "pack_dense.h"
 #include "quantise.h"
 
 namespace dschat {
@@ -57,12 +58,55 @@ template <typename S> void fused_row(const DenseMatrix& w, int64_t n, float* out
   }
 }
 
-// The row as D stores it: int8 values are integers already.
-template <typename D> DSCHAT_INLINE D packed_value(float x) {
-  if constexpr (std::is_same_v<D, q8> || std::is_same_v<D, q8_pair>) return D{int8_t(x)};
-  else if constexpr (std::is_same_v<D, q8_quad>) return D{uint8_t(int(x) + 128)};
-  else return from_float<D>(x);
+template <typename D> constexpr bool kQuantised = !(std::is_same_v<D, float> || std::is_same_v<D, bf16>);
+
+// out[0..k) = the row as D stores it; int8 values are integers already.
+template <typename D> inline void store_row(const float* row, int64_t k, D* out) {
+  if constexpr (kQuantised<D>) {
+    for (int64_t i = 0; i < k; ++i)
+      if constexpr (std::is_same_v<D, q8_quad>) out[i] = D{uint8_t(int(row[i]) + 128)};
+      else out[i] = D{int8_t(row[i])};
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) store(out + i, load(row + i));
+    if (i < k) store(out + i, load(row + i, int(k - i)), int(k - i));
+  }
 }
+
+// Row `index` of a part, its updates added, as D; returns the scale of int8 values. wide: k floats of working memory.
+template <typename S, typename D> float packed_row(const DenseMatrix& part, int64_t index, float* wide, D* out) {
+  if constexpr (std::is_same_v<S, D>) {
+    if (part.stride_k == 1 && part.num_updates == 0) {
+      std::memcpy(static_cast<void*>(out), static_cast<const S*>(part.data) + index * part.stride_n,
+                  size_t(part.k) * sizeof(S));
+      return 1.0f;
+    }
+  }
+  fused_row<S>(part, index, wide);
+  const float scale = kQuantised<D> ? quantise(wide, part.k) : 1.0f;
+  store_row(wide, part.k, out);
+  return scale;
+}
+
+// The part that column c of panel p belongs to, and its row there; null past the end.
+struct PanelColumns {
+  const DenseMatrix* parts;
+  int num_parts;
+  bool gated;
+
+  const DenseMatrix* find(int64_t p, int64_t c, int64_t& index) const {
+    if (gated) {
+      index = p * kLanes + c % kLanes;
+      return index < parts[0].n ? &parts[c < kLanes ? 0 : 1] : nullptr;
+    }
+    index = p * kPanel + c;
+    for (int i = 0; i < num_parts; ++i) {
+      if (index < parts[i].n) return &parts[i];
+      index -= parts[i].n;
+    }
+    return nullptr;
+  }
+};
 
 template <typename S, typename D>
 void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool gated, D* panels, float* scales) {
@@ -71,39 +115,21 @@ void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool 
   if (!gated)
     for (int i = 0; i < num_parts; ++i) n += parts[i].n;
   const int64_t per_panel = gated ? kLanes : kPanel;
+  const PanelColumns columns{parts, num_parts, gated};
   const Range mine = team.range((n + per_panel - 1) / per_panel);
-  constexpr int64_t kBlock = 64;  // columns of k interleaved at a time: 32 rows x 64 floats stay in L1
-  float* rows = static_cast<float*>(scratch(kScratchPack, size_t(kPanel * k) * sizeof(float)));
+  float* wide = static_cast<float*>(scratch(kScratchPack, size_t(k) * (sizeof(float) + size_t(kPanel) * sizeof(D))));
+  D* rows = reinterpret_cast<D*>(wide + k);
+  const int64_t depth = panel_depth(panels, k);
   for (int64_t p = mine.begin; p < mine.end; ++p) {
-    for (int c = 0; c < kPanel; ++c) {
-      float* row = rows + c * k;
-      const DenseMatrix* part = nullptr;
+    for (int64_t c = 0; c < kPanel; ++c) {
       int64_t index;
-      if (gated) {
-        index = p * kLanes + c % kLanes;
-        if (index < n) part = &parts[c < kLanes ? 0 : 1];
-      } else {
-        index = p * kPanel + c;
-        for (int i = 0; i < num_parts && index < n; ++i) {
-          if (index < parts[i].n) {
-            part = &parts[i];
-            break;
-          }
-          index -= parts[i].n;
-        }
-      }
-      if (part) fused_row<S>(*part, index, row);
-      else std::fill(row, row + k, 0.0f);
-      if (scales) scales[p * kPanel + c] = quantise(row, k);
+      const DenseMatrix* part = columns.find(p, c, index);
+      float scale = 0.0f;
+      if (part) scale = packed_row<S>(*part, index, wide, rows + c * k);
+      else store_row(static_cast<float*>(std::memset(wide, 0, size_t(k) * sizeof(float))), k, rows + c * k);
+      if (scales) scales[p * kPanel + c] = scale;
     }
-    const int64_t depth = panel_depth(panels, k);
-    D* out = panels + p * depth * kPanel;
-    if (depth > k) std::memset(static_cast<void*>(out), 0, size_t(depth * kPanel) * sizeof(D));
-    for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-      const int64_t k1 = std::min(k, k0 + kBlock);
-      for (int c = 0; c < kPanel; ++c)
-        for (int64_t i = k0; i < k1; ++i) out[panel_place(out, i, c)] = packed_value<D>(rows[c * k + i]);
-    }
+    pack_rows(rows, k, kPanel, k, 0, 1, panels + p * depth * kPanel);
   }
 }
 
