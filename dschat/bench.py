@@ -319,6 +319,7 @@ def model_facts(engine: HybridEngine) -> dict[str, Any]:
         "type": engine.spec.model_type,
         "parameters": sum(parameters.values()),
         "dtype": str(engine.decoder.dtype).removeprefix("torch."),
+        "weights": engine.decoder.weights,
     }
 
 

@@ -60,7 +60,7 @@ def test_commands_and_functions_of_the_pages_exist(page):
 
     text = (DOCS / page).read_text()
     for command in re.findall(r"^dschat (\w+)|`dschat (\w+)", text, re.MULTILINE):
-        assert (command[0] or command[1]) in {*configs.COMMANDS, "launch"}
+        assert (command[0] or command[1]) in {*configs.COMMANDS, "launch", "bench"}
     for line in re.findall(r"^dschat (eval .+|report .+|serve .+)$", text, re.MULTILINE):
         command, *words = line.split()
         cls = configs.COMMANDS[command]
