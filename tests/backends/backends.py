@@ -93,7 +93,14 @@ BACKENDS = (
         "cuda-sm_80", "cuda", COMPILED, _cuda_compiled("sm_80"), ONE, thorough=EVERYTHING, missing=_no_nvcc()
     ),
     Backend(
-        "cuda-sm_120", "cuda", COMPILED, _cuda_compiled("sm_120"), NONE, thorough=False, missing=_no_nvcc()
+        "cuda-sm_120",
+        "cuda",
+        COMPILED,
+        _cuda_compiled("sm_120"),
+        NONE,
+        nightly=ONE,
+        thorough=False,
+        missing=_no_nvcc(),
     ),
     Backend("triton-source", "triton", SOURCE, _triton_source, missing=NO_TRITON),
     Backend(
@@ -111,6 +118,7 @@ BACKENDS = (
         COMPILED,
         _triton_compiled("sm_120"),
         NONE,
+        nightly=ONE,
         thorough=False,
         missing=NO_TRITON,
     ),

@@ -334,7 +334,9 @@ def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
         check_gradients(
             partial(attention.packed_attention, backend=backend), attention.packed_attention_reference, inputs,
             cu_seqlens=cumulative(lens),
-            cancelling=2.0 * sum(lens) ** 0.5 if dtype == torch.float32 else 0.0,  # a key's gradient is a sum of terms
+            # A value's gradient, a sum over queries, is added up by the cpu and cuda kernels in another order than
+            # PyTorch's: in float32 its error is that of the terms, not of their sum.
+            cancelling=2.0 * sum(lens) ** 0.5 if dtype == torch.float32 and backend in ("cpu", "cuda") else 0.0,
             **options,
         )  # fmt: skip
 
@@ -398,7 +400,8 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
                 token_logprobs.token_logprobs_reference, inputs,
                 targets=torch.randint(0, vocab, (tokens,)), return_entropy=True,
                 cancelling=float(tokens) ** 0.5 * 4,
-                output_size=8.0,  # that of the logits, whose difference a log-prob is
+                # A log-prob is a difference of logits, and cuda's float32 rounds by their size.
+                output_size=8.0 if dtype == torch.float32 and backend == "cuda" else 0.0,
                 **options,
             )  # fmt: skip
     if backend == "reference":

@@ -97,6 +97,10 @@ def single(x: float) -> float:
     return float(torch.tensor(x, dtype=torch.float32))
 
 
+def half(x: float, dtype: torch.dtype = torch.bfloat16) -> float:
+    return float(torch.tensor(x, dtype=dtype))
+
+
 def bits(x: float) -> int:
     return struct.unpack("<I", struct.pack("<f", x))[0]
 
@@ -129,6 +133,13 @@ REALS: dict[str, Callable[[float, float, float], int]] = {
     "cvt.rn.f16x2.f32 R, A, B;": lambda a, b, c: of_halves(b, a, torch.float16),
     "cvt.rn.f32.s32 R, 16777217;": lambda a, b, c: bits(16777216.0),
     "cvt.sat.f32.f32 R, A;": lambda a, b, c: bits(0.0 if not a > 0.0 else min(a, 1.0)),
+    "{.reg .b16 h; cvt.rn.bf16.f32 h, A; add.rn.f32.bf16 R, h, B;}": lambda a, b, c: bits(single(half(a) + b)),
+    "{.reg .b16 h; cvt.rn.f16.f32 h, A; sub.rn.f32.f16 R, h, B;}": lambda a, b, c: bits(
+        single(half(a, torch.float16) - b)
+    ),
+    "{.reg .b16 g, h; cvt.rn.bf16.f32 g, A; cvt.rn.bf16.f32 h, B; fma.rn.f32.bf16 R, g, h, C;}": lambda a, b, c: bits(
+        single(half(a) * half(b) + c)
+    ),
     "{.reg .pred q; setp.ne.f32 q, A, B; selp.b32 R, 1, 0, q;}": lambda a, b, c: int(a != b and a == a and b == b),
     "{.reg .pred q; setp.ltu.f32 q, A, B; selp.b32 R, 1, 0, q;}": lambda a, b, c: int(a < b or a != a or b != b),
 }  # fmt: skip
@@ -191,6 +202,14 @@ def test_instructions(table: dict[str, Callable[..., int]]) -> None:
             )
 
 
+def test_parameters_of_every_spelling() -> None:
+    """Names, places and sizes: what a pointer points at says nothing about its own place."""
+    head = """.entry k(.param .u64 .ptr .align 1 a, .param .u64 .ptr .global .align 16 b, .param .u8 c,
+    .param .align 8 .b8 d[12], .param .u64 .ptr e, .param .f32 f) { ret; }"""
+    expected = [("a", 0, 8), ("b", 8, 8), ("c", 16, 1), ("d", 24, 12), ("e", 40, 8), ("f", 48, 4)]
+    assert translate(head, "k").parameters == expected
+
+
 def test_lanes_and_shared_memory() -> None:
     """Shuffles at the edges of segments, votes, reductions, a barrier, and shared memory by offset and by pointer."""
     body = """
@@ -222,6 +241,8 @@ mov.u64 %rd5, memory; cvta.shared.u64 %rd5, %rd5; ld.u32 %r2, [%rd5+28]; st.glob
         "bar.sync 1",
         "barrier.sync 0, 64",
         "fma.rz.f32 %r1, %r2, %r3, %r4",
+        "add.rz.f32.bf16 %r1, %r2, %r3",
+        "mul.rn.f32.bf16 %r1, %r2, %r3",
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1}, {%r2}, {%r3}, {%r4}",
         "add.rn.f32 %r1, %r2, %clock",
     ],

@@ -188,7 +188,7 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
     # ------------------------------------------------------------------------------------------ declarations
 
     def _parameters(self, head: str) -> None:
-        pointer = r"(?:\.ptr\s*(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
+        pointer = r"(?:\.ptr\s+(?:\.(?:const|global|local|shared)\s+)?(?:\.align\s+\d+\s+)?)?"
         pattern = rf"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+{pointer}([\w$]+)(?:\[(\d+)\])?"
         at = 0
         for align, type_, name, count in re.findall(pattern, head):
@@ -670,6 +670,8 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
             return "" if rest else self._halves(name, type_[:-2], o)
         if type_ == "f32x2":
             return "" if rest else self._pairs(name, o)
+        if rest == ["f32"] and type_ in ("f16", "bf16"):
+            return self._mixed(name, type_, o)
         values = [self.read(x, type_) for x in o[1:]]
         if type_ in FLOATS:
             if rest == ["rm"] and name in ("fma", "mad") and type_ == "f32":
@@ -699,6 +701,13 @@ extern "C" __attribute__((visibility("default"))) const Kernel dschat_ptx_kernel
         return f"using U = {_unsigned(type_)}; " + self.write(
             o[0], type_, self.INTEGER_RESULTS[name].format(*values)
         )
+
+    def _mixed(self, name: str, half: str, o: list[str]) -> str:
+        """sm_100's sums in float32, whose operands but the last are halves."""
+        if name not in ("add", "sub", "fma"):
+            return ""
+        values = [*(self.read(x, half) for x in o[1:-1]), self.read(o[-1], "f32")]
+        return self.write(o[0], "f32", self.FLOAT_RESULTS[name].format(*values))
 
     def _halves(self, name: str, half: str, o: list[str]) -> str:
         given = ", ".join(f"uint32_t({self.bits(x, 'b32')})" for x in o[1:])
