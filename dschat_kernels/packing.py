@@ -351,7 +351,7 @@ class PackedLinear:
             rows = (
                 rows.view(count, self.depth // 2, PANEL, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
             )
-        elif self.dtype == torch.bfloat16:  # pairs (c, c + 16) -> columns in order
+        elif self.dtype == torch.bfloat16 and self.scales is None:  # pairs (c, c + 16) -> columns in order
             rows = rows.view(count, self.depth, half, 2).transpose(2, 3).reshape(count, self.depth, PANEL)
         rows = rows[:, : self.k]
         rows = rows.transpose(1, 2)

@@ -367,14 +367,17 @@ class Decoder:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")
         if backend not in (None, "cpu", "triton", "cuda", "reference"):
             raise ValueError(f"backend is {backend!r}: use None, 'cpu' or 'reference'.")
+        chosen = backend
+        if self.device.type != "cpu" and backend is None:
+            chosen = resolve_backend("decoder", None, embed.weight)
+        if weights != "model" and chosen in ("triton", "cuda"):
+            raise ValueError(
+                f"weights is {weights!r} and backend {chosen!r}: int8 runs on 'cpu' and 'reference' in this version."
+            )
         if self.device.type != "cpu" or backend in ("triton", "cuda"):  # on CPU tensors in tests only
             backend = resolve_backend("decoder", backend, embed.weight)
         if backend in ("triton", "cuda") and spec.head_dim > MAX_HEAD_DIM:
             raise Unsupported(f"head_dim is {spec.head_dim}: the {backend} kernels go to {MAX_HEAD_DIM}.")
-        if weights != "model" and backend in ("triton", "cuda"):
-            raise ValueError(
-                f"weights is {weights!r} and backend {backend!r}: int8 runs on 'cpu' and 'reference' in this version."
-            )
         if backend == "cpu" and native() is None:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."

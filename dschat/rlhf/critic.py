@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..config import PPOConfig
 from ..engine.rollout import Rollout
+from ..engine.stepper import Stepper
+from ..engine.zero import ZeroSettings, make_stepper
 from . import data, models
 from .rewards import RewardFunction, Rewards, load_sources, require_same_tokenizer
-from .run import derive_seed
+from .run import derive_seed, make_optimizer
 
 
 class Critic:
@@ -25,6 +27,16 @@ class Critic:
     def __init__(self, scorer: models.Scorer, head: nn.Module, frozen_trunk: bool) -> None:
         self.scorer, self.head, self.frozen_trunk = scorer, head, frozen_trunk
         self.module: nn.Module = head if frozen_trunk else scorer.model
+
+    def stepper(self, config: PPOConfig, zero: ZeroSettings | None) -> Stepper:
+        """Optimizer, backward and step of what is trained."""
+        optimizer = make_optimizer(
+            self.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
+            config.critic_weight_decay,
+        )  # fmt: skip
+        # A head alone is a few numbers, of which nothing is to be sharded.
+        zero = None if self.frozen_trunk or zero is None else zero.at(config.critic_zero_stage)
+        return make_stepper(self.module, optimizer, zero, self.scorer.packed)
 
     def features(self, rollout: Rollout) -> Tensor | None:
         """Hidden states before every completion token of the rollout, where they do not change; else None."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import PPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
-from ..engine.zero import ZeroSettings, make_stepper
+from ..engine.zero import ZeroSettings
 from . import data, losses, models, online
 from .critic import Critic, build_rewards_and_critic
 from .environments import credit_turns
@@ -28,7 +28,7 @@ from .experience import Experience, shape_scores
 from .metrics import Metrics
 from .online import RatioError
 from .rewards import RewardFunction, Rewards
-from .run import derive_seed, learning_rate, make_optimizer, set_lr
+from .run import derive_seed, learning_rate, set_lr
 
 
 class PPO(online.Trainer):
@@ -49,13 +49,7 @@ class PPO(online.Trainer):
         super().__init__(config, engine, encoder, rewards, reference)
         self.critic = critic
         self.critic_parameters = models.trainable(critic.module)
-        optimizer = make_optimizer(
-            critic.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
-            config.critic_weight_decay,
-        )  # fmt: skip
-        # A head alone is a few numbers, of which nothing is to be sharded.
-        zero = None if critic.frozen_trunk or zero is None else zero.at(config.critic_zero_stage)
-        self.critic_stepper = make_stepper(critic.module, optimizer, zero, critic.scorer.packed)
+        self.critic_stepper = critic.stepper(config, zero)
         self.critic_optimizer: Any = self.critic_stepper.optimizer
 
     @classmethod

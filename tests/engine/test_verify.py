@@ -234,8 +234,8 @@ def test_samples_that_feel_their_number(monkeypatch: pytest.MonkeyPatch) -> None
     def wrong(prompts: Any, n: int) -> Any:
         return streams(prompts, n) + n
 
-    streams = rollout._streams
-    certificate = broken(monkeypatch, build("llama"), rollout, "_streams", wrong)
+    streams = rollout.row_streams
+    certificate = broken(monkeypatch, build("llama"), hybrid_engine, "row_streams", wrong)
     assert failed(certificate) == {"first of 3 samples of a prompt against a single one (bits)"}
 
 

@@ -152,7 +152,7 @@ def test_importance_weights_are_those_of_the_gap(make, monkeypatch):
 
 
 def test_int8_rollouts_learn_with_importance_weights(make):
-    """The rollout's weights are int8, the update's are not, and the weights of the loss are the ratio between them."""
+    """checklist 2.1 #5: rollouts on int8, updates not; the weights of the loss are the ratio between them."""
     trainer, _, collect = make(rollout_weights="int8", importance_cap=2.0)
     experience, found = collect()
     assert experience.rollout.stats.weights == "int8" and found["gap/mean"] > 1e-4
