@@ -349,17 +349,19 @@ class _Verifier:
     def patched_and_undone(self) -> None:
         """The model with the kernels in it: its forward is the engine's, its beams are HF's; and without them again."""
         model: Any = self.model
+        prompt = self.prompts[0][None].to(self.device)
+        ids, mask = self.ids.to(self.device), self.mask.long().to(self.device)
         beams = {
-            "input_ids": self.ids, "attention_mask": self.mask.long(), "num_beams": 3, "max_new_tokens": self.new,
+            "input_ids": ids, "attention_mask": mask, "num_beams": 3, "max_new_tokens": self.new,
             "min_new_tokens": self.new, "length_penalty": 1.0, "output_scores": True,
             "return_dict_in_generate": True, **NEVER,
         }  # fmt: skip
-        before, logits = _fingerprint(model), model(self.prompts[0][None]).logits
+        before, logits = _fingerprint(model), model(prompt).logits
         theirs = model.generate(**beams)
         with patch(model, backend=self.backend) as patched:
             ours = model.generate(**beams)
-            positions = (self.mask.long().cumsum(1) - 1).clamp_min(0)
-            fused = model(self.ids, attention_mask=self.mask.long(), position_ids=positions).logits[self.mask]
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            fused = model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
             notes = patched.report().notes
         self.add("forwards of the patched model left to transformers", len(notes), 0, "; ".join(notes))
         step = self.step(self.prompts, "all").to(fused.dtype)
@@ -373,7 +375,7 @@ class _Verifier:
             self.add("beams that differ from HF's", differs, 0)
         after = _fingerprint(model)
         traces = sum(before[name] != after.get(name) for name in before)
-        traces += int((model(self.prompts[0][None]).logits != logits).sum())
+        traces += int((model(prompt).logits != logits).sum())
         self.add("undo leaves no trace, modules and logits changed", traces, 0)
 
     def logprob_gap(self, rollout: Rollout) -> None:
