@@ -272,7 +272,8 @@ def test_recipes_of_one_stage_run(name, capsys, tmp_path, tiny_chat, monkeypatch
     turns = getattr(recipe(name), "environment", "")
     small = {
         "model": tiny_chat, "output_dir": str(tmp_path / "run"), "max_steps": 2, "lora_last": 2, "max_train_rows": 16,
-        "max_eval_rows": 4, "max_new_tokens": 32 if turns else 8, "prompts_per_step": 2, "max_prompt_length": 200, "threads": 1,
+        "max_eval_rows": 4, "max_new_tokens": 32 if turns else 8, "prompts_per_step": 2, "max_prompt_length": 200,
+        "threads": 1,
         "max_length": 256, "progress": False, "tensorboard": False, "dtype": "float32", "compare_hf": 0,
     }  # fmt: skip
     if any(":" not in name for name in getattr(recipe(name), "reward", [])):

@@ -521,7 +521,8 @@ def first_wrong_layer(model: nn.Module, engine: HybridEngine, prompt: Tensor) ->
     """The first layer whose output is further from HF's in float64 than rounding explains, or "": where every op is
     right, and the adapter describes another model."""
     wide = copy.deepcopy(model).double()
-    exact, own = (_layer_outputs(m, prompt) for m in (wide, model))
+    there = prompt.to(engine.decoder.device)
+    exact, own = (_layer_outputs(m, there) for m in (wide, model))
     outputs: dict[int, Tensor] = {}
     reached = 0
 

@@ -57,10 +57,11 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of steps later than `step`: a resumed run writes them again."""
+    """Remove the lines of steps later than `step`, and those of the table at the end (they compare with "before"): a
+    resumed run writes them again."""
     if not path.is_file():
         return
-    kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+    kept = [line for line in read_lines(path) if line.get("step", 0) <= step and "before" not in line]
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
