@@ -176,11 +176,11 @@ def launches(specimen: Specimen) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     before, _launch.run = _launch.run, lambda this: found.setdefault(this.kernel.fn.__name__, this)
-    raises, sample._raise_for_bad_rows = sample._raise_for_bad_rows, lambda tokens, temperature: None
+    raises, sample.raise_for_bad_rows = sample.raise_for_bad_rows, lambda tokens, temperature: None
     try:
         specimen.call()
     finally:
-        _launch.run, sample._raise_for_bad_rows = before, raises
+        _launch.run, sample.raise_for_bad_rows = before, raises
     return found
 
 

@@ -34,7 +34,7 @@ from ..engine.zero import ZeroSettings, make_engine
 from . import data, environments, evaluate, losses, models, report, sources
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
-from .metrics import Metrics
+from .metrics import Metrics, read_lines
 from .pretraining import PretrainingMix, WeightAverage
 from .rewards import (
     RewardError,
@@ -473,7 +473,6 @@ def train(
                 before = evaluate.evaluate(trainer, eval_set, eval_seed)
 
         after: dict[str, Any] = {}
-        last: dict[str, float] = {}
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with _keeping(run, step + 1, modules):
@@ -488,7 +487,7 @@ def train(
                         "eval/kl": after["kl"],
                         "eval/length": after["length"],
                     }
-            last = metrics.log(step + 1, numbers, show=["score/mean", "kl/sequence", "rollout/length"])
+            metrics.log(step + 1, numbers, show=["score/mean", "kl/sequence", "rollout/length"])
             extra = trainer.state() | {"before": before, "after": after}
             run.save(step + 1, modules, optimizers, extra)
             trainer.forget()
@@ -496,7 +495,7 @@ def train(
         engine.epoch += 1  # the weights may be others now
         trainer.forget()
         after = best.get("after") or after or saved.get("after", {})
-        return _conclude(run, trainer, eval_set, before, after, last, tokenizer)
+        return _conclude(run, trainer, eval_set, before, after, tokenizer)
 
 
 def assemble(
@@ -551,7 +550,6 @@ def _conclude(
     eval_set: Sequence[data.Example],
     before: Mapping[str, Any],
     after: Mapping[str, Any],
-    last: Mapping[str, float],
     tokenizer: Any,
 ) -> dict[str, Any]:
     """Compare before and after, measure speed, save models, write the report."""
@@ -559,6 +557,9 @@ def _conclude(
     assert metrics is not None
     name = config.command.upper()
     result: dict[str, Any] = {"steps": metrics.total_steps}
+    # From the file: the last step may have been another process's, before it was killed.
+    logged = read_lines(metrics.path) if metrics.path.is_file() else []
+    last: Mapping[str, Any] = next((numbers for numbers in reversed(logged) if "gap/mean" in numbers), {})
     result["log_prob_gap"] = {k: last[f"gap/{k}"] for k in ("mean", "max", "mult") if f"gap/{k}" in last}
     rows: list[dict[str, Any]] = []
     if before and after:

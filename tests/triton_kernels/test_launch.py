@@ -74,7 +74,8 @@ def test_every_op_has_the_schema_of_the_others() -> None:
     for op in triton.implementations():
         ours = str(getattr(torch.ops.dschat_triton, op).default._schema).removeprefix("dschat_triton::")
         assert ours == str(getattr(torch.ops.dschat, op).default._schema).removeprefix("dschat::")
-    assert set(triton.implementations()) == set(_common._OPS), "an op is missing on triton"
+    cpu_only = {"linear_int8", "low_rank_grads"}
+    assert set(triton.implementations()) == set(_common._OPS) - cpu_only, "an op is missing on triton"
 
 
 def test_importing_the_backend_needs_no_triton() -> None:
