@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from dschat.rlhf.metrics import read_lines
+
 CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 240.0  # seconds that one life of a run may take
 
@@ -65,8 +67,14 @@ def progress(folder: Path) -> int:
         return 0
 
 
+def step_seconds(folder: Path) -> float:
+    """Seconds of a step of a finished run, so that moments fall alike on fast and slow machines."""
+    ends = [line["time/unix"] for line in read_lines(folder / "metrics.jsonl") if "time/unix" in line]
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
 def kill_at_random(stage: str, keys: dict[str, Any], seed: int, longest: float) -> bool:
-    """Start a run and kill it at a random moment; whether it was still alive then.
+    """Start a run and kill it at a random moment, at most `longest` seconds on; whether it was still alive then.
 
     Two lives of three get as far as one more step before the clock of the moment starts, so that the run gets on.
     """

@@ -40,7 +40,8 @@ def run_killed(stage: str, base: dict, tmp_path: Path, kills: int, seed: int) ->
     folders = {name: tmp_path / name for name in ("straight", "killed")}
     killed_runs.finish(stage, {**keys, "output_dir": str(folders["straight"])})
     keys["output_dir"] = str(folders["killed"])
-    alive = sum(killed_runs.kill_at_random(stage, keys, 100 * seed + i, 0.3) for i in range(kills))
+    longest = killed_runs.step_seconds(folders["straight"])
+    alive = sum(killed_runs.kill_at_random(stage, keys, 100 * seed + i, longest) for i in range(kills))
     killed_runs.finish(stage, keys)
 
     ours, theirs = folders["killed"], folders["straight"]
@@ -56,7 +57,7 @@ def run_killed(stage: str, base: dict, tmp_path: Path, kills: int, seed: int) ->
 
 
 def test_killed_five_times(base, tmp_path):
-    assert run_killed("ppo", base, tmp_path, kills=5, seed=0) >= 1, "no moment fell into the run"
+    assert run_killed("ppo", base, tmp_path, kills=5, seed=0) >= 3, "most moments fall into the run"
 
 
 @pytest.mark.nightly
@@ -64,7 +65,7 @@ def test_killed_five_times(base, tmp_path):
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_killed_fifty_times(base, tmp_path, stage, seed):
     """With 2 seeds and 5 stages: 50 moments."""
-    assert run_killed(stage, base, tmp_path, kills=5, seed=seed) >= 1
+    assert run_killed(stage, base, tmp_path, kills=5, seed=seed) >= 2
 
 
 def test_the_comparison_sees_a_difference(base, tmp_path):
