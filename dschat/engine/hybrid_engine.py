@@ -127,7 +127,7 @@ class HybridEngine:
             return
         free = available_memory()
         numbers = sum(part.weight.numel() for name, group in groups.items() for part in group.resolve(name))
-        need = numbers * self.decoder.dtype.itemsize
+        need = numbers * (self.decoder.dtype.itemsize if self._weights == "model" else torch.int8.itemsize)
         if free is not None and need > free:
             raise MemoryError(
                 f"the packed weights need {need / 2**20:.1f} MiB beside the model's own and {free / 2**20:.1f} MiB are "

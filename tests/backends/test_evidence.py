@@ -6,6 +6,7 @@ from dschat_kernels.ops import _common
 from tests.backends.backends import BACKENDS
 from tests.backends.cases import CASES
 from tests.backends.evidence import PAGE, page
+from tests.helpers import CPU_ONLY
 
 
 def test_the_page_is_current() -> None:
@@ -15,10 +16,9 @@ def test_the_page_is_current() -> None:
 def test_every_op_has_a_case() -> None:
     """Gradients are part of an op's case. What has kernels for the CPU only is tested in tests/ops."""
     _common.offered("cuda")
-    cpu_only = {"linear_int8", "low_rank_grads"}
-    assert not cpu_only & _common.offered("triton").keys()
+    assert not CPU_ONLY & _common.offered("triton").keys()
     ops = {op for op in _common._OPS if not op.endswith("_backward")}
-    assert ops - cpu_only == {name.strip("_") for name in CASES}
+    assert ops - CPU_ONLY == {name.strip("_") for name in CASES}
 
 
 def test_every_backend_runs_by_night() -> None:
