@@ -51,8 +51,9 @@ def _online(name: str) -> Panels:
         (f"{name}: answer length", [("rollout/length", "tokens")]),
         (f"{name}: entropy of a token", [("policy/entropy", "nats")]),
         (f"{name}: seconds of a step", [
-            *(("time/prefill_s", "prefill"), ("time/decode_s", "decode"), ("time/score_s", "score")),
-            *(("time/logprobs_s", "log-probs"), ("time/update_s", "update"), ("time/flip_s", "flip")),
+            *(("time/flip_s", "flip"), ("time/prefill_s", "prefill"), ("time/decode_s", "decode")),
+            *(("time/sample_s", "sample"), ("time/score_s", "score"), ("time/values_s", "values")),
+            *(("time/logprobs_s", "log-probs"), ("time/reference_s", "reference"), ("time/update_s", "update")),
         ]),
     ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from helpers_rlhf import Killed, numbers, same_weights
 from dschat.config import ConfigError, PPOConfig, RewardConfig, dump
 from dschat.engine import HybridEngine
 from dschat.engine.hybrid_engine import HybridEngine as Engine
-from dschat.rlhf import data, evaluate, losses, models, ppo, reward
+from dschat.rlhf import data, evaluate, losses, models, ppo, report, reward
 from dschat.rlhf.checkpoint import latest
 from dschat.rlhf.metrics import Metrics, read_lines
 from dschat.rlhf.rewards import Rewards
@@ -481,3 +481,14 @@ def test_rewards_of_a_class_instance_are_shared_only_with_the_critic(reward_mode
     config = PPOConfig(**keys(base, reward=[reward_model, reward_model], critic_update="all"))
     rewards, critic = ppo.build_rewards_and_critic(config, torch.float32)
     assert isinstance(rewards, Rewards) and critic.scorer.model is not rewards.sources[0][1].model
+
+
+def test_every_phase_of_a_step_is_drawn(base, tmp_path):
+    """The picture of a step's seconds shows all that a step's time is made of."""
+    run(base, max_steps=1)
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    phases = {k for k in line if k.startswith("time/") and k.endswith("_s")}
+    panels = dict(report.PANELS["ppo"])
+    drawn = {key for key, _ in panels["PPO: seconds of a step"]}
+    other = {"time/step_s", "time/rollout_tokens_per_s", "time/eval_s", "time/checkpoint_s"}
+    assert phases - other == drawn - other and "time/update_s" in phases
