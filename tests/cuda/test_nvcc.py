@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,24 @@ def stem(name: str) -> str:
     return Path(name).stem
 
 
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[str, Future[Any]]]:
+    """What every source compiles to, begun for all at once: nvcc works on one core, and takes minutes."""
+    target = build.cuda_build("sm_80")
+    pool = ThreadPoolExecutor(build.max_jobs())
+    try:
+        yield {name: pool.submit(compile_source, target, name) for name in sources()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @needs_nvcc
 @pytest.mark.parametrize("name", sources(), ids=stem)
-def test_compiles_without_spills(name: str) -> None:
+def test_compiles_without_spills(name: str, compiled: dict[str, Future[Any]]) -> None:
     """On every architecture; with the table's nvcc also with no more registers or shared memory, no lower occupancy,
     and the kinds of instructions that it says."""
     table = json.loads(TABLE.read_text())
-    found = compile_source(build.cuda_build("sm_80"), name)
+    found = compiled[name].result()
     assert set(found) == set(ARCHS)
     for arch, rows in found.items():
         listed = {k: v for k, v in table["kernels"][arch].items() if k.startswith(f"{stem(name)}: ")}
