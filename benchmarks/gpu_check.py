@@ -1,19 +1,22 @@
 """One command for the owner of a GPU: build, test, measure, and one report to send back (`make gpu-check`).
 
     python -m benchmarks.gpu_check --output gpu-check         everything; some twenty minutes
+    python -m benchmarks.gpu_check --parts build,kernels --dtypes bfloat16 --only attention      some of it
     python -m benchmarks.gpu_check --dry-run                  the same code on the CPU with tiny shapes: no GPU figure
 
 It compiles csrc/cuda, runs the tests marked `gpu`, compares every kernel with float64 and times it against PyTorch
 eager, torch.compile and the peers that are installed, generates against Hugging Face, and writes report.json and
 report.md. A kernel's time is the median of launches between CUDA events, the L2 cache overwritten before each; its
 bytes are the least that the op must move, its share is of the bandwidth or the matrix rate that this run measured.
-What fails is written down with its error and does not stop the rest; the exit status says whether all was well.
+What fails is written down with its error and does not stop the rest; the exit status says whether all was well. Both
+files are written anew after every row, so a run that is cut short has reported what it did.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -22,8 +25,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("flash-attn", "liger-kernel", "flashinfer-python", "vllm", "deepspeed")
 UNCHECKED = ("cuda", "triton")
 """Backends on which ops over the cache are called as the engine calls them, without checks that wait for the GPU."""
+PARTS = ("build", "tests", "kernels", "generation")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SLACK = 2.0
 """Largest error of a kernel against float64, in multiples of PyTorch's own (plus a floor of one rounding)."""
 
@@ -73,6 +78,7 @@ class Machine:
     dtypes: tuple[torch.dtype, ...]
     sizes: Sizes
     dry: bool
+    compile: bool = True  # also time torch.compile, which takes seconds a case
 
     def times(self, work: Callable[[], Any], repeats: int) -> list[float]:
         """Seconds of each of `repeats` calls."""
@@ -392,7 +398,7 @@ def measure(machine: Machine, case: Case, dtype: torch.dtype, peaks: dict[str, f
     }
     sides["torch eager"] = lambda: lambda: case.eager(*case.inputs)
     if not machine.dry:
-        sides["torch.compile"] = lambda: compiled(case)
+        sides |= {"torch.compile": lambda: compiled(case)} if machine.compile else {}
         sides |= case.peers
     for name, make in sides.items():
         row["sides"][name] = attempt(lambda name=name, make=make: side(machine, case, name, make(), peaks))
@@ -431,7 +437,9 @@ def measured_peaks(machine: Machine) -> dict[str, float]:
     n, side_length = (2**20, 128) if machine.dry else (2**29, 8192)
     source = torch.ones(n, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
-    a = torch.ones(side_length, side_length, dtype=torch.bfloat16, device=machine.device)
+    a = torch.randn(
+        side_length, side_length, device=machine.device
+    ).bfloat16()  # equal numbers would run faster
     repeats = 2 if machine.dry else 10
     copying = statistics.median(machine.times(lambda: target.copy_(source), repeats))
     product = statistics.median(machine.times(lambda: a @ a, repeats))
@@ -456,11 +464,10 @@ def generation_model(path: str | None, machine: Machine) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def generation(machine: Machine, path: str | None) -> list[dict[str, Any]]:
+def generation(machine: Machine, path: str | None) -> Iterator[dict[str, Any]]:
     """Greedy tokens a second, prefill included, EOS ignored: our backends with and without graphs, and Hugging Face."""
     model: Any = generation_model(path, machine)
     vocab = model.get_input_embeddings().weight.shape[0]
-    rows = []
     for batch, prompt, new in (
         ((2, 5, 4),) if machine.dry else ((1, 128, 256), (32, 256, 256), (64, 128, 256))
     ):
@@ -468,13 +475,13 @@ def generation(machine: Machine, path: str | None) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"batch": batch, "prompt": prompt, "new": new, "sides": {}}
         tokens: dict[str, Tensor] = {}
         for name, make in generators(machine, model, ids.to(machine.device), new).items():
+            print(f"generation of batch {batch}, {name}", file=sys.stderr, flush=True)
             row["sides"][name] = attempt(
                 lambda name=name, make=make, count=batch * new, tokens=tokens: speed(
                     machine, make(), count, name, tokens
                 )
             )
-        rows.append(row)
-    return rows
+        yield row
 
 
 def generators(machine: Machine, model: Any, ids: Tensor, new: int) -> dict[str, Callable[[], Any]]:
@@ -486,7 +493,8 @@ def generators(machine: Machine, model: Any, ids: Tensor, new: int) -> dict[str,
             sides[f"{backend}, graphs"] = lambda b=backend: ours(model, b, True, ids, new)
         sides[backend] = lambda b=backend: ours(model, b, False, ids, new)
     if not machine.dry:
-        sides["HF static cache + compile"] = lambda: hf(model, ids, new, cache_implementation="static")
+        if machine.compile:
+            sides["HF static cache + compile"] = lambda: hf(model, ids, new, cache_implementation="static")
         sides["DeepSpeed"] = lambda: deepspeed(model, ids, new)
     return sides
 
@@ -594,6 +602,8 @@ def built(machine: Machine) -> dict[str, Any]:
 def tested(machine: Machine) -> dict[str, Any]:
     """The tests marked `gpu`; a dry run only collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") and not machine.dry:
+        command += ["-n", "4"]
     chosen = ["tests/cuda/test_graphs.py", "--collect-only"] if machine.dry else ["tests"]
     done = subprocess.run([*command, *chosen], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.strip().splitlines()
@@ -684,14 +694,12 @@ def kernel_cell(cell: dict[str, Any] | None) -> str:
     return f"{time_of} ({cell['gb_per_s']:.0f}, {100 * cell['share_of_peak']:.0f} %){mark}"
 
 
-def kernels(machine: Machine, only: str, peaks: dict[str, float]) -> list[dict[str, Any]]:
-    rows = []
+def kernels(machine: Machine, only: str, peaks: dict[str, float]) -> Iterator[dict[str, Any]]:
     for dtype in machine.dtypes:
         for case in cases(machine, dtype):
             if only in case.op:
                 print(f"{case.op} {case.shape} {dtype}", file=sys.stderr, flush=True)
-                rows.append(measure(machine, case, dtype, peaks))
-    return rows
+                yield measure(machine, case, dtype, peaks)
 
 
 def this_machine(dry: bool) -> Machine:
@@ -703,8 +711,19 @@ def this_machine(dry: bool) -> Machine:
             "gpu_check: PyTorch finds no NVIDIA GPU on this machine; --dry-run runs the same code on the CPU."
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return Machine(device, ("cuda", "triton"), dtypes, Sizes(), False)
+    return Machine(device, ("cuda", "triton"), tuple(DTYPES.values()), Sizes(), False)
+
+
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Reads "a,b" of the known names."""
+
+    def read(text: str) -> list[str]:
+        chosen = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return chosen
+
+    return read
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -719,33 +738,64 @@ def main(arguments: list[str] | None = None) -> int:
         "--model", help="folder of a model to generate with; default: random weights of 1.2 B parameters"
     )
     parser.add_argument("--only", default="", help="kernels whose op contains this")
+    parser.add_argument("--parts", type=names(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--dtypes", type=names(DTYPES), help=f"some of {','.join(DTYPES)}; default: all")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="whether torch.compile is timed too, which compiles for seconds a case",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     machine = this_machine(options.dry_run)
+    if options.dtypes:
+        machine = replace(machine, dtypes=tuple(DTYPES[name] for name in options.dtypes))
+    machine = replace(machine, compile=options.compile)
     path = options.model or (str(ROOT / "tests/data/stories260k") if machine.dry else None)
-
-    report: dict[str, Any] = {"dry_run": machine.dry, "backends": list(machine.backends)}
-    report["environment"] = environment(machine)
-    report["build"] = attempt(lambda: built(machine))
-    report["tests"] = attempt(lambda: tested(machine))
-    report["peaks"] = attempt(lambda: measured_peaks(machine))
-    known = (
-        report["peaks"]
-        if "failed" not in report["peaks"]
-        else {"bytes_per_s": math.nan, "flops_per_s": math.nan}
-    )
-    report["kernels"] = kernels(machine, options.only, known)
-    with torch.no_grad():
-        made = attempt(lambda: {"rows": generation(machine, path)})
-    report["generation"] = made.get("rows") or [made]
-    report["failures"] = failures(report)
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "report.json").write_text(json.dumps(report, indent=2))
-    (options.output / "report.md").write_text(markdown(report))
+    report = run(machine, options.parts, options.only, path, options.output)
     print(
         f"{options.output / 'report.md'} and report.json: send both. {len(report['failures'])} things are wrong."
     )
     return 1 if report["failures"] else 0
+
+
+def run(machine: Machine, parts: list[str], only: str, path: str | None, folder: Path) -> dict[str, Any]:
+    """The report of these parts, written to `folder` after every step."""
+    report: dict[str, Any] = {
+        "dry_run": machine.dry, "backends": list(machine.backends), "environment": environment(machine),
+        "build": {}, "tests": {}, "peaks": {}, "kernels": [], "generation": [],
+    }  # fmt: skip
+    for name, work in (("build", built), ("tests", tested), ("peaks", measured_peaks)):
+        if name in parts or name == "peaks":
+            report[name] = attempt(lambda work=work: work(machine))
+            write(report, folder)
+    peaks = {"bytes_per_s": math.nan, "flops_per_s": math.nan} | report["peaks"]
+    if "kernels" in parts:
+        for row in kernels(machine, only, peaks):
+            report["kernels"].append(row)
+            write(report, folder)
+    if "generation" in parts:
+        with torch.no_grad():
+            report["generation"].append(attempt(lambda: add_generation(machine, path, report, folder)))
+        report["generation"] = [row for row in report["generation"] if row]
+    write(report, folder)
+    return report
+
+
+def add_generation(
+    machine: Machine, path: str | None, report: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    for row in generation(machine, path):
+        report["generation"].append(row)
+        write(report, folder)
+    return {}
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """report.json and report.md of what is known so far."""
+    report["failures"] = failures(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("report.json", json.dumps(report, indent=2)), ("report.md", markdown(report))):
+        (folder / f"{name}.new").write_text(text)
+        (folder / f"{name}.new").replace(folder / name)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_its_kernels_call_the_gpu_backends_rightly(backend: str) -> None:
             stack.enter_context(interpreter())
         dtypes = (torch.bfloat16,) if backend == "triton" else (torch.bfloat16, torch.float16, torch.float32)
         machine = Machine(torch.device("cpu"), (backend,), dtypes, DRY, True)
-        rows = gpu_check.kernels(machine, "", PEAKS)
+        rows = list(gpu_check.kernels(machine, "", PEAKS))
     bad = [
         (row["op"], row["dtype"], row["sides"][backend])
         for row in rows
@@ -72,7 +72,7 @@ def test_a_wrong_kernel_and_one_that_fails_are_reported(monkeypatch: pytest.Monk
     machine = Machine(torch.device("cpu"), ("cpu",), (torch.float32,), DRY, True)
     report: dict[str, Any] = {
         "backends": ["cpu"], "build": {}, "tests": {}, "peaks": PEAKS, "generation": [],
-        "kernels": gpu_check.kernels(machine, "rms_norm", PEAKS),
+        "kernels": list(gpu_check.kernels(machine, "rms_norm", PEAKS)),
     }  # fmt: skip
     found = gpu_check.failures(report)
     assert any("rms_norm 3x64 float32, cpu: error" in line for line in found)
@@ -84,3 +84,25 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(SystemExit, match="PyTorch finds no NVIDIA GPU on this machine; --dry-run runs"):
         gpu_check.main(["--output", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_cut_short_has_reported_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def cut(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "generation", cut)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(
+            ["--dry-run", "--parts", "kernels,generation", "--only", "rope_append", "--output", str(tmp_path)]
+        )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["op"] for row in report["kernels"]] == ["rope_append"]
+    assert "| rope_append |" in (tmp_path / "report.md").read_text()
+
+
+def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--dry-run", "--parts", "kernels,speed"])
+    assert "'speed' is none of build, tests, kernels, generation" in capsys.readouterr().err
