@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import device as devices
 from ..config import PPOConfig
 from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
@@ -100,6 +101,7 @@ def build_rewards_and_critic(
     head: nn.Module
     if config.critic_update == "all" or start not in loaded:
         model = models.load_scorer(start, dtype, config.seed, new_head="zero")
+        model = devices.place(model, devices.use(config.device))
     else:
         model = loaded[start]
     if config.critic_update == "head":
