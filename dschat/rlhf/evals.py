@@ -405,6 +405,7 @@ TASKS: dict[str, Callable[..., Result]] = {
 
 def run(config: EvalConfig, *, model: Any = None, tokenizer: Any = None) -> Result:
     """{"model", "task", "data", the task's numbers} of the configured task."""
+    devices.use(config.device)  # one that is not there is refused before anything is loaded
     found = TASKS[config.task](config, model, tokenizer)
     return {"model": config.model, "task": config.task, "data": list(config.data), **found}
 
