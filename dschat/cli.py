@@ -233,7 +233,7 @@ def bench_generate(config: configs.BenchGenerateConfig) -> None:
     model, _ = _load(config)
     others = peers.start(
         config.against, models.resolve(config.model), dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(), pythons=pythons, models=converted,
+        threads=torch.get_num_threads(), device=str(model.device), pythons=pythons, models=converted,
     )  # fmt: skip
     with others as sides:
         result = bench.generate(

@@ -51,7 +51,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         if config.reference:
             require_same_tokenizer(config.reference, tokenizer)
         policy = devices.place(model or models.load_policy(config.model, run.dtype), run.device)
-        reference = Reference(config, policy, encoder.pad_id, run.dtype)
+        reference = Reference(config, policy, encoder.pad_id)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
         engine = make_engine(policy, optimizer, run.zero)
@@ -122,14 +122,14 @@ def pair_logprobs(
 class Reference:
     """Log-probs of pairs under the frozen reference, from the cache or computed when asked for."""
 
-    def __init__(self, config: DPOConfig, policy: Any, pad_id: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: DPOConfig, policy: Any, pad_id: int) -> None:
         self.config, self.pad_id = config, pad_id
         self.mean = config.loss == "ipo"
         self.cache: dict[str, Tensor] = {}
         self.frozen: HybridEngine | None = None
         if config.reference:
-            frozen = models.load_policy(config.reference, dtype)
-            frozen = devices.place(frozen, next(policy.parameters()).device)
+            like = next(policy.parameters())
+            frozen = devices.place(models.load_policy(config.reference, like.dtype), like.device)
             self.frozen = HybridEngine(frozen.requires_grad_(False))
         elif not config.lora_r and not config.cache_reference:
             self.frozen = HybridEngine(copy.deepcopy(policy).requires_grad_(False))

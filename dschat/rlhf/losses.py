@@ -479,6 +479,14 @@ def dpo_loss(
     return loss, metrics
 
 
+def floats(values: Metrics) -> dict[str, float]:
+    """Numbers from one-element tensors of one device, fetched together: a GPU is waited for once."""
+    if not values:
+        return {}
+    together = torch.stack([value.detach().double() for value in values.values()])
+    return dict(zip(values, together.tolist(), strict=True))
+
+
 class FixedKLController:
     """Coefficient of the KL penalty that stays what it is."""
 

@@ -100,7 +100,7 @@ class Trainer:
         functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
-        sources, _ = load_sources(config, dtype, functions, encoder)
+        sources, _ = load_sources(config, dtype, functions, encoder, engine.device)
         scorers = [(n, models.Scorer(s) if isinstance(s, nn.Module) else s) for n, s in sources]
         return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
 
@@ -329,7 +329,8 @@ class Trainer:
         """Gradients for some rows, in pieces of `batch_size`, normalised by the whole minibatch."""
         config = self.config
         device = experience.mask.device
-        mask = experience.mask[torch.as_tensor(rows, device=device)]
+        real = experience.mask.cpu()  # what is counted of it below does not wait for the device
+        mask = real[torch.as_tensor(rows)]
         count = {"token": mask.sum(), "sequence": mask.any(-1).sum()}.get(config.aggregation)
         normalizer = float(len(rows) * config.max_new_tokens if count is None else count)
         tokens = max(float(mask.sum()), 1.0)
@@ -338,25 +339,27 @@ class Trainer:
 
         for i, (piece, own) in enumerate(parallel.shares(rows, config.batch_size)):
             everybody = rows[i * config.batch_size : (i + 1) * config.batch_size]
-            if not bool(experience.mask[torch.as_tensor(everybody, device=device)].any()):
+            if not bool(real[torch.as_tensor(everybody)].any()):
                 continue
             index = torch.as_tensor(piece, device=device)
             batch, mask = experience.rollout.select(index), experience.mask[index]
-            if not own or not bool(mask.any()):  # others have rows here: the same steps, for a gradient of 0
+            counted = int(real[torch.as_tensor(piece)].sum())
+            if not own or not counted:  # others have rows here: the same steps, for a gradient of 0
                 self._idle(experience, piece, batch, ends, how)
                 continue
-            share = float(mask.sum()) / tokens
+            share = counted / tokens
             loss, found = self._policy_loss(experience, index, batch, mask, how)
             self.engine.backward(loss)
-            deviation = float(found.pop("policy/first_ratio_deviation"))
-            out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
             extra = self.extra_loss(experience, piece, batch, ends, how)
             if extra is not None:
                 self.extra_backward(extra[0])
                 found |= extra[1]
-            for name, value in found.items():
+            numbers = losses.floats(found)
+            deviation = numbers.pop("policy/first_ratio_deviation")
+            out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
+            for name, value in numbers.items():
                 weight = 1.0 if name.endswith("/loss") else share  # losses are normalised already
-                out[name] = out.get(name, 0.0) + float(value.detach()) * weight
+                out[name] = out.get(name, 0.0) + value * weight
         return out
 
     def _idle(

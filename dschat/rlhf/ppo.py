@@ -58,7 +58,7 @@ class PPO(online.Trainer):
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
         zero: ZeroSettings | None = None,
     ) -> PPO:  # fmt: skip
-        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder)
+        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder, engine.device)
         return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(

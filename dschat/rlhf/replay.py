@@ -197,7 +197,7 @@ def _rows(
         modules = {"reward": model}
     else:
         model = devices.place(models.load_policy(config.model, dtype), device)
-        reference = dpo.Reference(config, model, encoder.pad_id, dtype) if config.command == "dpo" else None
+        reference = dpo.Reference(config, model, encoder.pad_id) if config.command == "dpo" else None
         model = models.make_trainable(model, config, "CAUSAL_LM")
         engine = HybridEngine(model)
         if reference is not None:

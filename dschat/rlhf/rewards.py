@@ -204,10 +204,12 @@ def load_sources(
     dtype: torch.dtype,
     functions: Sequence[RewardFunction] = (),
     encoder: data.Encoder | None = None,
+    device: torch.device = devices.CPU,
 ) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """(all reward sources by name, functions first, then the environment; the frozen reward models among them by name).
 
     encoder: the policy's; with it a reward model whose tokenizer is another one becomes an OwnTokenizer.
+    device: where reward models are to be.
     """
     loaded: dict[str, Any] = {}
     sources: list[tuple[str, Any]] = [(getattr(f, "__name__", "function"), f) for f in functions]
@@ -218,7 +220,7 @@ def load_sources(
             sources.append((name.rpartition(":")[2], load_function(name)))
         else:
             model = models.load_scorer(name, dtype, config.seed).requires_grad_(False)
-            loaded[name] = devices.place(model, devices.use(config.device))
+            loaded[name] = devices.place(model, device)
             own = other_tokenizer(name, encoder.tokenizer) if encoder is not None else None
             if own is None:
                 sources.append((name, loaded[name]))
