@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dschat.bench import machine_facts, read_bandwidth
+from dschat import device as devices
+from dschat.bench import machine_facts
 from dschat.config import PPOConfig
 from dschat.engine.hybrid_engine import HybridEngine
 from dschat.rlhf import critic, data, losses, metrics, models, ppo
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.run import make_optimizer
+from dschat_kernels.backends import read_bandwidth
 
 PHASES = ("flip", "prefill", "decode", "sample", "score", "logprobs", "reference", "values", "update")
 
@@ -47,21 +49,24 @@ class Endless(data.Encoder):
 class Ours:
     """dschat's PPO, step by step as its training loop runs it."""
 
-    def __init__(self, config: PPOConfig, dtype: torch.dtype, folder: Path):
-        policy = models.load_policy(config.model, dtype)
+    def __init__(self, config: PPOConfig, dtype: torch.dtype, device: torch.device, folder: Path):
+        policy = devices.place(models.load_policy(config.model, dtype), device)
         reference = None if config.lora_r else HybridEngine(copy.deepcopy(policy).requires_grad_(False))
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         engine = HybridEngine(
             policy, make_optimizer(policy, config, config.learning_rate), exact=config.exact
         )
-        trunk = models.Scorer(models.load_scorer(config.model, dtype, config.seed).requires_grad_(False))
+        scorer = models.load_scorer(config.model, dtype, config.seed).requires_grad_(False)
+        trunk = models.Scorer(devices.place(scorer, device))
         head = copy.deepcopy(trunk.head).requires_grad_(True)
         encoder = Endless(models.load_tokenizer(config.model))
         rewards = Rewards([("reward", trunk)], [])
         self.trainer = ppo.PPO(
             config, engine, encoder, rewards, critic.Critic(trunk, head, frozen_trunk=True), reference
         )
-        self.metrics = metrics.Metrics(folder, "benchmark", 1, tensorboard=False, progress=False)
+        self.metrics = metrics.Metrics(
+            folder, "benchmark", 1, tensorboard=False, progress=False, device=device
+        )
 
     def iteration(self, prompts: Tensor, step: int) -> dict[str, float]:
         examples = [data.Example(row.tolist(), [], "") for row in prompts]
@@ -79,12 +84,13 @@ class Ours:
 class Plain:
     """The same algorithm in Hugging Face generate and plain PyTorch."""
 
-    def __init__(self, config: PPOConfig, dtype: torch.dtype):
-        self.config = config
-        self.policy = models.load_policy(config.model, dtype)
+    def __init__(self, config: PPOConfig, dtype: torch.dtype, device: torch.device):
+        self.config, self.device = config, device
+        self.policy = devices.place(models.load_policy(config.model, dtype), device)
         self.reference = None if config.lora_r else copy.deepcopy(self.policy).requires_grad_(False)
         self.policy = models.make_trainable(self.policy, config, "CAUSAL_LM")
         scorer = models.load_scorer(config.model, dtype, config.seed).requires_grad_(False)
+        scorer = devices.place(scorer, device)
         self.trunk, self.reward_head = scorer.get_decoder(), scorer.score
         self.value_head = copy.deepcopy(scorer.score).requires_grad_(True)
         self.optimizer = make_optimizer(self.policy, config, config.learning_rate)
@@ -95,6 +101,7 @@ class Plain:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        devices.synchronize(self.device)
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
 
     def generate(self, prompts: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ class Plain:
 
     def update(self, ids: Tensor, features: Tensor, e: Experience, seed: int) -> None:
         config = self.config
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).to(self.device)
         for rows in order.split(config.batch_size):
             logp, _ = self.logprobs(self.policy, ids[rows], entropy=True)
             loss, _ = losses.policy_loss(
@@ -169,7 +176,7 @@ class Plain:
     def iteration(self, prompts: Tensor, step: int) -> dict[str, float]:
         self.times = {}
         start = time.perf_counter()
-        ids, features, experience = self.collect(prompts)
+        ids, features, experience = self.collect(prompts.to(self.device))
         with self.phase("update"):
             self.update(ids, features, experience, step)
         return self.times | {"total": time.perf_counter() - start}
@@ -188,17 +195,21 @@ def main() -> None:
     parser.add_argument("--minibatch", type=int, default=8, help="rows of a minibatch")
     parser.add_argument("--repeats", type=int, default=3, help="iterations measured, after one to warm up")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, help="write the result as JSON to this file")
     args = parser.parse_args()
 
-    dtype = models.pick_dtype(args.dtype)
+    device = devices.use(args.device)
+    dtype = models.pick_dtype(args.dtype, device)
     config = PPOConfig(
         model=models.resolve(args.model), batch_size=args.minibatch, lora_r=8 if args.train == "lora" else 0,
         critic_update="head", max_new_tokens=args.new, max_prompt_length=args.prompt, exact=args.exact,
-        prompts_per_step=args.batch, learning_rate=1e-6, reward=["reward"],
+        prompts_per_step=args.batch, learning_rate=1e-6, reward=["reward"], device=args.device,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        sides: dict[str, Any] = {"dschat": Ours(config, dtype, Path(folder)), "plain": Plain(config, dtype)}
+        sides: dict[str, Any] = {
+            "dschat": Ours(config, dtype, device, Path(folder)), "plain": Plain(config, dtype, device)
+        }  # fmt: skip
         vocabulary = sides["dschat"].trainer.engine.spec.vocab_size
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for step in range(args.repeats + 1):
@@ -210,7 +221,7 @@ def main() -> None:
                 if step:
                     runs[name].append(found)
     result: dict[str, Any] = {
-        "machine": machine_facts(read_bandwidth()),
+        "machine": machine_facts(read_bandwidth(device=device), device),
         "workload": vars(args) | {"output": None, "dtype": str(dtype).removeprefix("torch.")},
         "sides": {
             name: {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dschat_kernels.backends import backends, matmul_peak, read_bandwidth
 
 from . import bounds
+from . import device as devices
 from .engine import HybridEngine, SamplingConfig
 from .engine.verify import logprob_gap
 from .peers import Here
@@ -148,6 +149,9 @@ class GenerateReport:
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
+    def _where(self) -> str:
+        return self.machine.get("gpu") or f"{self.machine['cpu']}, {self.machine['threads']} threads"
+
     def plot(self, path: str | Path) -> None:
         """Rates as bars, one group a workload, each beside what the machine allows."""
         import matplotlib
@@ -188,8 +192,10 @@ class GenerateReport:
         labels = [f"batch {r.batch_size}\n{r.prompt_length} + {r.new_tokens} tokens" for r in self.rows]
         axes.set_xticks(range(len(self.rows)), labels)
         axes.set_ylabel("tokens/s")
-        axes.set_title(f"{self.model['type']} {self.model['parameters'] / 1e6:.0f} M, {self.model['dtype']}, "
-                       f"{self.machine['cpu']}, {self.machine['threads']} threads", fontsize=9)  # fmt: skip
+        model, where = self.model, self._where()
+        axes.set_title(
+            f"{model['type']} {model['parameters'] / 1e6:.0f} M, {model['dtype']}, {where}", fontsize=9
+        )
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
@@ -231,9 +237,10 @@ def generate(
         model, max_slots=max(b for b, _, _ in workloads), backend=backend, rollout_weights=weights
     )
     engine.flip()
-    machine = bounds.Machine(read_bandwidth(), matmul_peak(engine.decoder.dtype))
+    device = engine.device
+    machine = bounds.Machine(read_bandwidth(device=device), matmul_peak(engine.decoder.dtype, device=device))
     report = GenerateReport(
-        machine_facts(machine.read) | {"gflops": round(machine.flops / 1e9)}, model_facts(engine)
+        machine_facts(machine.read, device) | {"gflops": round(machine.flops / 1e9)}, model_facts(engine)
     )
     report.versions = {side.name: side.version for side in sides}
     for batch, prompt, new in workloads:
@@ -300,9 +307,10 @@ def _measure(
     return row
 
 
-def machine_facts(peak: float) -> dict[str, Any]:
-    """The machine in words, with the rate at which its memory is read, in bytes a second."""
-    return {
+def machine_facts(peak: float, device: torch.device = devices.CPU) -> dict[str, Any]:
+    """The machine in words, with the rate at which the device's memory is read, in bytes a second."""
+    gpu = {"gpu": devices.describe(device)} if device.type == "cuda" else {}
+    return gpu | {
         "cpu": _cpu_name(),
         "isa": backends()["cpu"].isa,
         "threads": torch.get_num_threads(),

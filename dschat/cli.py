@@ -125,13 +125,14 @@ def _threads(config: Any) -> None:
 
 
 def _load(config: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) of a command that runs a model."""
+    """(model, tokenizer) of a command that runs a model, the model on the command's device."""
+    from . import device as devices
     from .rlhf import models
 
+    device = devices.use(config.device)
     _threads(config)
-    return models.load_policy(config.model, models.pick_dtype(config.dtype)), models.load_tokenizer(
-        config.model
-    )
+    model = models.load_policy(config.model, models.pick_dtype(config.dtype, device))
+    return devices.place(model, device), models.load_tokenizer(config.model)
 
 
 def doctor(config: Any) -> None:
@@ -143,11 +144,13 @@ def doctor(config: Any) -> None:
     import dschat_kernels as dk
     from dschat_kernels import limits
 
+    from . import device as devices
     from .rlhf import models
     from .rlhf.run import versions
 
     print("  ".join(f"{k} {v}" for k, v in versions().items()))
-    capability, dtype = torch.backends.cpu.get_cpu_capability(), str(models.pick_dtype("auto"))[6:]
+    capability = torch.backends.cpu.get_cpu_capability()
+    dtype = str(models.pick_dtype("auto", devices.resolve("auto")))[6:]
     threads, quota, memory = limits.use_threads(), limits.cpu_quota(), limits.available_memory()
     print(f"CPU: {os.cpu_count()} cores, {threads} threads, PyTorch uses {capability}")
     if quota is not None:
@@ -230,7 +233,7 @@ def bench_generate(config: configs.BenchGenerateConfig) -> None:
     model, _ = _load(config)
     others = peers.start(
         config.against, models.resolve(config.model), dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(), pythons=pythons, models=converted,
+        threads=torch.get_num_threads(), device=str(model.device), pythons=pythons, models=converted,
     )  # fmt: skip
     with others as sides:
         result = bench.generate(
@@ -341,7 +344,7 @@ def replay(config: configs.ReplayConfig) -> int:
     from .rlhf import replay as again
 
     _threads(config)
-    found = again.replay(config.batch)
+    found = again.replay(config.batch, config.device)
     print("\n".join(found.lines))
     return EXIT_NOT_PASSED if found.where else 0
 

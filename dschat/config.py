@@ -17,6 +17,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
 import warnings
@@ -48,6 +49,16 @@ def _rollout_weights() -> Any:
     return opt(
         "model", "of generation; int8: quantised, half the bytes a step; int8_dynamic: activations too"
     )
+
+
+def _device() -> Any:
+    return opt("auto", "auto (a GPU where PyTorch has one, else the CPU), cpu, cuda or cuda:N")
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError for what cannot be a device's name; dschat/device.py knows whether it is there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device is {name!r}, but it must be auto, cpu, cuda or cuda:N, such as cuda:0")
 
 
 # -------------------------------------------------------------------------------------------------- the types
@@ -215,6 +226,7 @@ class StageConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
+    device: str = _device()
     threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
 
     lora_r: int = opt(0, "LoRA rank; 0: train all weights")
@@ -285,6 +297,7 @@ class StageConfig(Config):
             *("weight_decay", "max_grad_norm", "max_steps", "eval_every", "save_every", "learning_rate"),
         ):
             self.require(getattr(self, key) >= 0, key, "0 or more")
+        check_device(self.device)
         self._check_data()
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
@@ -742,8 +755,14 @@ class _ModelCommand(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
+    device: str = _device()
     threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
-    backend: str | None = opt(None, "force a kernel backend (reference, cpu); none: the best that runs")
+    backend: str | None = opt(
+        None, "force a kernel backend (reference, cpu, triton, cuda); none: the best that runs"
+    )
+
+    def check(self) -> None:
+        check_device(self.device)
 
 
 @dataclass(kw_only=True)
@@ -900,9 +919,11 @@ class ReplayConfig(Config):
     about: ClassVar[str] = "compute a failed step again and find its first number that is not finite"
     positional: ClassVar[str] = "batch"
     batch: str = opt("", "folder failed-step-000003 of a run, or a file in it")
+    device: str = _device()
     threads: int = opt(0, "CPU threads; 0: PyTorch's own choice")
 
     def check(self) -> None:
+        check_device(self.device)
         if not self.batch:
             raise ConfigError(
                 "there is no batch to replay; name it: dschat replay runs/ppo/failed-step-000003"

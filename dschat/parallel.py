@@ -33,16 +33,16 @@ def is_parted(error: RuntimeError) -> bool:
     return world() > 1 and any(sign in text for sign in signs)
 
 
-def start(alone: bool = False) -> None:
+def start(device: torch.device, alone: bool = False) -> None:
     """Joins the process group that the environment describes; nothing where it describes none, or one joined
-    already. alone: a group of one process then, for libraries that need a group. Raises ValueError for an
-    incomplete description."""
+    already. device: what this process computes on, which decides how tensors travel. alone: a group of one process
+    then, for libraries that need a group. Raises ValueError for an incomplete description."""
     world = os.environ.get("WORLD_SIZE", "1")
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         return
     if world == "1":
         if alone:
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
             os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             atexit.register(stop)
@@ -53,12 +53,7 @@ def start(alone: bool = False) -> None:
             f"WORLD_SIZE is {world}, but {' and '.join(missing)} is not set: start the run with dschat launch, "
             "torchrun or deepspeed"
         )
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
-    )
+    dist.init_process_group(backend, timeout=timedelta(seconds=float(os.environ.get(TIMEOUT, "1800"))))
     atexit.register(stop)
 
 

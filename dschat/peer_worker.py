@@ -1,8 +1,8 @@
 """Generation by another project, in a process and an environment of its own: `PYTHON peer_worker.py NAME SETTINGS`.
 
-SETTINGS is a JSON object: model (a folder or file in the peer's format), dtype, threads. The worker loads the model and
-answers `{"version": ...}`; then every line `{"ids": [[...]], "new": n}` on stdin is answered by `{"seconds": ...,
-"tokens": [[...]]}` on stdout: exactly n greedy tokens after each prompt, whatever EOS says. Anything that fails is
+SETTINGS is a JSON object: model (a folder or file in the peer's format), dtype, threads, device. The worker loads the
+model and answers `{"version": ...}`; then every line `{"ids": [[...]], "new": n}` on stdin is answered by
+`{"seconds": ..., "tokens": [[...]]}` on stdout: exactly n greedy tokens after each prompt, whatever EOS says. Anything that fails is
 answered by `{"error": ...}`. What libraries print goes to stderr. It ends with its stdin.
 
 This file imports the standard library only, so that it runs where dschat is not installed.
@@ -24,13 +24,12 @@ Prompts = list[list[int]]
 class HuggingFace:
     """`model.generate` as it comes: sdpa attention, dynamic cache."""
 
-    def __init__(self, model: str, dtype: str, threads: int):
+    def __init__(self, model: str, dtype: str, threads: int, device: str):
         torch: Any = importlib.import_module("torch")
         transformers: Any = importlib.import_module("transformers")
         torch.set_num_threads(threads)
-        self._use(
-            transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        )
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self._use(loaded.to(device).eval())
 
     @classmethod
     def around(cls, model: Any) -> HuggingFace:
@@ -45,7 +44,7 @@ class HuggingFace:
         self.version = f"transformers {importlib.import_module('transformers').__version__}"
 
     def generate(self, ids: Prompts, new: int) -> Prompts:
-        rows = self.torch.tensor(ids)
+        rows = self.torch.tensor(ids, device=self.model.device)
         with self.torch.no_grad():
             out = self._generate(
                 rows, attention_mask=self.torch.ones_like(rows), max_new_tokens=new, min_new_tokens=new,
@@ -60,11 +59,11 @@ class HuggingFace:
 class TRL(HuggingFace):
     """What TRL's online trainers call where no vLLM server is given: `generate` of the unwrapped model."""
 
-    def __init__(self, model: str, dtype: str, threads: int):
-        super().__init__(model, dtype, threads)
+    def __init__(self, model: str, dtype: str, threads: int, device: str):
+        super().__init__(model, dtype, threads, device)
         self.version = f"trl {importlib.import_module('trl').__version__}, {self.version}"
         self.unwrap: Any = importlib.import_module("trl.models.utils").unwrap_model_for_generation
-        self.accelerator: Any = importlib.import_module("accelerate").Accelerator(cpu=True)
+        self.accelerator: Any = importlib.import_module("accelerate").Accelerator(cpu=device == "cpu")
 
     def _generate(self, *args: Any, **options: Any) -> Any:
         with self.unwrap(self.model, self.accelerator) as unwrapped:
@@ -74,7 +73,9 @@ class TRL(HuggingFace):
 class OpenVINO:
     """GenAI's continuous batching, the cache as large as the workload needs; no prefix cache between runs."""
 
-    def __init__(self, model: str, dtype: str, threads: int):
+    def __init__(self, model: str, dtype: str, threads: int, device: str):
+        if device != "cpu":
+            raise ValueError(f"it runs on the CPU only, not on {device}")
         self.ov: Any = importlib.import_module("openvino")
         self.genai: Any = importlib.import_module("openvino_genai")
         self.version = f"openvino_genai {self.genai.__version__.split('-')[0]}"
@@ -112,12 +113,13 @@ class OpenVINO:
 
 
 class VLLM:
-    """vLLM's offline engine on the CPU, in one process."""
+    """vLLM's offline engine in one process, on the device that its build is for."""
 
-    def __init__(self, model: str, dtype: str, threads: int):
+    def __init__(self, model: str, dtype: str, threads: int, device: str):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-        os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+        if device == "cpu":
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+            os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
         self.vllm: Any = importlib.import_module("vllm")
         self.version = f"vllm {self.vllm.__version__}"
         self.llm = self.vllm.LLM(
@@ -130,7 +132,7 @@ class VLLM:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-PEERS: dict[str, Callable[[str, str, int], Any]] = {
+PEERS: dict[str, Callable[..., Any]] = {
     "hf": HuggingFace,
     "openvino": OpenVINO,
     "trl": TRL,
@@ -157,7 +159,7 @@ def main() -> None:
 
     try:
         settings = json.loads(sys.argv[2])
-        peer = PEERS[sys.argv[1]](settings["model"], settings["dtype"], settings["threads"])
+        peer = PEERS[sys.argv[1]](**settings)
         answer(version=peer.version)
         for line in sys.stdin:
             seconds, tokens = run(peer, **json.loads(line))

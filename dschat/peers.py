@@ -54,12 +54,13 @@ class Peer:
         *,
         dtype: str,
         threads: int,
+        device: str = "cpu",
         python: str = sys.executable,
         limit: float = 1800.0,
     ):
         self.name, self.limit = name, limit
         self._log = tempfile.TemporaryFile("w+")
-        settings = json.dumps({"model": model, "dtype": dtype, "threads": threads})
+        settings = json.dumps({"model": model, "dtype": dtype, "threads": threads, "device": device})
         try:
             self._process = subprocess.Popen(
                 [python, str(WORKER), name, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
@@ -187,6 +188,7 @@ def start(
     *,
     dtype: str,
     threads: int,
+    device: str = "cpu",
     pythons: Mapping[str, str] | None = None,
     models: Mapping[str, str] | None = None,
 ) -> Iterator[list[Peer]]:
@@ -211,6 +213,7 @@ def start(
                     models.get(name, model),
                     dtype=dtype,
                     threads=threads,
+                    device=device,
                     python=pythons.get(name, sys.executable),
                 )
             )

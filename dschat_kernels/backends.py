@@ -11,9 +11,11 @@ cuda       no    -       -        It cannot run, because this machine has no CUD
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dschat_kernels import build
@@ -124,11 +126,18 @@ def _cuda(compile: bool = True) -> Backend:
 _bandwidth: float | None = None
 
 
-def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes a second that summing 256 MiB of float32 reads, all threads; the best of some runs."""
+def read_bandwidth(repeats: int = 5, device: Any = None) -> float:
+    """Bytes a second that summing 256 MiB of float32 reads, all threads; the best of some runs.
+
+    device: a GPU's: bytes a second that copying 512 MiB, more than its caches hold, reads and writes.
+    """
     import torch
 
     global _bandwidth
+    if device is not None and device.type == "cuda":
+        source = torch.ones(2**29, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * source.numel() / min(_gpu_seconds(lambda: target.copy_(source), repeats))
     data = torch.ones(64 * 2**20)
     times = []
     for _ in range(repeats):
@@ -139,18 +148,37 @@ def read_bandwidth(repeats: int = 5) -> float:
     return _bandwidth
 
 
+def _gpu_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls on the GPU, after one to warm up."""
+    import torch
+
+    work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for event in events[:-1]:
+        event.record()
+        work()
+    events[-1].record()
+    events[-1].synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
 def known_bandwidth() -> float | None:
     """What `read_bandwidth` gave last in this process, or None."""
     return _bandwidth
 
 
-def matmul_peak(dtype: Any = None, repeats: int = 3) -> float:
+def matmul_peak(dtype: Any = None, repeats: int = 3, device: Any = None) -> float:
     """Floating-point operations a second of PyTorch's square matrix products, all threads; the best of some sizes and
-    runs. dtype: default float32.
+    runs. dtype: default float32. device: a GPU's, as PyTorch is set up there (float32 without TF32, by default).
     """
     import torch
 
     best = 0.0
+    if device is not None and device.type == "cuda":
+        for size in (4096, 8192):
+            a, b = (torch.rand(size, size, device=device).to(dtype or torch.float32) for _ in range(2))
+            best = max(best, 2 * size**3 / min(_gpu_seconds(partial(torch.mm, a, b), repeats)))
+        return best
     for size in (1024, 2048):
         a, b = (torch.rand(size, size).to(dtype or torch.float32) for _ in range(2))
         for _ in range(repeats + 1):

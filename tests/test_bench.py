@@ -21,8 +21,8 @@ from tests.tiny_models import build
 
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "read_bandwidth", lambda: 10e9)
-    monkeypatch.setattr(bench, "matmul_peak", lambda dtype: 100e9)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 10e9)
+    monkeypatch.setattr(bench, "matmul_peak", lambda dtype, device: 100e9)
 
 
 def test_report(stories_model: Any, small_machine: None) -> None:

@@ -25,6 +25,7 @@ from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
 
 from .. import parallel
+from ..device import synchronize
 from .packed import PackedModel, check_batch, pack_rows
 from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions, row_streams
 from .stepper import Stepper
@@ -98,6 +99,11 @@ class HybridEngine:
         """What the model computes; replaced when the model's modules change."""
         return self.packed.spec
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.decoder.device
+
     def _make_decoder(self) -> Decoder:
         if self.spec.lm_head is None:
             raise Unsupported(
@@ -116,7 +122,10 @@ class HybridEngine:
         if self.decoder.spec is not self.spec:
             self.decoder = self._make_decoder()
         self._check_memory()
+        start = time.perf_counter()
         stats = self.decoder.refresh()
+        synchronize(self.device)
+        stats.seconds = time.perf_counter() - start
         self._packed_epoch = self.epoch
         return stats
 

@@ -28,6 +28,8 @@ from dschat_kernels.limits import available_memory
 from dschat_kernels.ops.sample import sample
 from dschat_kernels.plan import Decoder
 
+from ..device import synchronize
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -270,6 +272,7 @@ class RolloutRun:
         for prompt, row in zip(prompts, logits, strict=True):
             prompt.logits = row
         self.open.extend(prompts)
+        synchronize(self.decoder.device)
         self.stats.prefill += time.perf_counter() - start
         self.stats.prefilled_tokens += sum(lens)
 
@@ -301,6 +304,7 @@ class RolloutRun:
         drawn = None if self.graphs is None else self._replay(self.graphs, last)
         if drawn is None:
             logits = self.decoder.step(torch.from_numpy(last), self.cache, slots)
+            synchronize(self.decoder.device)
         self.stats.decode += time.perf_counter() - start
         self.stats.steps += 1
         self.active_rows, self.active_slots = [], []

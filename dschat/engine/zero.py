@@ -135,11 +135,12 @@ def deepspeed_config(settings: ZeroSettings, dtype: torch.dtype) -> dict[str, An
     }
 
 
-def deepspeed() -> Any:
-    """The package, quiet. Raises ImportError with what to do."""
+def deepspeed(device: torch.device | None = None) -> Any:
+    """The package, quiet. device: what it is to run on, which it decides when it is first imported. Raises ImportError
+    with what to do."""
     try:
         os.environ.setdefault("DS_BUILD_OPS", "0")
-        if not torch.cuda.is_available():
+        if device is not None and device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
     except ImportError as error:
@@ -249,8 +250,9 @@ class ZeroStepper(Stepper):
     state_dict and load_state_dict, whole and in the order of the optimizer that was given."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings):
-        ds = deepspeed()
-        parallel.start(alone=True)
+        device = next(model.parameters()).device
+        ds = deepspeed(device)
+        parallel.start(device, alone=True)
         self.settings, self.norm = settings, 0.0
         self._limit: float | None = None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

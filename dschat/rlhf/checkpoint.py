@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import device as devices
+
 FORMAT = 1
 PREFIX, TEMPORARY = "step-", ".tmp-"
 
@@ -90,28 +92,29 @@ def atomic_text(path: str | Path, text: str) -> None:
 # --------------------------------------------------------------------------------------- states as plain data
 
 
-def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State of Python's, NumPy's and torch's global generators as (tensors, JSON values)."""
+def rng_state(device: torch.device = devices.CPU) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of Python's, NumPy's and torch's global generators, a GPU's own too, as (tensors, JSON values)."""
     name, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
     tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     position, has_gauss, cached = rest
     numpy_state = [name, [int(k) for k in np.asarray(keys)], int(position), int(has_gauss), float(cached)]
     return tensors, {"python": [version, list(internal), gauss], "numpy": numpy_state}
 
 
-def set_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` gave."""
+def set_rng_state(
+    tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device = devices.CPU
+) -> None:
+    """Put back what `rng_state` gave, on whichever device; a GPU's generator stays as it is where none was saved."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(tensors["rng.torch"])
-    cuda = [tensors[k] for k in sorted(tensors) if k.startswith("rng.cuda.")]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
 
 
 def module_state(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import device as devices
 from ..config import PPOConfig
 from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
@@ -85,13 +86,15 @@ def build_rewards_and_critic(
     dtype: torch.dtype,
     functions: Sequence[RewardFunction] = (),
     encoder: data.Encoder | None = None,
+    device: torch.device = devices.CPU,
 ) -> tuple[Rewards, Critic]:
     """Reward sources and critic as configured. The critic shares the frozen weights of the reward model it
     starts from.
 
     encoder: the policy's; a reward model with a tokenizer of its own then reads decoded and re-encoded answers.
+    device: where the models are to be, which is where the policy is.
     """
-    sources, loaded = load_sources(config, dtype, functions, encoder)
+    sources, loaded = load_sources(config, dtype, functions, encoder, device)
     first_model = next(iter(loaded), None)
     start = config.critic or first_model or config.model
     if encoder is not None:
@@ -100,6 +103,7 @@ def build_rewards_and_critic(
     head: nn.Module
     if config.critic_update == "all" or start not in loaded:
         model = models.load_scorer(start, dtype, config.seed, new_head="zero")
+        model = devices.place(model, device)
     else:
         model = loaded[start]
     if config.critic_update == "head":

@@ -652,9 +652,12 @@ class Sequences:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
-    ) -> Sequences:
-        return cls(*pad(prompts, pad_id, "left"), *pad(completions, pad_id, "right"))
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int,
+        device: torch.device | None = None,
+    ) -> Sequences:  # fmt: skip
+        """device: where the model is that reads them; None: the CPU."""
+        made = (*pad(prompts, pad_id, "left"), *pad(completions, pad_id, "right"))
+        return cls(*(tensor.to(device) for tensor in made))
 
     def select(self, rows: slice | Sequence[int]) -> Sequences:
         """The sequences of some rows."""

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import device as devices
 from .. import parallel
 from ..config import DPOConfig
 from ..engine.hybrid_engine import HybridEngine
@@ -49,8 +50,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
         if config.reference:
             require_same_tokenizer(config.reference, tokenizer)
-        dtype = models.pick_dtype(config.dtype)
-        policy = model or models.load_policy(config.model, dtype)
+        policy = devices.place(model or models.load_policy(config.model, run.dtype), run.device)
         reference = Reference(config, policy, encoder.pad_id)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
@@ -112,7 +112,7 @@ def pair_logprobs(
     """
     prompts = [e.prompt_ids for e in examples]
     answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
-    batch: Any = data.Sequences.of(prompts * 2, answers, pad_id)
+    batch: Any = data.Sequences.of(prompts * 2, answers, pad_id, engine.device)
     logp = engine.logprobs(batch, temperature=1.0)
     reduce = losses.masked_mean if mean else losses.masked_sum
     rows = reduce(logp, batch.completion_mask, dim=-1)
@@ -128,7 +128,8 @@ class Reference:
         self.cache: dict[str, Tensor] = {}
         self.frozen: HybridEngine | None = None
         if config.reference:
-            frozen = models.load_policy(config.reference, models.pick_dtype(config.dtype))
+            like = next(policy.parameters())
+            frozen = devices.place(models.load_policy(config.reference, like.dtype), like.device)
             self.frozen = HybridEngine(frozen.requires_grad_(False))
         elif not config.lora_r and not config.cache_reference:
             self.frozen = HybridEngine(copy.deepcopy(policy).requires_grad_(False))
@@ -159,12 +160,12 @@ class Reference:
             return
         file = folder / "reference" / f"{_digest(sets, self.mean)}.safetensors"
         if not parallel.from_lead(file.is_file):
-            found = {name: self._both(examples) for name, examples in sets.items() if examples}
+            found = {name: self._both(examples).cpu() for name, examples in sets.items() if examples}
             if parallel.lead():
                 with atomic_folder(file.parent) as temporary:
                     save_file(found, temporary / file.name)
             parallel.barrier()
-        self.cache = load_file(file)
+        self.cache = {name: both.to(self.engine.device) for name, both in load_file(file).items()}
         self.frozen = None
 
     def pairs(

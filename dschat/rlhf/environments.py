@@ -92,7 +92,7 @@ def credit_turns(rewards: Tensor, rollout: Rollout, weight: float = 1.0) -> Tens
     """
     if not isinstance(rollout, Episodes):
         return rewards
-    places = torch.arange(rollout.actions.shape[1])
+    places = torch.arange(rollout.actions.shape[1], device=rollout.actions.device)
     last = torch.where(rollout.actions, places, -1).amax(1, keepdim=True)
     earlier = torch.where(places < last, weight * rollout.rewards, torch.zeros_like(rollout.rewards))
     return rewards + earlier - torch.where(places == last, earlier.sum(1, keepdim=True), 0.0)
@@ -196,7 +196,7 @@ def play(
             _act(track, encoder, drawn, i)
         last = turn + 1 == max_turns
         going = [t for t in going if not last and _go_on(t, encoder, sampling.max_new_tokens, max_tokens)]
-    return _gather(tracks, examples, sampling, stats, encoder.pad_id)
+    return _gather(tracks, examples, sampling, stats, encoder.pad_id, engine.device)
 
 
 def _act(track: _Track, encoder: data.Encoder, drawn: Rollout, row: int) -> None:
@@ -244,25 +244,30 @@ def _gather(
     sampling: SamplingConfig,
     stats: RolloutStats,
     pad_id: int,
+    device: torch.device,
 ) -> Episodes:
     width = max(len(t.ids) for t in tracks)
 
     def rows(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([[*getattr(t, name), *[0] * (width - len(t.ids))] for t in tracks], dtype=dtype)
+        padded = [[*getattr(t, name), *[0] * (width - len(t.ids))] for t in tracks]
+        return torch.tensor(padded, dtype=dtype, device=device)
+
+    def each(values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, device=device)
 
     prompt_ids, prompt_mask = data.pad([t.prompt for t in tracks], pad_id, "left")
     completion_ids, completion_mask = data.pad([t.ids for t in tracks], pad_id, "right")
     return Episodes(
-        prompt_ids,
-        prompt_mask,
-        completion_ids,
-        completion_mask,
+        prompt_ids.to(device),
+        prompt_mask.to(device),
+        completion_ids.to(device),
+        completion_mask.to(device),
         rows("logprobs", torch.float32),
-        torch.tensor([t.done for t in tracks]),
+        each([t.done for t in tracks]),
         sampling,
         stats,
         rows("actions", torch.bool),
         rows("rewards", torch.float32),
-        torch.tensor([t.turns for t in tracks]),
-        torch.tensor([t.overflowed for t in tracks]),
+        each([t.turns for t in tracks]),
+        each([t.overflowed for t in tracks]),
     )

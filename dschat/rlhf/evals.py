@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import device as devices
 from ..config import ConfigError, EvalConfig
 from ..engine import HybridEngine, SamplingConfig
 from ..engine.rollout import Rollout
@@ -130,7 +131,9 @@ class Generator:
         self.name, self.config = name, config
         tokenizer = tokenizer or models.load_tokenizer(name)
         self.encoder = data.Encoder(tokenizer, config.system_prompt, name)
-        model = model or models.load_policy(name, models.pick_dtype(config.dtype))
+        self.device = devices.use(config.device)
+        model = model or models.load_policy(name, models.pick_dtype(config.dtype, self.device))
+        model = devices.place(model, self.device)
         self.engine = HybridEngine(model, backend=config.backend)
 
     def prompts(self, records: Sequence[data.Record]) -> Sequence[data.Example]:
@@ -153,8 +156,14 @@ class Generator:
             pad_token_id=self.encoder.pad_id,
         )
         rollout = self.engine.generate(ids, mask, sampling)
-        rows = zip(rollout.completion_ids, rollout.completion_mask.bool(), strict=True)
+        rows = zip(rollout.completion_ids.cpu(), rollout.completion_mask.bool().cpu(), strict=True)
         return rollout, [self.encoder.decode(row[real].tolist()) for row, real in rows]
+
+
+def _scorer(name: str, config: EvalConfig, model: Any = None) -> models.Scorer:
+    device = devices.use(config.device)
+    model = model or models.load_scorer(name, models.pick_dtype(config.dtype, device))
+    return models.Scorer(devices.place(model, device))
 
 
 def _read(config: EvalConfig) -> list[data.Record]:
@@ -192,8 +201,8 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
     sums, counts = [], []
     for piece in data.chunks(rows, config.batch_size):
         batch: Any = data.Sequences.of(
-            [list(p) for p, _ in piece], [list(a) for _, a in piece], encoder.pad_id
-        )
+            [list(p) for p, _ in piece], [list(a) for _, a in piece], encoder.pad_id, generator.device
+        )  # fmt: skip
         logp = generator.engine.logprobs(batch, temperature=1.0)
         sums += losses.masked_sum(-logp, batch.completion_mask, dim=-1).tolist()
         counts += batch.completion_mask.sum(1).tolist()
@@ -211,11 +220,11 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     """
     tokenizer = tokenizer or models.load_tokenizer(config.model)
     encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-    scorer = models.Scorer(model or models.load_scorer(config.model, models.pick_dtype(config.dtype)))
+    scorer = _scorer(config.model, config, model)
     stats = data.DataStats()
     pairs = data.pair_examples(_read(config), encoder, stats, max_length=config.max_length)
     pieces = [reward.pair_scores(scorer, p, encoder.pad_id) for p in data.chunks(pairs, config.batch_size)]
-    chosen, rejected = (torch.cat([p[i] for p in pieces]).double() for i in range(2))
+    chosen, rejected = (torch.cat([p[i] for p in pieces]).double().cpu() for i in range(2))
     gap = (chosen - rejected) * scorer.std
     right = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gap.tolist()]
     turned = torch.tensor([_bit(e) for e in pairs], dtype=torch.bool)
@@ -244,12 +253,14 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     """
     import transformers
 
+    device = devices.use(config.device)
     tokenizer = tokenizer or models.load_tokenizer(config.model)
     if model is None:
         with models.loading("classifier", config.model):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                models.resolve(config.model), dtype=models.pick_dtype(config.dtype)
+                models.resolve(config.model), dtype=models.pick_dtype(config.dtype, device)
             ).eval()
+    model = devices.place(model, device)
     count = int(model.config.num_labels)
     if count > 2:
         raise ConfigError(f"model {config.model} has {count} labels; this evaluation is of two classes")
@@ -270,7 +281,7 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
         pad_id = model.config.pad_token_id
         # Without a pad token a batched classifier cannot tell a row's end, so rows go one by one.
         for part in [rows] if pad_id is not None else [[r] for r in rows]:
-            ids, mask = data.pad(part, pad_id or 0, "right")
+            ids, mask = (x.to(device) for x in data.pad(part, pad_id or 0, "right"))
             logits = model(ids, attention_mask=mask.long()).logits.float()
             probability += (logits.sigmoid()[:, 0] if count == 1 else logits.softmax(-1)[:, 1]).tolist()
     shown = [n for n, _ in sorted(index.items(), key=lambda item: item[1])]
@@ -287,7 +298,7 @@ def win_rate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     """Answers of `model` and of `against` to the same prompts, scored by the reward model `judge`."""
     against = _other(config, "against", "win_rate", "the model to compare with")
     judge = _other(config, "judge", "win_rate", "a reward model folder")
-    scorer = models.Scorer(models.load_scorer(judge, models.pick_dtype(config.dtype)))
+    scorer = _scorer(judge, config)
     records = _read(config)
     scores: list[list[float]] = []
     lengths: list[Tensor] = []
@@ -364,9 +375,8 @@ def kl(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
     generator = Generator(config.model, config, model, tokenizer)
     if other_tokenizer(against, generator.encoder.tokenizer) is not None:
         raise ConfigError(f"against {against} has another tokenizer, so its tokens cannot be compared")
-    reference = HybridEngine(
-        models.load_policy(against, models.pick_dtype(config.dtype)), backend=config.backend
-    )
+    frozen = models.load_policy(against, models.pick_dtype(config.dtype, generator.device))
+    reference = HybridEngine(devices.place(frozen, generator.device), backend=config.backend)
     rollout, _ = generator.answer(generator.prompts(_read(config)), config.samples)
 
     def logprobs(engine: HybridEngine) -> Tensor:
@@ -395,6 +405,7 @@ TASKS: dict[str, Callable[..., Result]] = {
 
 def run(config: EvalConfig, *, model: Any = None, tokenizer: Any = None) -> Result:
     """{"model", "task", "data", the task's numbers} of the configured task."""
+    devices.use(config.device)  # one that is not there is refused before anything is loaded
     found = TASKS[config.task](config, model, tokenizer)
     return {"model": config.model, "task": config.task, "data": list(config.data), **found}
 

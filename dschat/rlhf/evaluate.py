@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .. import device as devices
 from . import data, losses, models
 from .environments import action_mask
 from .rewards import prompt_text
@@ -87,7 +88,8 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
     import transformers
 
     config, encoder = trainer.config, trainer.encoder
-    ids, mask = data.pad([e.prompt_ids for e in examples], encoder.pad_id, "left")
+    device = trainer.engine.device
+    ids, mask = (x.to(device) for x in data.pad([e.prompt_ids for e in examples], encoder.pad_id, "left"))
     trainer.generate(examples[:2], 1, seed)
     start = time.perf_counter()
     rollout = trainer.generate(examples, 1, seed)
@@ -106,13 +108,14 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
     )
     warm = copy.deepcopy(settings)
     warm.max_new_tokens = 2
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with torch.no_grad(), devices.seeded(config.seed, device):
         plain.generate(ids[:2], attention_mask=mask[:2].long(), generation_config=warm)
+        devices.synchronize(device)
         start = time.perf_counter()
         out = plain.generate(ids, attention_mask=mask.long(), generation_config=settings)
+        devices.synchronize(device)
         seconds = time.perf_counter() - start
-    ended = torch.isin(out[:, ids.shape[1] :], torch.tensor(encoder.stop_ids)).long()
+    ended = torch.isin(out[:, ids.shape[1] :].cpu(), torch.tensor(encoder.stop_ids)).long()
     tokens = int((ended.cumsum(1) - ended == 0).sum())  # up to and including the first end
     theirs = tokens / seconds
     return {

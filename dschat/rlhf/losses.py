@@ -298,7 +298,7 @@ def group_advantages(
     if scale not in get_args(GroupScale):
         raise ValueError(f"scale {scale!r} is unknown; use one of {', '.join(get_args(GroupScale))}")
     keep = valid.view(-1, size)
-    rows = torch.where(keep, scores.view(-1, size), torch.zeros((), dtype=scores.dtype))
+    rows = torch.where(keep, scores.view(-1, size), torch.zeros((), dtype=scores.dtype, device=scores.device))
     count = keep.sum(1, keepdim=True)
     centred = torch.where(keep, rows - masked_mean(rows, keep, dim=-1).unsqueeze(1), torch.zeros_like(rows))
     high = torch.where(keep, rows, -torch.inf).amax(1, keepdim=True)
@@ -477,6 +477,14 @@ def dpo_loss(
             "rejected_reward": _mean(beta * rejected_gain),
         }
     return loss, metrics
+
+
+def floats(values: Metrics) -> dict[str, float]:
+    """Numbers from one-element tensors of one device, fetched together: a GPU is waited for once."""
+    if not values:
+        return {}
+    together = torch.stack([value.detach().double() for value in values.values()])
+    return dict(zip(values, together.tolist(), strict=True))
 
 
 class FixedKLController:

@@ -29,6 +29,8 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
+from .. import device as devices
+
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 
@@ -69,12 +71,12 @@ def drop_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(device: torch.device = devices.CPU) -> None:
     """Start the peak anew, so that a stage does not report the one before. Where the system cannot, nothing
     happens.
     """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
@@ -82,12 +84,10 @@ def reset_peak_memory() -> None:
         pass
 
 
-def peak_memory_gib() -> float:
-    """Largest resident memory of this process since `reset_peak_memory` (the GPU's, where one is used), in
-    GiB.
-    """
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device = devices.CPU) -> float:
+    """Largest resident memory of this process since `reset_peak_memory`, on a GPU what was allocated there, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         with open("/proc/self/status") as f:
             for line in f:
@@ -118,8 +118,12 @@ class Metrics:
         after_step: int = 0,
         console: Console | None = None,
         write: bool = True,
+        device: torch.device = devices.CPU,
     ) -> None:
-        """write: False for a process that is not the lead of its run: nothing is kept or shown."""
+        """write: False for a process that is not the lead of its run: nothing is kept or shown. device: where the
+        phases' work is done.
+        """
+        self.device = device
         self.folder, self.name, self.total_steps = Path(folder), name, total_steps
         self.path, self.completions_path = self.folder / "metrics.jsonl", self.folder / "completions.jsonl"
         self._write = write
@@ -157,6 +161,7 @@ class Metrics:
         try:
             yield
         finally:
+            devices.synchronize(self.device)  # the work of a phase ends in it
             self.add_time(name, time.perf_counter() - start)
 
     def add_time(self, name: str, seconds: float) -> None:
@@ -173,7 +178,7 @@ class Metrics:
         line |= {f"time/{name}_s": seconds for name, seconds in self._phases.items()}
         line |= {
             "time/step_s": now - self._step_start,
-            "time/peak_memory_gib": peak_memory_gib(),
+            "time/peak_memory_gib": peak_memory_gib(self.device),
             "time/unix": time.time(),
         }
         self._phases, self._step_start = {}, now

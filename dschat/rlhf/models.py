@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
 from ..engine.packed import PackedModel, sequence_hidden
@@ -93,11 +94,11 @@ def unpack(name: str) -> Path:
     return folder
 
 
-def pick_dtype(name: str) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device = devices.CPU) -> torch.dtype:
     """ "auto": bfloat16 on a GPU and on CPUs with bfloat16 units (AMX, AVX512-BF16), else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if torch.cuda.is_available():
+    if device.type != "cpu":
         return torch.bfloat16
     try:
         flags = Path("/proc/cpuinfo").read_text() if platform.machine() in ("x86_64", "AMD64") else ""
@@ -243,8 +244,7 @@ def add_lora(
         task_type=task,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with devices.seeded(seed, next(model.parameters()).device):
         return no_dropout(peft.get_peft_model(model, config))
 
 
@@ -344,6 +344,13 @@ class Scorer:
         self.mean = float(getattr(model.config, "reward_mean", 0.0))
         self.std = float(getattr(model.config, "reward_std", 1.0))
         self._gathered: tuple[Any, tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        embed: Any = self.packed.spec.embed
+        device: torch.device = embed.weight.device
+        return device
 
     def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Hidden states (at each row's last token [B, H], before each completion token [N, H]), with

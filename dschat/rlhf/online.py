@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
@@ -99,7 +100,7 @@ class Trainer:
         functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
-        sources, _ = load_sources(config, dtype, functions, encoder)
+        sources, _ = load_sources(config, dtype, functions, encoder, engine.device)
         scorers = [(n, models.Scorer(s) if isinstance(s, nn.Module) else s) for n, s in sources]
         return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
 
@@ -167,15 +168,15 @@ class Trainer:
         return self.engine.generate(ids, mask, sampling)
 
     def texts(self, rollout: Rollout) -> list[str]:
-        return [
-            self.encoder.decode(ids[mask].tolist())
-            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask.bool(), strict=True)
-        ]
+        rows = zip(rollout.completion_ids.cpu(), rollout.completion_mask.bool().cpu(), strict=True)
+        return [self.encoder.decode(ids[mask].tolist()) for ids, mask in rows]
 
     def score(
         self, rollout: Rollout, examples: Sequence[data.Example], texts: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """(raw scores [B], valid [B]) of a rollout with len(texts) / len(examples) samples of each prompt."""
+        """(raw scores [B], valid [B]) of a rollout with len(texts) / len(examples) samples of each prompt, on its
+        device.
+        """
         n = len(texts) // len(examples)
         rows = [e for e in examples for _ in range(n)]
         names = {k for e in examples for k in e.columns} - {"prompt", "prompts", "completion", "completions"}
@@ -185,7 +186,8 @@ class Trainer:
         except RewardError as error:
             kept = {"prompts": [e.prompt for e in rows], "completions": list(texts), "columns": columns}
             raise NotFinite(str(error), rollout_tensors(rollout), kept) from error
-        return scores, valid
+        device = rollout.completion_mask.device
+        return scores.to(device), valid.to(device)
 
     # ---------------------------------------------------------------------------------------------- log-probs
 
@@ -283,7 +285,7 @@ class Trainer:
         """`ppo_epochs` passes of minibatches over an experience; returns the averages of their metrics."""
         config = self.config
         self.set_learning_rates(step, total)
-        ends = experience.rollout.completion_mask.sum(1).cumsum(0)
+        ends = experience.rollout.completion_mask.sum(1).cumsum(0).cpu()
         sums: dict[str, float] = {}
         count = 0
         size = config.batch_size * config.gradient_accumulation_steps
@@ -326,7 +328,9 @@ class Trainer:
     def minibatch(self, experience: Experience, rows: Sequence[int], ends: Tensor) -> dict[str, float]:
         """Gradients for some rows, in pieces of `batch_size`, normalised by the whole minibatch."""
         config = self.config
-        mask = experience.mask[torch.as_tensor(rows)]
+        device = experience.mask.device
+        real = experience.mask.cpu()  # what is counted of it below does not wait for the device
+        mask = real[torch.as_tensor(rows)]
         count = {"token": mask.sum(), "sequence": mask.any(-1).sum()}.get(config.aggregation)
         normalizer = float(len(rows) * config.max_new_tokens if count is None else count)
         tokens = max(float(mask.sum()), 1.0)
@@ -334,26 +338,28 @@ class Trainer:
         out = {"policy/first_ratio_deviation": 0.0}
 
         for i, (piece, own) in enumerate(parallel.shares(rows, config.batch_size)):
-            everybody = torch.as_tensor(rows[i * config.batch_size : (i + 1) * config.batch_size])
-            if not bool(experience.mask[everybody].any()):
+            everybody = rows[i * config.batch_size : (i + 1) * config.batch_size]
+            if not bool(real[torch.as_tensor(everybody)].any()):
                 continue
-            index = torch.as_tensor(piece)
+            index = torch.as_tensor(piece, device=device)
             batch, mask = experience.rollout.select(index), experience.mask[index]
-            if not own or not bool(mask.any()):  # others have rows here: the same steps, for a gradient of 0
+            counted = int(real[torch.as_tensor(piece)].sum())
+            if not own or not counted:  # others have rows here: the same steps, for a gradient of 0
                 self._idle(experience, piece, batch, ends, how)
                 continue
-            share = float(mask.sum()) / tokens
+            share = counted / tokens
             loss, found = self._policy_loss(experience, index, batch, mask, how)
             self.engine.backward(loss)
-            deviation = float(found.pop("policy/first_ratio_deviation"))
-            out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
             extra = self.extra_loss(experience, piece, batch, ends, how)
             if extra is not None:
                 self.extra_backward(extra[0])
                 found |= extra[1]
-            for name, value in found.items():
+            numbers = losses.floats(found)
+            deviation = numbers.pop("policy/first_ratio_deviation")
+            out["policy/first_ratio_deviation"] = max(out["policy/first_ratio_deviation"], deviation)
+            for name, value in numbers.items():
                 weight = 1.0 if name.endswith("/loss") else share  # losses are normalised already
-                out[name] = out.get(name, 0.0) + float(value.detach()) * weight
+                out[name] = out.get(name, 0.0) + value * weight
         return out
 
     def _idle(
@@ -450,7 +456,7 @@ def train(
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        trainer = assemble(config, build, encoder, model, rewards, run.zero)
+        trainer = assemble(config, build, encoder, run.dtype, model, rewards, run.zero)
         engine = trainer.engine
 
         schedule = data.Schedule(
@@ -502,6 +508,7 @@ def assemble(
     config: OnlineConfig,
     build: Callable[..., Trainer],
     encoder: data.Encoder,
+    dtype: torch.dtype,
     model: Any = None,
     rewards: Sequence[RewardFunction] = (),
     zero: ZeroSettings | None = None,
@@ -509,11 +516,14 @@ def assemble(
     """The trainer of a config as it is before its first step: models loaded, adapters and optimizers made."""
     if config.reference:
         require_same_tokenizer(config.reference, encoder.tokenizer)
-    dtype = models.pick_dtype(config.dtype)
-    policy = model or models.load_policy(config.model, dtype)
+    device = devices.use(config.device)
+    policy = devices.place(model or models.load_policy(config.model, dtype), device)
     reference = None
     if config.reference or not config.lora_r:
-        frozen = models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
+        if config.reference:
+            frozen = devices.place(models.load_policy(config.reference, dtype), device)
+        else:
+            frozen = copy.deepcopy(policy)
         reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
     policy = models.make_trainable(policy, config, "CAUSAL_LM")
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)

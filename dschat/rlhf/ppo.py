@@ -58,7 +58,7 @@ class PPO(online.Trainer):
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
         zero: ZeroSettings | None = None,
     ) -> PPO:  # fmt: skip
-        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder)
+        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder, engine.device)
         return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(
@@ -91,8 +91,8 @@ class PPO(online.Trainer):
         features = None
         if experience.features is not None:
             where = torch.cat([torch.arange(int(ends[i - 1]) if i else 0, int(ends[i])) for i in rows])
-            features = experience.features[where]
-        index = torch.as_tensor(rows)
+            features = experience.features[where.to(experience.features.device)]
+        index = torch.as_tensor(rows, device=experience.mask.device)
         loss, found = losses.value_loss(
             self.critic.values(batch, features),
             experience.values[index],

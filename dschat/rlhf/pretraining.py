@@ -49,7 +49,9 @@ class PretrainingMix:
         blocks = [list(self.blocks[int(i)]) for i in rows]
         ((piece, own),) = parallel.shares(blocks, count)
         # The first token of a block is given, the others are predicted.
-        batch: Any = data.Sequences.of([b[:1] for b in piece], [b[1:] for b in piece], self.pad_id)
+        batch: Any = data.Sequences.of(
+            [b[:1] for b in piece], [b[1:] for b in piece], self.pad_id, engine.device
+        )
         logp = engine.logprobs(batch, temperature=1.0)
         predicted = count * (self.config.unsup_length - 1)
         loss, _ = losses.nll_loss(logp, batch.completion_mask, normalizer=predicted)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import config as configs
+from .. import device as devices
 from ..config import ConfigError
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
@@ -62,9 +63,13 @@ class Replay:
         return self
 
 
-def replay(path: str) -> Replay:
-    """Compute the failed step in `path` again. Raises ConfigError for what is no failed step of a run."""
-    about, config, batch, weights = _read(Path(path))
+def replay(path: str, device: str = "auto") -> Replay:
+    """Compute the failed step in `path` again, on whichever device. Raises ConfigError for what is no failed step of a
+    run.
+    """
+    place = devices.use(device)
+    about, config, dtype, batch, weights = _read(Path(path))
+    config.device = device
     stage = str(about["stage"])
     out = Replay([f"step {about['step']} of {stage}: {about['message']}"])
     for name, tensor in weights.items():
@@ -74,11 +79,13 @@ def replay(path: str) -> Replay:
     tokenizer = models.load_tokenizer(config.model)
     encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
     if stage in BUILD:
-        return _online(out, about, config, batch, weights, encoder)
-    return _rows(out, about, config, weights, encoder)
+        batch = {name: tensor.to(place) for name, tensor in batch.items()}
+        return _online(out, about, config, dtype, batch, weights, encoder)
+    return _rows(out, about, config, dtype, place, weights, encoder)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], Any, torch.dtype, dict[str, Tensor], dict[str, Tensor]]:
+    """(what failed, the run's config, its models' dtype, the batch, the trained weights)."""
     folder = path if path.is_dir() else path.parent
     for file in (folder / "batch.json", folder / "weights.safetensors", folder.parent / "run.json"):
         if not file.is_file():
@@ -91,12 +98,13 @@ def _read(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor], dict[str,
         config = configs.build(
             configs.COMMANDS[before["stage"]], before["config"], str(folder.parent / "run.json")
         )
+        dtype = models.pick_dtype(before["dtype"])
         tensors = [load_file(folder / f"{name}.safetensors") for name in ("batch", "weights")]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{folder} cannot be read: {error}") from error
-    return about, config, tensors[0], tensors[1]
+    return about, config, dtype, tensors[0], tensors[1]
 
 
 def describe(tensor: Tensor) -> str:
@@ -143,10 +151,11 @@ def _watch(model: nn.Module, found: list[str]) -> Iterator[None]:
 @torch.no_grad()
 def _forward(out: Replay, what: str, model: Any, rows: Sequence[Sequence[int]]) -> bool:
     """Whether the model gives finite numbers for every row, each alone and without padding."""
+    device = next(model.parameters()).device
     for number, ids in enumerate(rows):
         found: list[str] = []
         with _watch(model, found):
-            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+            model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
         if found:
             out.stop(what, f"row {number}: {found[0]}")
             return False
@@ -173,21 +182,21 @@ def _gradients(out: Replay, modules: Mapping[str, nn.Module]) -> Replay:
 
 
 def _rows(
-    out: Replay, about: Mapping[str, Any], config: Any, weights: Mapping[str, Tensor], encoder: data.Encoder
-) -> Replay:
+    out: Replay, about: Mapping[str, Any], config: Any, dtype: torch.dtype, device: torch.device,
+    weights: Mapping[str, Tensor], encoder: data.Encoder,
+) -> Replay:  # fmt: skip
     examples = [
         data.Example(r["prompt_ids"], r["answers"], "", dict(r.get("columns", {})), r["where"])
         for r in about["rows"]
     ]
-    dtype = models.pick_dtype(config.dtype)
     if config.command == "reward":
-        model = models.load_scorer(config.model, dtype, config.seed)
+        model = devices.place(models.load_scorer(config.model, dtype, config.seed), device)
         models.set_scorer_padding(model, encoder.tokenizer, encoder)
         model = models.make_trainable(model, config, "SEQ_CLS")
         checkpoint.load_module_state("reward", model, weights)
         modules = {"reward": model}
     else:
-        model = models.load_policy(config.model, dtype)
+        model = devices.place(models.load_policy(config.model, dtype), device)
         reference = dpo.Reference(config, model, encoder.pad_id) if config.command == "dpo" else None
         model = models.make_trainable(model, config, "CAUSAL_LM")
         engine = HybridEngine(model)
@@ -235,11 +244,11 @@ def _silent(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) 
 
 
 def _online(
-    out: Replay, about: Mapping[str, Any], config: Any, batch: Mapping[str, Tensor],
+    out: Replay, about: Mapping[str, Any], config: Any, dtype: torch.dtype, batch: Mapping[str, Tensor],
     weights: Mapping[str, Tensor], encoder: data.Encoder,
 ) -> Replay:  # fmt: skip
     functions = () if config.reward or config.environment else (_silent,)
-    trainer = online.assemble(config, BUILD[config.command], encoder, None, functions)
+    trainer = online.assemble(config, BUILD[config.command], encoder, dtype, None, functions)
     modules = trainer.modules()
     for name, module in modules.items():
         checkpoint.load_module_state(name, module, weights)
@@ -263,7 +272,7 @@ def _online(
     )  # fmt: skip
     if isinstance(trainer, ppo.PPO):
         experience.features = trainer.critic.features(rollout)
-    ends = rollout.completion_mask.sum(1).cumsum(0)
+    ends = rollout.completion_mask.sum(1).cumsum(0).cpu()
     for name, value in trainer.minibatch(experience, rows, ends).items():
         if bad := describe(torch.tensor([value])) if name.endswith("/loss") else "":
             return out.stop(name, bad)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from .. import device as devices
 from .. import parallel
 from ..config import RewardConfig
 from ..engine.zero import make_stepper
@@ -36,7 +37,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        model = model or models.load_scorer(config.model, models.pick_dtype(config.dtype), config.seed)
+        model = model or models.load_scorer(config.model, run.dtype, config.seed)
+        model = devices.place(model, run.device)
         models.set_scorer_padding(model, tokenizer, encoder)
         model = models.make_trainable(model, config, "SEQ_CLS")
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
@@ -103,8 +105,9 @@ def _examples(
     return examples, stats
 
 
-def _margins(examples: Sequence[data.Example], column: str) -> torch.Tensor | None:
-    return torch.tensor([float(e.columns[column]) for e in examples]) if column else None
+def _margins(examples: Sequence[data.Example], column: str, device: torch.device) -> torch.Tensor | None:
+    values = [float(e.columns[column]) for e in examples] if column else None
+    return None if values is None else torch.tensor(values, device=device)
 
 
 def pair_loss(
@@ -118,9 +121,9 @@ def pair_loss(
     if config.loss == "last":
         chosen, rejected = pair_scores(scorer, examples, pad_id)
         return losses.bradley_terry_loss(
-            chosen, rejected, _margins(examples, config.margin), normalizer=normalizer
+            chosen, rejected, _margins(examples, config.margin, scorer.device), normalizer=normalizer
         )
-    batch = _both(examples, pad_id)
+    batch = _both(scorer, examples, pad_id)
     tokens, mask, n = scorer.token_scores(batch), batch.completion_mask, len(examples)
     same = (batch.completion_ids[:n] == batch.completion_ids[n:]) & mask[:n] & mask[n:]
     start = same.long().cumprod(1).sum(1)
@@ -129,18 +132,18 @@ def pair_loss(
     )
 
 
-def _both(examples: Sequence[data.Example], pad_id: int) -> data.Sequences:
+def _both(scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int) -> data.Sequences:
     """Chosen answers, then rejected ones."""
     prompts = [e.prompt_ids for e in examples]
     answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
-    return data.Sequences.of(prompts * 2, answers, pad_id)
+    return data.Sequences.of(prompts * 2, answers, pad_id, scorer.device)
 
 
 def pair_scores(
     scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of chosen and rejected, each [B], from one packed forward over both."""
-    scores = scorer.scores(_both(examples, pad_id))
+    scores = scorer.scores(_both(scorer, examples, pad_id))
     return scores[: len(examples)], scores[len(examples) :]
 
 
@@ -160,7 +163,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss, accuracy and margin on held-out pairs."""
     chosen, rejected = all_scores(scorer, examples, pad_id, config.batch_size)
-    loss, metrics = losses.bradley_terry_loss(chosen, rejected, _margins(examples, config.margin))
+    loss, metrics = losses.bradley_terry_loss(
+        chosen, rejected, _margins(examples, config.margin, scorer.device)
+    )
     return {"loss": float(loss), "accuracy": float(metrics["accuracy"]), "margin": float(metrics["margin"])}
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from . import data, models
@@ -203,10 +204,12 @@ def load_sources(
     dtype: torch.dtype,
     functions: Sequence[RewardFunction] = (),
     encoder: data.Encoder | None = None,
+    device: torch.device = devices.CPU,
 ) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """(all reward sources by name, functions first, then the environment; the frozen reward models among them by name).
 
     encoder: the policy's; with it a reward model whose tokenizer is another one becomes an OwnTokenizer.
+    device: where reward models are to be.
     """
     loaded: dict[str, Any] = {}
     sources: list[tuple[str, Any]] = [(getattr(f, "__name__", "function"), f) for f in functions]
@@ -216,7 +219,8 @@ def load_sources(
         if is_function_name(name):
             sources.append((name.rpartition(":")[2], load_function(name)))
         else:
-            loaded[name] = models.load_scorer(name, dtype, config.seed).requires_grad_(False)
+            model = models.load_scorer(name, dtype, config.seed).requires_grad_(False)
+            loaded[name] = devices.place(model, device)
             own = other_tokenizer(name, encoder.tokenizer) if encoder is not None else None
             if own is None:
                 sources.append((name, loaded[name]))
@@ -242,7 +246,8 @@ class OwnTokenizer:
             ids if done or len(ids) < 2 else ids[:-1]
             for ids, done in zip(map(self.encoder.completion, completions), finished, strict=True)
         ]
-        rows = data.Sequences.of([self.encoder.prompt(p) for p in prompts], answers, self.encoder.pad_id)
+        given = [self.encoder.prompt(p) for p in prompts]
+        rows = data.Sequences.of(given, answers, self.encoder.pad_id, self.scorer.device)
         return self.scorer.rate(rows)
 
 

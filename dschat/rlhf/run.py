@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from dschat_kernels.limits import use_threads
 
 from .. import config as configs
+from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, data
+from . import checkpoint, data, models
 from .metrics import Metrics, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
@@ -45,6 +46,7 @@ FREE_KEYS = {
     "save_every",
     "keep_checkpoints",
     "threads",
+    "device",
     "output_dir",
     "token_cache",
     "data_workers",
@@ -137,7 +139,9 @@ class Run:
     """
 
     def __init__(self, config: StageConfig, stage: str) -> None:
-        parallel.start()
+        self.device = devices.use(config.device)
+        self.dtype = models.pick_dtype(config.dtype, self.device)
+        parallel.start(self.device)
         self.zero = zero_settings(config)
         self.config, self.stage = config, stage
         self.folder = Path(config.output_dir)
@@ -172,7 +176,7 @@ class Run:
         random.seed(self.config.seed)
         np.random.seed(self.config.seed % 2**32)
         torch.manual_seed(self.config.seed)
-        reset_peak_memory()
+        reset_peak_memory(self.device)
 
     def _continue(self, before: dict[str, Any]) -> None:
         if self.config.resume == "never":
@@ -191,6 +195,8 @@ class Run:
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
+        if "dtype" in before:  # what auto was where the run began
+            self.dtype = models.pick_dtype(before["dtype"])
         done = self.folder / "result.json"
         if done.is_file():
             self.result = json.loads(done.read_text(encoding="utf-8"))
@@ -213,7 +219,7 @@ class Run:
             self._write_start()
         self.metrics = Metrics(
             self.folder, self.stage, total_steps, after_step=self.step, write=parallel.lead(),
-            tensorboard=self.config.tensorboard, progress=self.config.progress,
+            tensorboard=self.config.tensorboard, progress=self.config.progress, device=self.device,
         )  # fmt: skip
         parallel.barrier()
         if self.step:
@@ -225,7 +231,8 @@ class Run:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
-        content["processes"] = parallel.world()
+        content["processes"], content["dtype"] = parallel.world(), str(self.dtype).removeprefix("torch.")
+        content["device"] = devices.describe(self.device)
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
@@ -245,7 +252,7 @@ class Run:
             checkpoint.load_optimizer_state(
                 f"optimizer.{name}", optimizer, self.tensors, self.state["optimizers"][name]
             )
-        checkpoint.set_rng_state(self.tensors, self.state["rng"])
+        checkpoint.set_rng_state(self.tensors, self.state["rng"], self.device)
         self.tensors = {}
         return dict(self.state["extra"])
 
@@ -260,7 +267,7 @@ class Run:
         if not better and (not every or (step % every and not last)):
             return
         with self.metrics.phase("checkpoint"):
-            all_tensors, rng = checkpoint.rng_state()
+            all_tensors, rng = checkpoint.rng_state(self.device)
             states = {}
             for name, module in modules.items():
                 all_tensors |= _module_state(name, module)

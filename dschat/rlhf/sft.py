@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from .. import device as devices
 from .. import parallel
 from ..config import SFTConfig
 from ..engine.hybrid_engine import HybridEngine
@@ -31,7 +32,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        model = model or models.load_policy(config.model, models.pick_dtype(config.dtype))
+        model = devices.place(model or models.load_policy(config.model, run.dtype), run.device)
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
         engine = make_engine(model, optimizer, run.zero)
@@ -79,6 +80,11 @@ def _examples(
     return examples, stats
 
 
+def _batch(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int) -> Any:
+    prompts, answers = [e.prompt_ids for e in examples], [e.answers[0] for e in examples]
+    return data.Sequences.of(prompts, answers, pad_id, engine.device)
+
+
 def accumulate(
     engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig
 ) -> tuple[float, int]:
@@ -89,7 +95,7 @@ def accumulate(
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
     for piece, own in parallel.shares(examples, config.batch_size):
-        batch: Any = data.Sequences.of([e.prompt_ids for e in piece], [e.answers[0] for e in piece], pad_id)
+        batch = _batch(engine, piece, pad_id)
         logp = engine.logprobs(batch, temperature=1.0)
         loss, _ = losses.nll_loss(
             logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count
@@ -106,7 +112,7 @@ def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
     for piece, own in parallel.shares(examples, config.batch_size):
-        batch: Any = data.Sequences.of([e.prompt_ids for e in piece], [e.answers[0] for e in piece], pad_id)
+        batch = _batch(engine, piece, pad_id)
         logp = engine.logprobs(batch, temperature=1.0)
         loss, _ = losses.nll_loss(
             logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import config as configs
+from .. import device as devices
 from ..config import TrainConfig
 from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
@@ -28,10 +29,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     results: dict[str, Any] = {}
-    for stage in configs.STAGES:
-        settings = getattr(config, stage)
-        if settings is not None:
-            results[stage] = TRAINERS[stage](settings)
+    stages = {name: found for name in configs.STAGES if (found := getattr(config, name)) is not None}
+    for settings in stages.values():
+        devices.resolve(settings.device)  # a stage that cannot run ends the pipeline before it begins
+    for stage, settings in stages.items():
+        results[stage] = TRAINERS[stage](settings)
     atomic_text(folder / "config.yaml", configs.dump(config))
     atomic_text(folder / "result.json", json.dumps(results, indent=1) + "\n")
     table = _table(Path(config.ppo.output_dir)) if config.ppo else []

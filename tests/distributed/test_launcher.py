@@ -10,6 +10,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 import worker
 
 from dschat import launch, parallel
@@ -49,7 +50,7 @@ def test_an_incomplete_environment_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"WORLD_SIZE is 2, but RANK .* is not set: start the run with dschat launch"
     ):
-        parallel.start()
+        parallel.start(torch.device("cpu"))
 
 
 def test_a_death_ends_all_and_leaves_a_good_checkpoint(folder: Path):

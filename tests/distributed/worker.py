@@ -251,7 +251,7 @@ if __name__ == "__main__":
 
     faulthandler.dump_traceback_later(380, exit=True)
     torch.set_num_threads(1)
-    parallel.start()
+    parallel.start(torch.device("cpu"))
     name, where = sys.argv[1], Path(sys.argv[2])
     found = globals()[name](where)
     if parallel.lead():

@@ -53,6 +53,7 @@ def base(stories_dir: Path, pairs: str, tmp_path: Path) -> dict[str, Any]:
         "model": str(stories_dir),
         "data": [pairs],
         "output_dir": str(tmp_path / "run"),
+        "device": "cpu",
         "dtype": "float32",  # auto is bfloat16 on machines with units for it
         "tensorboard": False,
         "progress": False,

@@ -1,0 +1,158 @@
+"""Runs of the trainers here, on another device, and begun on one and finished on the other: the same numbers.
+
+`python -m tests.cuda.training FOLDER STAGE ...` does that with the pretended device of tests/cuda/pretend.py, which is
+for a whole process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from dschat import config as configs
+from dschat import device as devices
+from dschat.rlhf import dpo, grpo, models, ppo, reward, rloo, sft
+from dschat.rlhf.metrics import read_lines
+from dschat.rlhf.run import Run
+from tests.cuda.pretend import move, on_the_device
+
+STORIES = Path(__file__).resolve().parents[1] / "data" / "stories260k"
+PROMPTS = ("Once upon a time", "One day, a girl", "Tom and his dog", "Lily saw")
+ROWS = [
+    {"prompt": p, "chosen": " there was a happy dog.", "rejected": " fell." + " No." * i, "number": i}
+    for i, p in enumerate(PROMPTS)
+]
+ONLINE = {
+    "reward": [str(STORIES)], "max_new_tokens": 5, "max_prompt_length": 16, "prompts_per_step": 2,
+    "samples_per_prompt": 2, "batch_size": 2, "ppo_epochs": 2, "compare_hf": 2,
+}  # fmt: skip
+STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "sft": (sft.train, configs.SFTConfig, {"response": "chosen"}),
+    "reward": (reward.train, configs.RewardConfig, {"margin": "number"}),
+    "reward-all": (reward.train, configs.RewardConfig, {"loss": "per_token", "lora_r": 0}),
+    "dpo": (dpo.train, configs.DPOConfig, {}),
+    "dpo-all": (dpo.train, configs.DPOConfig, {"lora_r": 0, "cache_reference": False, "loss": "ipo"}),
+    "ppo": (ppo.train, configs.PPOConfig, {
+        **ONLINE, "exact": True, "ratio_tolerance": 1e-4, "critic_update": "head",
+    }),
+    "ppo-all": (ppo.train, configs.PPOConfig, {
+        **ONLINE, "lora_r": 0, "critic_update": "all", "entropy_coef": 0.1, "kl_control": "adaptive",
+        "ema_decay": 0.9, "unsup_coef": 0.1, "unsup_length": 8, "importance_cap": 2.0, "reward_norm": "batch",
+    }),
+    "grpo": (grpo.train, configs.GRPOConfig, {**ONLINE, "kl_place": "loss", "flat_groups": "drop"}),
+    "rloo": (rloo.train, configs.RLOOConfig, {**ONLINE, "reward_norm": "running"}),
+}  # fmt: skip
+
+
+class Stopped(BaseException):
+    """Ends a run after a step, as a signal would."""
+
+
+@contextlib.contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """A run ends when the checkpoint of this step is written."""
+    save, changed = Run.save, Run  # type: Any, Any
+
+    def saving(self: Run, at: int, *args: Any, **keywords: Any) -> None:
+        save(self, at, *args, **keywords)
+        if at == step:
+            raise Stopped
+
+    changed.save = saving
+    try:
+        with contextlib.suppress(Stopped):
+            yield
+    finally:
+        changed.save = save
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """The metrics of a run without what the clock says, and without how many of differences near 0 are above it."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith("accuracy")}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def compare(stage: str, folder: Path, device: str, away: Any = contextlib.nullcontext) -> int:
+    """All here; all on `device`, in the context that `away` makes; the first step here and the second there; and the
+    other way round. Raises AssertionError where numbers differ; returns how many steps were compared."""
+    train, config, keys = STAGES[stage]
+    folder.mkdir(parents=True)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    common = {
+        "model": str(STORIES), "data": [str(rows)], "eval_data": [str(rows)], "dtype": "float32", "lora_r": 4,
+        "batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "tensorboard": False, "progress": False,
+    }  # fmt: skip
+    if keys.get("unsup_coef"):
+        keys = {**keys, "unsup_data": [str(rows)]}
+
+    def part(name: str, there: bool, until: int = 0) -> None:
+        where = {"output_dir": str(folder / name), "device": device if there else "cpu"}
+        with away() if there else contextlib.nullcontext():
+            with stopped_after(until) if until else contextlib.nullcontext():
+                train(config(**{**common, **keys, **where}))
+
+    part("here", False)
+    part("there", True)
+    for name, first in (("moved", False), ("back", True)):
+        part(name, first, 1)
+        part(name, not first)
+    expected = numbers(folder / "here")
+    for name in ("there", "moved", "back"):
+        for a, b in zip(expected, numbers(folder / name), strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                torch.testing.assert_close(
+                    b[key], a[key], rtol=1e-3, atol=1e-4, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"
+                )
+    return len(expected)
+
+
+# -------------------------------------------------------------------------------------------- the pretended device
+
+
+def home(model: nn.Module) -> nn.Module:
+    """`model.to("cpu")`."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                here = nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), here)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = buffer.cpu().clone()
+    return model
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """What asks for a device gets the pretended one."""
+    chooser, writer = devices, models  # type: Any, Any
+    before = chooser.use, chooser.place, writer._save_model
+    chooser.use = lambda name: torch.device("pretend", 0)
+    chooser.place = lambda model, device: move(model)
+    # transformers looks at storages, which a pretended tensor does not have
+    writer._save_model = lambda model, *rest: before[2](home(model), *rest)
+    try:
+        with on_the_device("reference"):
+            yield
+    finally:
+        chooser.use, chooser.place, writer._save_model = before
+
+
+if __name__ == "__main__":
+    _setup_privateuseone_for_python_backend("pretend")
+    torch.set_num_threads(1)
+    for name in sys.argv[2:]:
+        print(f"{name}: {compare(name, Path(sys.argv[1]) / name, 'auto', pretended)} steps agree")
