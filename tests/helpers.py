@@ -112,7 +112,9 @@ def check_gradients(
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         generator = torch.Generator().manual_seed(1)
         grads = [
-            torch.randn(out.shape, generator=generator).to(native.dtype).to(out.dtype)
+            torch.randn(out.shape, generator=generator, device="cpu")
+            .to(native.dtype)
+            .to(out.device, out.dtype)
             for out, native in zip(outputs, native_outputs or outputs, strict=True)
         ]
         torch.autograd.backward(outputs, grads)

@@ -80,18 +80,20 @@ def make_batch(
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+        return (torch.randn(*shape, generator=g, device="cpu") * scale).to(device, dtype)
 
+    device = torch.get_default_device()
     rows, widest = len(kv_lens), max([1, *(pages_for(n) for n in kv_lens)])
     pages = sum(pages_for(n) for n in kv_lens) + 3
-    cache = PagedKVCache(1, kv_heads, head_dim, pages, max(rows, 1), widest, dtype)
-    cache._free = torch.randperm(pages, generator=g).tolist()
+    cache = PagedKVCache(1, kv_heads, head_dim, pages, max(rows, 1), widest, dtype, device)
+    cache._free = torch.randperm(pages, generator=g, device="cpu").tolist()
     cache.k.fill_(float("nan"))
     cache.v[..., :head_dim] = float("nan")
     k = [normal(n, kv_heads, head_dim) for n in kv_lens]
     v = [normal(n, kv_heads, head_dim) for n in kv_lens]
     for row in range(rows):
         fill(cache, row, k[row], v[row])
+    cache.sync()
     return Batch(normal(sum(q_lens), q_heads, head_dim), k, v, cache, list(q_lens), list(kv_lens))
 
 

@@ -173,7 +173,7 @@ def rope_append_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             positions, slots = torch.tensor([0, 63, 64, 5, 127, 17]), int_tensor([0, 0, 0, 1, 1, 1])
             results = []
             for name in (backend, "reference"):
-                cache = PagedKVCache(1, kv_heads, dim, 6, 2, 3, dtype)
+                cache = PagedKVCache(1, kv_heads, dim, 6, 2, 3, dtype, torch.get_default_device())
                 cache.prepare_append([1, 0], [128, 128])
                 out = rope_append.rope_append(
                     q, k, v, cos, sin, positions, slots, cache.k[0], cache.v[0], cache.block_table, backend=name,
@@ -276,6 +276,15 @@ ATTENTION_OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
+def _attention_options(thorough: bool) -> list[dict[str, Any]]:
+    """ATTENTION_OPTIONS, or their last, on the device that tensors are made on."""
+    device = torch.get_default_device()
+    return [
+        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+        for options in (ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:])
+    ]
+
+
 def _batches(dtype: torch.dtype, thorough: bool) -> list[Batch]:
     """Lengths 0 and 1, and around pages and chunks; rows without queries; heads that share keys."""
     batches = [make_batch([5, 0, 1, 20], [130, 3, 65, 20], 4, 2, 20, dtype)]
@@ -301,8 +310,8 @@ def _check_attention(
 @case
 def attention_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """Against float64, and the queries of a row at once or alone: the same bits."""
-    for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
-        for batch in _batches(dtype, thorough and options is ATTENTION_OPTIONS[0]):
+    for i, options in enumerate(_attention_options(thorough)):
+        for batch in _batches(dtype, thorough and i == 0):
             y = _check_attention(batch, attention.attention, backend, options)
             q, k_cache, v_cache, table, cu, kv_lens = batch.arguments
             last = slice(int(cu[-1]) - 1, int(cu[-1]))
@@ -314,8 +323,8 @@ def attention_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 @case
 def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """The bits of attention, whatever the splits."""
-    for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
-        for batch in _batches(dtype, thorough and options is ATTENTION_OPTIONS[0]):
+    for i, options in enumerate(_attention_options(thorough)):
+        for batch in _batches(dtype, thorough and i == 0):
             decode = attention_decode.attention_decode
             y = _check_attention(batch, decode, backend, options)
             for splits in (1, 2, 1000) if backend != "triton" else (2,):  # triton has one way to split
@@ -326,7 +335,7 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 @case
 def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
-    for options in ATTENTION_OPTIONS if thorough else ATTENTION_OPTIONS[-1:]:
+    for options in _attention_options(thorough):
         lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
         inputs = {
             name: draw(sum(lens), heads, 12, dtype=dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))
