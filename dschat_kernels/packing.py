@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import triton
 from .models.spec import LinearSpec, Unsupported
 from .ops._common import native, ptr
 
@@ -114,7 +115,9 @@ def digest(tensor: Tensor) -> int:
     if module is not None and data.device.type == "cpu":
         return int(module.digest(ptr(data), data.numel() * data.element_size()))
     flat = data.reshape(-1).view(torch.uint8)
-    words = nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
+    words = (nn.functional.pad(flat, (0, -len(flat) % 4)) if len(flat) % 4 else flat).view(torch.int32)
+    if data.device.type in triton.DEVICES and triton.installed():
+        return triton.digest(words)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for begin in range(0, len(words), DIGEST_PIECE):  # a piece at a time bounds the memory
         part = words[begin : begin + DIGEST_PIECE].to(torch.int64)

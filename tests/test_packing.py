@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -191,11 +192,30 @@ def test_a_thousand_flips_leave_the_base_alone() -> None:
 # ----------------------------------------------------------------------------------------------------- digest
 
 
-@pytest.fixture(params=["native", "reference"])
-def digest_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if request.param == "reference":
+@pytest.fixture(params=["native", "reference", "triton"])
+def digest_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if request.param != "native":
         monkeypatch.setattr(packing, "native", lambda: None)
-    return digest
+    if request.param != "triton":
+        yield digest
+        return
+    pytest.importorskip("triton")
+    from tests.triton_kernels.interpreter import interpreter
+
+    with interpreter():
+        yield digest
+
+
+def test_digest_of_triton_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from tests.triton_kernels.interpreter import interpreter
+
+    monkeypatch.setattr(packing, "native", lambda: None)
+    for size in (1, 5, 4096, 131075):
+        values = torch.randn(size)
+        plain = digest(values)
+        with interpreter():
+            assert digest(values) == plain
 
 
 SIZES = st.sampled_from([1, 2, 3, 5, 63, 64, 65, 129, 1023, 4097, 70001])

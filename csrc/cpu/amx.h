@@ -88,10 +88,17 @@ struct TileScope {
   ~TileScope() { _tile_release(); }
   TileScope(const TileScope&) = delete;
 };
-template <int T> DSCHAT_INLINE void tile_zero() { _tile_zero(T); }
-template <int T> DSCHAT_INLINE void tile_load(const void* p, int64_t stride_bytes) { _tile_loadd(T, p, stride_bytes); }
-template <int T> DSCHAT_INLINE void tile_store(void* p, int64_t stride_bytes) { _tile_stored(T, p, stride_bytes); }
-template <int C, int A, int B> DSCHAT_INLINE void tile_dot() { _tile_dpbf16ps(C, A, B); }
+// Written out: the compilers' intrinsics are macros that paste the register's number as text, so a template argument is none.
+template <int T> DSCHAT_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int T> DSCHAT_INLINE void tile_load(const void* p, int64_t stride_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(T) : "memory");
+}
+template <int T> DSCHAT_INLINE void tile_store(void* p, int64_t stride_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride_bytes), "i"(T) : "memory");
+}
+template <int C, int A, int B> DSCHAT_INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 #endif
 

@@ -41,6 +41,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """Every op of this backend by name, with the arguments of its torch.library schema."""
+    importlib.import_module("dschat_kernels.triton._digest")  # what is no op is loaded with them
     return {
         op: getattr(importlib.import_module(f"dschat_kernels.triton.{stem}"), op)
         for stem, ops in _TABLE.items()
@@ -66,3 +67,9 @@ def why_not(op: str, tensors: Iterable[Tensor | None]) -> str | None:
     if not installed():
         return f"{op}: Triton is not installed (pip install 'dschat[triton]')"
     return None
+
+
+def digest(words: Tensor) -> int:
+    """Sum modulo 2^64 of the int32 `words` times odd factors of their places: `dschat_kernels.packing.digest`, in one
+    reading."""
+    return int(importlib.import_module("dschat_kernels.triton._digest").digest(words))

@@ -1,7 +1,7 @@
 """Matrix products in tiles: float32 sums over the inner dimension, in blocks and in order.
 
-The tile is the same for every number of rows, and no product is split over its inner dimension, so a row's sums do not
-depend on its batch. float32 products are those of IEEE numbers, never TF32.
+No product is split over its inner dimension, and every tile adds it up in one order, so a row's sums do not depend on
+its batch. float32 products are those of IEEE numbers, never TF32.
 """
 
 from __future__ import annotations
@@ -72,8 +72,17 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0, *, add: bool =
     )  # fmt: skip
 
 
-def tile(dtype: torch.dtype, depth: int) -> Config:
-    """The tile of a weight product: small and narrow products get no larger blocks than they fill."""
+def tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> Config:
+    """The tile of a weight product [rows, depth] x [depth, columns].
+
+    A tile of 64 rows or more takes one kind of matrix instruction, which adds up K in one order whatever the tile, so
+    that the number of rows may choose it. Few rows wait for the weights: narrow tiles, to have enough of them; many
+    rows wait for the matrix units: large ones.
+    """
     if dtype == torch.float32:
         return WIDE_TILE
+    if rows > 1024 and depth >= 64:
+        return Config({"M": 128, "N": 128, "K": 64}, num_warps=8, num_stages=3)
+    if rows <= 64 and columns < 32768 and depth >= 128:
+        return Config({"M": 64, "N": 16 if columns <= 4096 else 32, "K": 128}, num_warps=4, num_stages=3)
     return Config({"M": 64, "N": 64, "K": 64 if depth > 32 else 32}, num_warps=8, num_stages=4)

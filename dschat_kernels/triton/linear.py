@@ -69,7 +69,7 @@ def linear(
     rows, stride = as_rows(x)
     y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype, device=x.device)
     bias = float32(bias)
-    config = tile(x.dtype, k)
+    config = tile(x.dtype, rows.shape[0], n, k)
     grid = (-(-rows.shape[0] // config.blocks["M"]), -(-n // config.blocks["N"]))
     launch(
         _linear, grid,

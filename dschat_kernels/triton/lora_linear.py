@@ -56,7 +56,7 @@ def lora_linear(
     a = float32(lora_a)
     assert a is not None
     matmul(rows, a.t(), side)
-    config = tile(x.dtype, k)
+    config = tile(x.dtype, rows.shape[0], n, k)
     launch(
         _lora_linear, (-(-rows.shape[0] // config.blocks["M"]), -(-n // config.blocks["N"])),
         {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -67,8 +68,32 @@ def test_products_on_the_model(model: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_dot_model_has_the_bits_of_the_instruction() -> None:
-    if kernels().bf16_products != "dot":
+@pytest.mark.parametrize("instruction", ["dot", "amx"])
+def test_the_model_has_the_bits_of_the_instruction(instruction: str) -> None:
+    if kernels().bf16_products != instruction:
         pytest.skip(f"this machine's bfloat16 products are by {kernels().bf16_products}")
     code = "from tests.ops.test_bf16_products import products; print(products())"
-    assert run("dot model", "-c", code).split()[-1] == products()
+    assert run(f"{instruction} model", "-c", code).split()[-1] == products()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is x86's")
+def test_the_amx_instructions_compile(tmp_path: Path) -> None:
+    """The real ones, which the model replaces, on any machine whose compiler knows them."""
+    compiler, amx = build.find_compiler(), build.cpu_build("amx")
+    source, made = tmp_path / "empty.cpp", tmp_path / "gemm_amx.o"
+    source.write_text("")
+    known = [*compiler.argv, *amx.compile_flags, "-c", str(source), "-o", str(made)]
+    if subprocess.run(known, capture_output=True).returncode != 0:
+        pytest.skip(f"{compiler.argv[0]} has no AMX")
+    includes = [f"-I{amx.root}", f"-I{amx.root / 'cpu'}"]
+    command = [
+        *compiler.argv,
+        *amx.compile_flags,
+        *includes,
+        "-c",
+        str(amx.root / "cpu/gemm_amx.cpp"),
+        "-o",
+        str(made),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
