@@ -141,7 +141,7 @@ def pretended() -> Iterator[None]:
     chooser, writer = devices, models  # type: Any, Any
     before = chooser.use, chooser.place, writer._save_model
     chooser.use = lambda name: torch.device("pretend", 0)
-    chooser.place = lambda model, device: move(model)
+    chooser.place = lambda model, device: model if device.type == "cpu" else move(model)
     # transformers looks at storages, which a pretended tensor does not have
     writer._save_model = lambda model, *rest: before[2](home(model), *rest)
     try:
