@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Any, torch.dtype, dict[str, Tenso
         config = configs.build(
             configs.COMMANDS[before["stage"]], before["config"], str(folder.parent / "run.json")
         )
-        dtype = models.pick_dtype(before["dtype"])
+        dtype = models.pick_dtype(before.get("dtype", config.dtype))
         tensors = [load_file(folder / f"{name}.safetensors") for name in ("batch", "weights")]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, ConfigError):
