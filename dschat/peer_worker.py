@@ -2,8 +2,8 @@
 
 SETTINGS is a JSON object: model (a folder or file in the peer's format), dtype, threads, device. The worker loads the
 model and answers `{"version": ...}`; then every line `{"ids": [[...]], "new": n}` on stdin is answered by
-`{"seconds": ..., "tokens": [[...]]}` on stdout: exactly n greedy tokens after each prompt, whatever EOS says. Anything that fails is
-answered by `{"error": ...}`. What libraries print goes to stderr. It ends with its stdin.
+`{"seconds": ..., "tokens": [[...]]}` on stdout: exactly n greedy tokens after each prompt, whatever EOS says. Anything
+that fails is answered by `{"error": ...}`. What libraries print goes to stderr. It ends with its stdin.
 
 This file imports the standard library only, so that it runs where dschat is not installed.
 """

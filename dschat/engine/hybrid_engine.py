@@ -226,7 +226,7 @@ class HybridEngine:
             run.run()
             found, stats = run.completions(), run.stats
         else:
-            found, stats = empty_completions(), RolloutStats()
+            found, stats = empty_completions(self.device), RolloutStats()
         if parallel.world() > 1:
             found = self._gather(
                 found, [n * sampling.n for n in parallel.counts(len(prompts))], sampling, pad

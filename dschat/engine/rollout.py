@@ -371,10 +371,10 @@ class RolloutRun:
         )
 
 
-def empty_completions() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_completions(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`RolloutRun.completions` of no rows."""
-    none = torch.zeros(0, 0)
-    return none.long(), none.bool(), none, torch.zeros(0, dtype=torch.bool)
+    none = torch.zeros(0, 0, device=device)
+    return none.long(), none.bool(), none, torch.zeros(0, dtype=torch.bool, device=device)
 
 
 @contextlib.contextmanager

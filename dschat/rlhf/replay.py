@@ -95,10 +95,10 @@ def _read(path: Path) -> tuple[dict[str, Any], Any, torch.dtype, dict[str, Tenso
     try:
         about = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
         before = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
-        config = configs.build(
+        config: Any = configs.build(
             configs.COMMANDS[before["stage"]], before["config"], str(folder.parent / "run.json")
         )
-        dtype = models.pick_dtype(before["dtype"])
+        dtype = models.pick_dtype(before.get("dtype", config.dtype))
         tensors = [load_file(folder / f"{name}.safetensors") for name in ("batch", "weights")]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, ConfigError):

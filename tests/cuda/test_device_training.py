@@ -16,7 +16,7 @@ from dschat import device as devices
 from dschat.config import ConfigError, GenerateConfig, SFTConfig
 from dschat.rlhf.metrics import read_lines
 from tests.conftest import STORIES
-from tests.cuda.training import STAGES, compare
+from tests.cuda.training import STAGES, compare, compare_evaluations, compare_replays
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,13 +29,14 @@ def run(*words: object, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "evaluations", "replays"])
 def test_a_stage_there_and_here_agree(stage: str, tmp_path: Path) -> None:
-    """Two steps and what goes around them: nothing mixes devices, the numbers are the CPU's, and a run that was begun
-    on one goes on on the other."""
+    """Two steps and what goes around them, the tasks of `dschat eval`, failed steps computed again: nothing mixes
+    devices, the numbers are the CPU's, and a run that was begun on one goes on on the other."""
     done = run("tests.cuda.training", tmp_path / "runs", stage)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == f"{stage}: 2 steps agree"
+    compared = {"evaluations": 5}.get(stage, 2)  # tasks; steps; failed steps
+    assert done.stdout.splitlines()[-1] == f"{stage}: {compared} agree"
 
 
 # ---------------------------------------------------------------------------------------------- which device it is
@@ -141,6 +142,12 @@ def test_a_stage_on_a_gpu(stage: str, tmp_path: Path) -> None:
         assert compare(stage, tmp_path / "runs", "cuda") == 2
     texts = [str(warning.message) for warning in said]
     assert not [text for text in texts if "runs instead" in text or "CUDA graph" in text]
+
+
+@pytest.mark.gpu
+def test_evaluations_and_replays_on_a_gpu(tmp_path: Path) -> None:
+    assert compare_evaluations(tmp_path / "evaluations", "cuda") == 5
+    assert compare_replays(tmp_path / "replays", "cuda") == 2
 
 
 @pytest.mark.gpu

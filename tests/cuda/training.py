@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from dschat import config as configs
 from dschat import device as devices
-from dschat.rlhf import dpo, grpo, models, ppo, reward, rloo, sft
+from dschat.rlhf import dpo, evals, grpo, models, ppo, replay, reward, rloo, sft
 from dschat.rlhf.metrics import read_lines
 from dschat.rlhf.run import Run
 from tests.cuda.pretend import move, on_the_device
@@ -33,6 +36,10 @@ ROWS = [
 ONLINE = {
     "reward": [str(STORIES)], "max_new_tokens": 5, "max_prompt_length": 16, "prompts_per_step": 2,
     "samples_per_prompt": 2, "batch_size": 2, "ppo_epochs": 2, "compare_hf": 2,
+}  # fmt: skip
+TURNS = {
+    "environment": f"{__file__}:Turns", "reward": [], "compare_hf": 0, "max_turns": 2, "turn_tokens": 4,
+    "max_new_tokens": 24, "critic_update": "lora", "critic_lora_r": 2,
 }  # fmt: skip
 STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sft": (sft.train, configs.SFTConfig, {"response": "chosen"}),
@@ -48,8 +55,21 @@ STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "ema_decay": 0.9, "unsup_coef": 0.1, "unsup_length": 8, "importance_cap": 2.0, "reward_norm": "batch",
     }),
     "grpo": (grpo.train, configs.GRPOConfig, {**ONLINE, "kl_place": "loss", "flat_groups": "drop"}),
+    "ppo-turns": (ppo.train, configs.PPOConfig, {**ONLINE, **TURNS}),
     "rloo": (rloo.train, configs.RLOOConfig, {**ONLINE, "reward_norm": "running"}),
 }  # fmt: skip
+
+
+class Turns:
+    """Answers once; the reward is the turn's number."""
+
+    def reset(self, **columns: Any) -> str:
+        self.turn = 0
+        return "Once upon a time"
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        self.turn += 1
+        return " Then Tom said:", float(self.turn), self.turn == 2
 
 
 class Stopped(BaseException):
@@ -86,21 +106,15 @@ def compare(stage: str, folder: Path, device: str, away: Any = contextlib.nullco
     """All here; all on `device`, in the context that `away` makes; the first step here and the second there; and the
     other way round. Raises AssertionError where numbers differ; returns how many steps were compared."""
     train, config, keys = STAGES[stage]
-    folder.mkdir(parents=True)
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    common = {
-        "model": str(STORIES), "data": [str(rows)], "eval_data": [str(rows)], "dtype": "float32", "lora_r": 4,
-        "batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "tensorboard": False, "progress": False,
-    }  # fmt: skip
+    keys = common(folder) | keys
     if keys.get("unsup_coef"):
-        keys = {**keys, "unsup_data": [str(rows)]}
+        keys["unsup_data"] = keys["data"]
 
     def part(name: str, there: bool, until: int = 0) -> None:
         where = {"output_dir": str(folder / name), "device": device if there else "cpu"}
         with away() if there else contextlib.nullcontext():
             with stopped_after(until) if until else contextlib.nullcontext():
-                train(config(**{**common, **keys, **where}))
+                train(config(**{**keys, **where}))
 
     part("here", False)
     part("there", True)
@@ -116,6 +130,65 @@ def compare(stage: str, folder: Path, device: str, away: Any = contextlib.nullco
                     b[key], a[key], rtol=1e-3, atol=1e-4, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"
                 )
     return len(expected)
+
+
+def common(folder: Path) -> dict[str, Any]:
+    """Keys of every stage, with data in `folder`, which is made."""
+    folder.mkdir(parents=True)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return {
+        "model": str(STORIES), "data": [str(rows)], "eval_data": [str(rows)], "dtype": "float32", "lora_r": 4,
+        "batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "tensorboard": False, "progress": False,
+    }  # fmt: skip
+
+
+def compare_evaluations(folder: Path, device: str, away: Any = contextlib.nullcontext) -> int:
+    """The tasks of `dschat eval`, here and there; returns how many."""
+    data = common(folder)["data"]
+    labelled = folder / "labelled.jsonl"
+    labelled.write_text(
+        "".join(json.dumps({"text": r["prompt"], "label": i % 2}) + "\n" for i, r in enumerate(ROWS))
+    )
+    judge = str(folder / "judge")
+    scorer = models.load_scorer(str(STORIES), torch.float32)
+    models.save_model(scorer, models.load_tokenizer(str(STORIES)), judge, merge=True)
+    tasks: list[dict[str, Any]] = [
+        {"task": "perplexity"}, {"task": "kl", "against": str(STORIES), "samples": 2},
+        {"task": "win_rate", "against": str(STORIES), "judge": judge, "temperature": 0.0},
+        {"task": "reward", "model": judge}, {"task": "classify", "model": judge, "data": [str(labelled)]},
+    ]  # fmt: skip
+    for keys in tasks:
+        found = []
+        for there in (False, True):
+            with away() if there else contextlib.nullcontext():
+                settings = {"model": str(STORIES), "data": data, **keys, "device": device if there else "cpu"}
+                config = configs.EvalConfig(dtype="float32", max_new_tokens=5, batch_size=2, **settings)
+                found.append(evals.run(config))
+        for a, b in zip(*map(tree_leaves, found), strict=True):
+            same = math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) if isinstance(a, float) else a == b
+            assert same, f"{keys['task']}: {a} here, {b} there; {found}"
+    return len(tasks)
+
+
+def compare_replays(folder: Path, device: str, away: Any = contextlib.nullcontext) -> int:
+    """Failed steps of runs of here and of there, computed again here and there; returns how many."""
+    keys = common(folder)
+    too_fast = {"dpo": {"learning_rate": 1e25}, "ppo": {**STAGES["ppo"][2], "critic_learning_rate": 1e25}}
+    for stage, more in too_fast.items():
+        found = set()
+        for there in (False, True):
+            run = folder / f"{stage}-{there}"
+            settings = {**keys, **more, "output_dir": str(run), "device": device if there else "cpu"}
+            train, config, _ = STAGES[stage]
+            with away() if there else contextlib.nullcontext(), contextlib.suppress(configs.ConfigError):
+                train(config(**settings))
+            (failed,) = run.glob("failed-step-*")
+            for where in ("cpu", device):
+                with away() if where == device else contextlib.nullcontext():
+                    found.add(replay.replay(str(failed), where).where)
+        assert len(found) == 1 and "" not in found, f"{stage}: {found}"
+    return len(too_fast)
 
 
 # -------------------------------------------------------------------------------------------- the pretended device
@@ -141,7 +214,7 @@ def pretended() -> Iterator[None]:
     chooser, writer = devices, models  # type: Any, Any
     before = chooser.use, chooser.place, writer._save_model
     chooser.use = lambda name: torch.device("pretend", 0)
-    chooser.place = lambda model, device: move(model)
+    chooser.place = lambda model, device: model if device.type == "cpu" else move(model)
     # transformers looks at storages, which a pretended tensor does not have
     writer._save_model = lambda model, *rest: before[2](home(model), *rest)
     try:
@@ -155,4 +228,6 @@ if __name__ == "__main__":
     _setup_privateuseone_for_python_backend("pretend")
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
-        print(f"{name}: {compare(name, Path(sys.argv[1]) / name, 'auto', pretended)} steps agree")
+        others = {"evaluations": compare_evaluations, "replays": compare_replays}
+        compared = others.get(name, partial(compare, name))
+        print(f"{name}: {compared(Path(sys.argv[1]) / name, 'auto', pretended)} agree")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +314,19 @@ def test_per_token_reward_model_learns(base):
         "reward", base, lora_r=4, learning_rate=1e-2, epochs=4, loss="per_token", eval_data=base["data"]
     )
     assert result["eval_accuracy"] > 0.9
+
+
+def test_auto_dtype_stays_what_it_was_where_the_run_began(base, kill_after, monkeypatch):
+    """A run begun on a GPU, in bfloat16, goes on in bfloat16 on a CPU where auto is float32."""
+    keys = {"dtype": "auto", "max_steps": 2, "response": "chosen"}
+    pick = models.pick_dtype
+    for auto in (torch.bfloat16, torch.float32):
+        kill_after(2 if auto == torch.bfloat16 else None)
+        monkeypatch.setattr(
+            models, "pick_dtype", lambda name, *_, a=auto: a if name == "auto" else pick(name)
+        )
+        with contextlib.suppress(Killed):
+            run("sft", base, **keys)
+    assert json.loads((Path(base["output_dir"]) / "run.json").read_text())["dtype"] == "bfloat16"
+    written = load_file(Path(base["output_dir"]) / "model" / "model.safetensors")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
