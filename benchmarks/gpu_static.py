@@ -67,6 +67,7 @@ def specimens() -> list[Specimen]:
 def _specimens(dtype: torch.dtype) -> list[Specimen]:
     from dschat_kernels.cache import CHUNK, LANES, PAGE
     from dschat_kernels.triton import (
+        _digest,
         attention,
         attention_decode,
         bias_act,
@@ -150,6 +151,10 @@ def _specimens(dtype: torch.dtype) -> list[Specimen]:
         ("lora_linear", lambda: lora_linear.lora_linear(t(tokens, hidden), t(hidden, hidden), None, f(rank, hidden),
                                                         f(hidden, rank), 1.0),
          (hidden * hidden + 2 * tokens * hidden) * size, 2 * tokens * hidden * (hidden + 2 * rank)),
+        ("linear_prefill", lambda: linear.linear(t(4096, hidden), t(hidden, hidden), None, hidden, hidden, False,
+                                                 "none", None, False),
+         (hidden * hidden + 2 * 4096 * hidden) * size, 2 * 4096 * hidden * hidden),
+        ("digest", lambda: _digest.digest(torch.zeros(2**20, dtype=torch.int32)), 2**22, 2**22),
         ("fuse_lora", lambda: lora_linear.fuse_lora(t(hidden, hidden), f(rank, hidden), f(hidden, rank), 1.0),
          2 * hidden * hidden * size, 2 * hidden * hidden * rank),
         ("sample", lambda: sample.sample(t(rows, vocab), 1.0, 50, 0.9, 0.01, 2**40, torch.zeros(rows).long(),

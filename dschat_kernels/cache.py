@@ -327,7 +327,7 @@ class PagedKVCache:
                 f"slot {slot} shares the pages of places {start} to {start + n - 1}: call prepare_append "
                 "first."
             )
-        place = torch.arange(start, start + n)
+        place = torch.arange(start, start + n, device="cpu")
         page = torch.from_numpy(self._table[slot].astype(np.int64))[place // PAGE].to(self.device)
         inside = (place % PAGE).to(self.device)
         # Advanced indices separated by a slice put their dimension first: [n, Hkv, D].

@@ -41,7 +41,9 @@ class PagedDynamicCache(DynamicCache):
         self.fresh_packs = False  # the packs were refreshed for this cache and no token was written since
         self.paged: PagedKVCache | None = None
         self.slots: list[int] = []
-        self.mask = torch.zeros(0, 0, dtype=torch.bool)  # [rows, columns]: which columns hold a token
+        self.mask = torch.zeros(
+            0, 0, dtype=torch.bool, device="cpu"
+        )  # [rows, columns]: which columns hold a token
         self._is_dense = False
 
     # ------------------------------------------------------------------------------------- ragged rows
@@ -59,7 +61,7 @@ class PagedDynamicCache(DynamicCache):
         """An empty cache changes its decoder."""
         self._new_cache, self.owner = new_cache, owner
         self.paged, self.slots = None, []
-        self.mask = torch.zeros(0, 0, dtype=torch.bool)
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
     def open(self, rows: int, columns: int) -> PagedKVCache:
         """Room for `columns` columns in all of each of `rows` rows; an empty cache takes its number of rows
@@ -67,7 +69,7 @@ class PagedDynamicCache(DynamicCache):
         if self.paged is None:
             self.paged = self._new_cache(rows, max(columns, self._max_length))
             self.slots = list(range(rows))
-            self.mask = torch.zeros(rows, 0, dtype=torch.bool)
+            self.mask = torch.zeros(rows, 0, dtype=torch.bool, device="cpu")
         elif columns > self.paged.max_length:
             self._rebuild(list(range(rows)), max(columns, 2 * self.paged.max_length))
         assert self.paged is not None
@@ -187,7 +189,7 @@ class PagedDynamicCache(DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self._is_dense:
             return super().batch_select_indices(indices)
-        self._select(torch.arange(self.rows)[indices].tolist())
+        self._select(torch.arange(self.rows, device="cpu")[indices].tolist())
 
     def _select(self, sources: list[int]) -> None:
         if self.paged is None:

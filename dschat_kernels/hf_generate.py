@@ -314,12 +314,12 @@ class FusedForward:
         """Which new columns hold tokens, bool [rows, columns]; a reason when mask or positions are not a
         plain padding."""
         past = cache.get_seq_length()
-        seen = cache.mask if past else torch.zeros(rows, 0, dtype=torch.bool)
+        seen = cache.mask if past else torch.zeros(rows, 0, dtype=torch.bool, device="cpu")
         mask = arguments.get("attention_mask")
         if mask is None:
             if not bool(seen.all()):
                 return "attention_mask is missing, and the cache holds padding"
-            new = torch.ones(rows, columns, dtype=torch.bool)
+            new = torch.ones(rows, columns, dtype=torch.bool, device="cpu")
         else:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 return "attention_mask is not 2-D"
@@ -335,7 +335,7 @@ class FusedForward:
             return "a row has no token at all"
         if any(layer.window is not None for layer in self.decoder.spec.layers):
             # A window counts columns; dropping padding between tokens would let it see farther.
-            shift = torch.arange(past, past + columns) - ordinals
+            shift = torch.arange(past, past + columns, device="cpu") - ordinals
             first = torch.cat([seen, new], dim=1).to(torch.int8).argmax(1, keepdim=True)
             if not bool(((shift == first) | ~new).all()):
                 return "the mask has holes, and the model has a sliding window"
@@ -343,7 +343,7 @@ class FusedForward:
         if positions is None:
             if mechanism(self.decoder.spec.trunk) in ("trunk.opt", "trunk.bloom"):
                 return new  # its positions come from the mask
-            positions = torch.arange(past, past + columns)[None]
+            positions = torch.arange(past, past + columns, device="cpu")[None]
         elif not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:
             return "position_ids is not [rows, columns]"
         if not bool(((positions == ordinals) | ~new).all()):

@@ -804,7 +804,7 @@ class NativeExecutor:
             rows = max(1, selected if name in ("sel", "projected", "logits") else tokens)
             dtype = torch.float32 if name == "logits" else self.decoder.dtype
             if name not in self.buffers or self.buffers[name].shape[0] < rows:
-                self.buffers[name] = torch.zeros(rows, width, dtype=dtype)
+                self.buffers[name] = torch.zeros(rows, width, dtype=dtype, device="cpu")
         self.plan = None
 
     def _build(self, calls: Sequence[OpCall]) -> Any:

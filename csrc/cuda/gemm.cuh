@@ -1,6 +1,7 @@
 // The matrix product under linear, lora_linear and token_logprobs: a block's tile of x W^T, both operands with k side by
 // side. Every sum runs over k in one order, whatever the tile's height or the other rows, so a row's bits depend on
-// nothing else: float32 by fmaf over k = 0, 1, ...; bfloat16 and float16 on tensor cores, 16 of k at a time.
+// nothing else: float32 by fmaf over 16 of k, whose sums are added in order; bfloat16 and float16 on tensor cores, 16 of
+// k at a time.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -105,15 +106,18 @@ template <typename T, int kHeight> struct GemmTile {
     constexpr int pitch = kPitch / 4;
     const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
     const float* w = stage + (rows + x % 8 + x / 8 * 16) * pitch;
+    float part[pairs][2] = {};  // short sums round less
     for (int k = 0; k < slice; ++k) {
       const float b[2][2] = {{w[k], w[8 * pitch + k]}, {w[32 * pitch + k], w[40 * pitch + k]}};
 #pragma unroll
       for (int i = 0; i < pairs; ++i) {
         const float a = stage[(y + i / 2 * 8) * pitch + k];
-        sum[i][0] = fmaf(a, b[i % 2][0], sum[i][0]);
-        sum[i][1] = fmaf(a, b[i % 2][1], sum[i][1]);
+        part[i][0] = fmaf(a, b[i % 2][0], part[i][0]);
+        part[i][1] = fmaf(a, b[i % 2][1], part[i][1]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < pairs; ++i) sum[i][0] += part[i][0], sum[i][1] += part[i][1];
   }
 
   __device__ __forceinline__ void multiply_matrices(const unsigned char* stage) {

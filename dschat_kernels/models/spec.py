@@ -108,7 +108,10 @@ class RopeSpec:
 
     def tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the positions 0 .. positions - 1, float32 [positions, rotary_dim / 2] on the CPU."""
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self.inv_freq.float().cpu()[None]
+        angles = (
+            torch.arange(positions, dtype=torch.float32, device="cpu")[:, None]
+            * self.inv_freq.float().cpu()[None]
+        )
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
 

@@ -31,7 +31,12 @@ def product(
         w = tl.load(b_place, mask=inside[:, None] & b_inside[None, :], other=0.0)
         if WIDE:
             x, w = x.to(tl.float32), w.to(tl.float32)
-        total = tl.dot(x, w, total, input_precision="ieee")
+        if x.dtype == tl.float32:
+            # Short sums round less. Written as an addition, the compiler would sum into total again.
+            part = tl.dot(x, w, input_precision="ieee")
+            total = tl.fma(part, tl.full(total.shape, 1.0, tl.float32), total)
+        else:
+            total = tl.dot(x, w, total)
         a_place += K * a_k
         b_place += K * b_k
     return total
@@ -81,8 +86,12 @@ def tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> Config:
     """
     if dtype == torch.float32:
         return WIDE_TILE
-    if rows > 1024 and depth >= 64:
-        return Config({"M": 128, "N": 128, "K": 64}, num_warps=8, num_stages=3)
-    if rows <= 64 and columns < 32768 and depth >= 128:
-        return Config({"M": 64, "N": 16 if columns <= 4096 else 32, "K": 128}, num_warps=4, num_stages=3)
-    return Config({"M": 64, "N": 64, "K": 64 if depth > 32 else 32}, num_warps=8, num_stages=4)
+    if depth < 128:
+        return Config({"M": 64, "N": 64, "K": 64 if depth > 32 else 32}, num_warps=8, num_stages=4)
+    if rows > 1024:
+        return Config({"M": 128, "N": 128, "K": 32}, num_warps=8, num_stages=4)
+    if rows > 64:
+        return Config({"M": 64, "N": 64, "K": 64}, num_warps=8, num_stages=4)
+    if columns < 12288:
+        return Config({"M": 64, "N": 16 if columns < 3072 else 32, "K": 128}, num_warps=4, num_stages=4)
+    return Config({"M": 64, "N": 64, "K": 64}, num_warps=4, num_stages=5)

@@ -201,7 +201,7 @@ def sample(
             "min_p": _float_from_above(min_p), "seed": seed,
             "GREEDY": greedy, "TOP_K": 0 < top_k < vocab, "TOP_P": top_p < 1.0, "CHUNK": VOCAB_CHUNK,
         },
-        Config(num_warps=8, num_stages=1),
+        Config(num_warps=8, num_stages=1, fp_fusion=False),  # as the log-probs of token_logprobs
     )  # fmt: skip
     raise_for_bad_rows(tokens, temperature)
     return tokens, log_probs

@@ -175,6 +175,7 @@ def rope_append_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             for name in (backend, "reference"):
                 cache = PagedKVCache(1, kv_heads, dim, 6, 2, 3, dtype, torch.get_default_device())
                 cache.prepare_append([1, 0], [128, 128])
+                cache.sync()
                 out = rope_append.rope_append(
                     q, k, v, cos, sin, positions, slots, cache.k[0], cache.v[0], cache.block_table, backend=name,
                     **({"style": style} if style else {}),

@@ -12,8 +12,8 @@ from dschat_kernels.ops.bias_act import bias_act
 from tests.helpers import cuda_refusal
 
 
-@pytest.mark.parametrize("able", [("cuda", "triton"), ("cuda",), ("triton",), ()], ids=str)
-def test_on_a_gpu_cuda_goes_before_triton_and_triton_before_the_reference(
+@pytest.mark.parametrize("able", [("triton", "cuda"), ("triton",), ("cuda",), ()], ids=str)
+def test_on_a_gpu_triton_goes_before_cuda_and_cuda_before_the_reference(
     able: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_common, "_said", set())
@@ -23,7 +23,7 @@ def test_on_a_gpu_cuda_goes_before_triton_and_triton_before_the_reference(
     if able:
         assert _common.resolve_backend("bias_act", None, x) == able[0]
         return
-    with pytest.warns(UserWarning, match="no cuda; no triton; the PyTorch reference runs instead"):
+    with pytest.warns(UserWarning, match="no triton; no cuda; the PyTorch reference runs instead"):
         assert _common.resolve_backend("bias_act", None, x) == "reference"
 
 

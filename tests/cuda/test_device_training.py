@@ -25,7 +25,7 @@ def run(*words: object, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=900,
-        env={**os.environ, **hidden, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **hidden, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
     )  # fmt: skip
 
 
