@@ -216,7 +216,6 @@ class TestPartlyKnown:
         ("name", "fields", "words"),
         [
             ("olmo", {"clip_qkv": 3.0}, "config.clip_qkv=3.0"),
-            ("falcon-sequential", {"alibi": True}, "config.alibi=True"),
             (
                 "bloom",
                 {"pretraining_tp": 2, "slow_but_exact": True},

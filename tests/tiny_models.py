@@ -150,6 +150,8 @@ _GPTJ = {k: v for k, v in _GPT2.items() if k != "n_embd"} | {"n_embd": 48, "rota
 _NEOX = {**_LLAMA, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _FALCON = {**_LLAMA, "ffn_hidden_size": 56, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+# 16 heads: slopes that are no powers of two, whose biases bfloat16 rounds from the third token on
+_SLOPES = {"hidden_size": 64, "num_attention_heads": 16, "num_kv_heads": 16}
 _BLOOM = {
     "vocab_size": 67,
     "hidden_size": 48,
@@ -314,6 +316,11 @@ CONFIGS.update(
             FalconConfig,
             {**_FALCON, "multi_query": False, "parallel_attn": False, "num_kv_heads": 4},
         ),
+        "falcon-alibi": (
+            FalconConfig,
+            {**_FALCON, **_SLOPES, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        ),
+        "falcon-alibi-queries": (FalconConfig, {**_FALCON, **_SLOPES, "multi_query": True, "alibi": True}),
         "glm": (GlmConfig, {**_LLAMA, "head_dim": 16, "attention_bias": True}),
         "helium": (HeliumConfig, {**_LLAMA, "head_dim": 12}),
         "internlm3": (InternLM3Config, {**_LLAMA, "head_dim": 16, "qkv_bias": True, "bias": True}),
@@ -408,6 +415,7 @@ MECHANISMS = (
     "bloom-residual",
     "falcon",
     "falcon-new",
+    "falcon-alibi",
     "glm",
 )
 
