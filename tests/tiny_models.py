@@ -231,7 +231,7 @@ CONFIGS.update(
                 "final_logit_softcapping": 4.0,
             },
         ),
-        "olmo": (OlmoConfig, _LLAMA),
+        "olmo": (OlmoConfig, {**_LLAMA, "attention_bias": True}),
         "olmo2": (Olmo2Config, {**_LLAMA, "attention_bias": True}),
         "smollm3": (
             SmolLM3Config,
@@ -322,7 +322,8 @@ CONFIGS.update(
         ),
         "falcon-alibi-queries": (FalconConfig, {**_FALCON, **_SLOPES, "multi_query": True, "alibi": True}),
         "glm": (GlmConfig, {**_LLAMA, "head_dim": 16, "attention_bias": True}),
-        "helium": (HeliumConfig, {**_LLAMA, "head_dim": 12}),
+        "glm-plain": (GlmConfig, {**_LLAMA, "head_dim": 16, "attention_bias": False}),
+        "helium": (HeliumConfig, {**_LLAMA, "head_dim": 12, "attention_bias": True, "mlp_bias": True}),
         "internlm3": (InternLM3Config, {**_LLAMA, "head_dim": 16, "qkv_bias": True, "bias": True}),
         "llama-yarn-options": (
             LlamaConfig,
