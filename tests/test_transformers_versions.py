@@ -1,5 +1,5 @@
 """The contract with transformers: which versions, and what of them the adapters, the fused forward and its cache rely
-on. `.ci/transformers` runs this file and the adapters' tests with the newest version that pip gives, or with a given one."""
+on. `.ci/transformers` runs this file and the adapters' tests with the newest version that pip gives, or a given one."""
 
 from __future__ import annotations
 

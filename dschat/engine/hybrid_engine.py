@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.graphs import DecodeGraphs
+from dschat_kernels.hf_generate import check_one_dtype
 from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.plan import Decoder, RefreshStats
@@ -80,6 +81,7 @@ class HybridEngine:
             _check_exact(rollout_weights)
         self.exact = exact
         self.packed = PackedModel(model, backend=backend)
+        check_one_dtype(self.spec)
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
         self._cuda_graphs = cuda_graphs
         self.graphs: DecodeGraphs | None = None

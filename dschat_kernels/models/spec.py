@@ -167,9 +167,9 @@ class DecoderSpec:
     weight. `positions` is only a weight holder: its own forward may take other arguments. `max_positions` is
     how many positions exist: a hard limit for learned positions and fixed tables (`positions_end`), the
     trained context for rotary. `alibi`: slope of every query head, which biases the scores as
-    `ops.attention` says. `cache_repeats`: how often the model's own code repeats every kv head in its cache. `dropout` lists
-    every probability above zero by its place ("layers.0.attn.attn_dropout": 0.1): active in training mode
-    only, and not part of the fused decoder."""
+    `ops.attention` says. `cache_repeats`: how often the model's own code repeats every kv head in its cache.
+    `dropout` lists every probability above zero by its place ("layers.0.attn.attn_dropout": 0.1): active in
+    training mode only, and not part of the fused decoder."""
 
     model_type: str
     hidden_size: int
