@@ -132,8 +132,8 @@ class FusedForward:
 
     # ----------------------------------------------------------------------------------------- weights
 
-    def refresh(self) -> str | None:
-        """Bring spec and packs up to date; the reason when the model is no longer covered."""
+    def describe(self) -> str | None:
+        """Bring spec and decoder up to date, but no packs; the reason when the model is no longer covered."""
         try:
             spec = decoder_spec(self.model)
             check_dtypes(spec)
@@ -141,6 +141,12 @@ class FusedForward:
                 self.decoder = self._make(spec)
         except Unsupported as refused:
             return str(refused)
+        return None
+
+    def refresh(self) -> str | None:
+        """Bring spec and packs up to date; the reason when the model is no longer covered."""
+        if (refused := self.describe()) is not None:
+            return refused
         self._inner = [module for module in self.model.modules() if module is not self.model]
         reason = self._hook()
         if reason is None:
