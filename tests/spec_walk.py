@@ -32,7 +32,7 @@ def norm(spec: NormSpec | None, x: torch.Tensor) -> torch.Tensor:
 
 
 def linear(spec: LinearSpec, x: torch.Tensor) -> torch.Tensor:
-    y = spec.module(x)
+    y = F.linear(x, spec.module.weight) if spec.weight_only else spec.module(x)  # type: ignore[arg-type]
     if spec.rows is None:
         return y
     rows = [spec.rows] if isinstance(spec.rows[0], int) else spec.rows

@@ -217,11 +217,6 @@ class TestPartlyKnown:
         ("name", "fields", "words"),
         [
             ("olmo", {"clip_qkv": 3.0}, "config.clip_qkv=3.0"),
-            (
-                "bloom",
-                {"pretraining_tp": 2, "slow_but_exact": True},
-                "slow_but_exact=True with pretraining_tp=2",
-            ),
             ("gemma3", {"use_bidirectional_attention": True}, "is not causal"),
         ],
     )
@@ -273,7 +268,7 @@ class TestOptions:
          "tie_word_embeddings", "summary_use_proj", "summary_proj_to_labels", "summary_activation"]
     )  # fmt: skip
     LEFT = frozenset(  # to transformers, with a reason (TestPartlyKnown), or of no effect (TestSpecs)
-        [("bloom", "slow_but_exact"), ("olmo", "clip_qkv"), ("gemma3_text", "attn_logit_softcapping"),
+        [("olmo", "clip_qkv"), ("gemma3_text", "attn_logit_softcapping"),
          *((family, "use_bidirectional_attention") for family in ("gemma", "gemma2", "gemma3_text"))]
     )  # fmt: skip
 

@@ -299,6 +299,7 @@ CONFIGS.update(
             BloomConfig,
             {**_BLOOM, "apply_residual_connection_post_layernorm": True, "n_head": 6, "hidden_size": 36},
         ),
+        "bloom-slices": (BloomConfig, {**_BLOOM, "pretraining_tp": 2, "slow_but_exact": True}),
         "falcon": (FalconConfig, {**_FALCON, "multi_query": True, "parallel_attn": True, "bias": True}),
         "falcon-new": (FalconConfig, {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
         "falcon-new-one-norm": (

@@ -287,11 +287,6 @@ def _bloom(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> At
         build_alibi_tensor="alibi",
         _get_alibi_slopes="alibi.slopes",
     )
-    if module.pretraining_tp > 1 and module.slow_but_exact:
-        raise Unsupported(
-            f"{name} has slow_but_exact=True with pretraining_tp={module.pretraining_tp}, which sums the projection "
-            "in slices; set config.slow_but_exact=False"
-        )
     if module.beta != 1.0:
         raise Unsupported(f"{name}.beta={module.beta}: scaled position biases are not fused")
     dropout.see(f"{name}.attention_dropout", module.attention_dropout)
@@ -300,7 +295,7 @@ def _bloom(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> At
     slopes = global_of(module, "_get_alibi_slopes")(heads, torch.device("cpu"))
     return Attention(
         **_rows(module.query_key_value, f"{name}.query_key_value", [(part, dim) for part in "qkv"] * heads),
-        o=parts.linear(module.dense, f"{name}.dense"),
+        o=parts.bloom_linear(module, "dense", name),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=dim,

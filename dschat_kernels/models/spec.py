@@ -80,10 +80,12 @@ class LinearSpec:
     or a PEFT LoRA layer around one of them; training calls `module(x)`, so adapters and hooks stay in play.
 
     `rows` is the slice of *output* features that this projection owns when the module is fused (qkv,
-    gate/up), or several slices that follow each other (qkv interleaved by heads); None: all of them."""
+    gate/up), or several slices that follow each other (qkv interleaved by heads); None: all of them.
+    `weight_only`: the model multiplies by the module's weight past the module; its bias takes no part."""
 
     module: nn.Module
     rows: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
+    weight_only: bool = False
 
     def pieces(self) -> list[LinearSpec]:
         """The projection as projections of one slice each."""
