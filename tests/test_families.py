@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dschat_kernels as dk
 from dschat_kernels.models import Unsupported, decoder_spec
@@ -285,6 +286,10 @@ class TestOptions:
                 if all(getattr(config, name, None) == default for config in ours):
                     missing.append(f"{plain.model_type}.{name}={default}")
         assert sorted(missing) == []
+
+    def test_every_kind_of_rotary_scaling(self) -> None:
+        kinds = {(fields.get("rope_parameters") or {}).get("rope_type") for _, fields in CONFIGS.values()}
+        assert set(ROPE_INIT_FUNCTIONS) <= kinds
 
     @pytest.mark.parametrize("kind", sorted({config.model_type for config, _ in CONFIGS.values()}))  # type: ignore[attr-defined]
     @torch.no_grad()

@@ -80,6 +80,7 @@ NORMS = (
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_type": "default"},
     {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     {

@@ -138,6 +138,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
 }
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+_PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -181,6 +182,7 @@ _GPT_NEO = {
 CONFIGS.update(
     {
         "llama-dynamic": (LlamaConfig, {**_LLAMA, "rope_parameters": _DYNAMIC}),
+        "llama-proportional": (LlamaConfig, {**_LLAMA, "rope_parameters": _PROPORTIONAL}),
         "phi3-longrope": (
             Phi3Config,
             {**_LLAMA, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64},
