@@ -285,8 +285,9 @@ def check(model: Any) -> None:
         wide = copy.deepcopy(model).double()
         exact = torch.cat([wide(row[None]).logits[0] for row in rows])
     error, own = (float((x.double() - exact).abs().max()) for x in (logits, theirs))
-    # A norm over a handful of features can magnify any rounding a hundredfold.
-    assert error <= 2 * own + 2e-5 * float(exact.abs().max()), (error, own)
+    if error > 2 * own + 2e-5 * float(exact.abs().max()):
+        # A norm of a nearly zero branch magnifies any rounding: no further than it does that of the weights.
+        assert error <= 4 * _rounding(wide, rows, exact), (error, own)
 
     assert torch.equal(torch.cat([prefill([row]) for row in rows]), logits)
     cache = decoder.new_cache(1, 32)
@@ -303,6 +304,18 @@ def check(model: Any) -> None:
     _exact_bits(packed, decoder, logits, ids, mask)
     _gradients(model, packed, ids, mask)
     _greedy(model, ids, mask)
+
+
+@torch.no_grad()
+def _rounding(wide: Any, rows: list[torch.Tensor], exact: torch.Tensor) -> float:
+    """How far the logits of a float64 model move where float32 rounds each of its weights, at most of four times."""
+    moved = []
+    for seed in range(4):
+        generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(wide)
+        for p in other.parameters():
+            p.mul_(1 + 2.0**-24 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        moved.append((torch.cat([other(row[None]).logits[0] for row in rows]) - exact).abs().max())
+    return float(max(moved))
 
 
 def _exact_bits(packed: Any, decoder: Any, logits: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
