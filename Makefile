@@ -1,6 +1,7 @@
 # make run     the quickstart: SFT, reward model and PPO of a real small chat model
 # make test    the test suite
-# make test-full   the same with every size, dtype and architecture of the GPU kernels, also in the checking build (hours)
+# make test-full   nightly: the same with 2000 random models, and with every size, dtype and architecture of the GPU
+#                  kernels, also in the checking build (hours)
 # make lint    ruff and mypy
 # make bench   kernels, then generation against HF
 # make gpu-check   for the owner of a GPU: build, test and measure; GPU_PYTHON has PyTorch for CUDA and the project's needs
@@ -23,7 +24,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
 
 test-full: $(VENV)/.installed
-	DSCHAT_TEST_ALL_KERNELS=1 $(BIN)/python -m pytest -q
+	DSCHAT_RANDOM_MODELS=2000 DSCHAT_TEST_ALL_KERNELS=1 $(BIN)/python -m pytest -q
 	$(BIN)/python -m benchmarks.gpu_static
 
 lint: $(VENV)/.installed

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec
@@ -229,7 +229,9 @@ class _Walk:
         """The output of a projection of one slice; `outputs` of the modules called so far."""
         y = outputs.get(id(spec.module))
         if y is None:
-            y = outputs[id(spec.module)] = spec.module(x)
+            module: Any = spec.module
+            y = nn.functional.linear(x, module.weight) if spec.weight_only else module(x)
+            outputs[id(module)] = y
         if spec.rows is None:
             return y
         rows: Any = spec.rows

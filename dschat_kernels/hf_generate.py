@@ -71,6 +71,14 @@ def spec_key(spec: Any) -> Any:
 
 def check_dtypes(spec: DecoderSpec) -> None:
     """One dtype of weights, one that the kernels have, all on one device."""
+    check_one_dtype(spec)
+    weight: Any = spec.embed.weight
+    if weight.dtype not in (DTYPES if weight.device.type == "cpu" else OP_DTYPES):
+        raise Unsupported(f"the model's dtype is {weight.dtype}: the fused decoder runs float32 and bfloat16")
+
+
+def check_one_dtype(spec: DecoderSpec) -> None:
+    """One dtype of weights, all on one device."""
     embed: Any = spec.embed
     weights: list[tuple[str, Tensor]] = [("the embedding", embed.weight)]
     for layer in spec.layers:
@@ -94,8 +102,6 @@ def check_dtypes(spec: DecoderSpec) -> None:
                 f"{place} is on {weight.device} and the embedding on {device}: the fused decoder needs the model "
                 "on one device"
             )
-    if first not in (DTYPES if device.type == "cpu" else OP_DTYPES):
-        raise Unsupported(f"the model's dtype is {first}: the fused decoder runs float32 and bfloat16")
 
 
 class FusedForward:
@@ -126,8 +132,8 @@ class FusedForward:
 
     # ----------------------------------------------------------------------------------------- weights
 
-    def refresh(self) -> str | None:
-        """Bring spec and packs up to date; the reason when the model is no longer covered."""
+    def describe(self) -> str | None:
+        """Bring spec and decoder up to date, but no packs; the reason when the model is no longer covered."""
         try:
             spec = decoder_spec(self.model)
             check_dtypes(spec)
@@ -135,6 +141,12 @@ class FusedForward:
                 self.decoder = self._make(spec)
         except Unsupported as refused:
             return str(refused)
+        return None
+
+    def refresh(self) -> str | None:
+        """Bring spec and packs up to date; the reason when the model is no longer covered."""
+        if (refused := self.describe()) is not None:
+            return refused
         self._inner = [module for module in self.model.modules() if module is not self.model]
         reason = self._hook()
         if reason is None:

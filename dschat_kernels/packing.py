@@ -97,7 +97,7 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
     if kind not in ("Linear", "FalconLinear", "Conv1D", "NonDynamicallyQuantizableLinear"):
         raise Unsupported(f"{name} is a {kind}: only nn.Linear, Conv1D and LoRA around them can be packed.")
     weight = module.weight.t() if kind == "Conv1D" else module.weight
-    bias = module.bias
+    bias = None if spec.weight_only else module.bias
     if spec.rows is not None:
         begin, end = spec.rows
         weight = weight[begin:end]

@@ -465,6 +465,18 @@ def is_patched(model: nn.Module) -> bool:
     )
 
 
+def shared_decoder(model: nn.Module, backend: str | None) -> Any:
+    """The decoder of the patch that is in the model, as its modules are now, for whoever wants one of that backend (as
+    it was asked for) and of the model's dtype: its packs then serve both. None where there is none."""
+    try:
+        found = vars(hf_model(model)).get(_MARK)
+    except Unsupported:
+        return None
+    if found is None or found.fused is None or found.backend != backend:
+        return None
+    return found.fused.decoder if found.fused.describe() is None else None
+
+
 def patch(model: nn.Module, *, strict: bool = False, backend: str | None = None) -> Patch:
     """Put fused kernels into this model instance; `Patch.undo()` or leaving a `with` block takes them out.
 

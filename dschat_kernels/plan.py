@@ -361,7 +361,7 @@ class Decoder:
         if self.dtype not in allowed:
             also = ", float16" if len(allowed) > 2 else ""
             raise Unsupported(
-                f"the model's dtype is {self.dtype}: the fused decoder runs float32 and bfloat16{also}."
+                f"the model's dtype is {self.dtype}: the fused decoder runs float32 and bfloat16{also}"
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: a pass needs at least 1 token.")

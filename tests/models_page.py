@@ -24,10 +24,9 @@ model](add_your_model.md) says what to do where something was not.
 """
 TAIL = """
 Left to transformers, and named in the report: mixtures of experts, latent attention, state spaces and linear
-attention, encoder-decoders, models that take more than text, Falcon with ALiBi, OLMo with `clip_qkv`, BLOOM with
-`slow_but_exact`, DoRA and other variants of LoRA, quantised linears, decoders whose layers differ in size. Norms,
-gates and activations of such a model are fused where they are known; `strict=True` raises instead. What bad input
-does is in [bad_input.md](bad_input.md).
+attention, encoder-decoders, models that take more than text, OLMo with `clip_qkv`, DoRA and other variants of LoRA,
+quantised linears, decoders whose layers differ in size. Norms, gates and activations of such a model are fused where
+they are known; `strict=True` raises instead. What bad input does is in [bad_input.md](bad_input.md).
 """
 
 

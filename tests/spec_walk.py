@@ -32,7 +32,7 @@ def norm(spec: NormSpec | None, x: torch.Tensor) -> torch.Tensor:
 
 
 def linear(spec: LinearSpec, x: torch.Tensor) -> torch.Tensor:
-    y = spec.module(x)
+    y = F.linear(x, spec.module.weight) if spec.weight_only else spec.module(x)  # type: ignore[arg-type]
     if spec.rows is None:
         return y
     rows = [spec.rows] if isinstance(spec.rows[0], int) else spec.rows
@@ -53,6 +53,12 @@ def rotate(spec: RopeSpec | None, x: torch.Tensor, positions: torch.Tensor) -> t
     return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2), rest], dim=-1)
 
 
+def biases(slopes: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
+    """ALiBi [heads, positions] of slopes [heads, 1]; negative slopes stand for Falcon's, in bfloat16."""
+    rounded = (-slopes).bfloat16() * positions.bfloat16()
+    return torch.where(slopes < 0, rounded.float() * scale, slopes * positions)
+
+
 def attention(spec: DecoderSpec, layer: LayerSpec, x: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(len(x))
     q = norm(layer.q_norm, linear(layer.q, x)).view(len(x), spec.num_heads, spec.head_dim)
@@ -64,7 +70,7 @@ def attention(spec: DecoderSpec, layer: LayerSpec, x: torch.Tensor) -> torch.Ten
     if spec.attn_softcap is not None:
         scores = spec.attn_softcap * torch.tanh(scores / spec.attn_softcap)
     if spec.alibi is not None:
-        scores = scores + torch.tensor(spec.alibi)[:, None, None] * positions
+        scores = scores + biases(torch.tensor(spec.alibi)[:, None], positions, layer.scale)[:, None]
     distance = positions[:, None] - positions[None, :]
     seen = (distance >= 0) & (distance < (layer.window or len(x)))
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)

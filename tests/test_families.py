@@ -3,6 +3,7 @@ transformers' own code finds in a cache that the fused decoder filled."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dschat_kernels as dk
 from dschat_kernels.models import Unsupported, decoder_spec
@@ -216,12 +218,6 @@ class TestPartlyKnown:
         ("name", "fields", "words"),
         [
             ("olmo", {"clip_qkv": 3.0}, "config.clip_qkv=3.0"),
-            ("falcon-sequential", {"alibi": True}, "config.alibi=True"),
-            (
-                "bloom",
-                {"pretraining_tp": 2, "slow_but_exact": True},
-                "slow_but_exact=True with pretraining_tp=2",
-            ),
             ("gemma3", {"use_bidirectional_attention": True}, "is not causal"),
         ],
     )
@@ -263,6 +259,53 @@ def test_real_names_are_in_the_table() -> None:
         "stablelm starcoder2 olmo2 smollm3 cohere granite internlm3"
     )
     assert set(promised.split()) <= types
+
+
+class TestOptions:
+    """Every option that changes what a family computes is switched on in one of its tiny models, or refused."""
+
+    NOT_COMPUTED = frozenset(  # caching, classifiers, and what every model of transformers has
+        [*inspect.signature(transformers.PreTrainedConfig).parameters, "use_cache", "is_decoder", "add_cross_attention",
+         "tie_word_embeddings", "summary_use_proj", "summary_proj_to_labels", "summary_activation"]
+    )  # fmt: skip
+    LEFT = frozenset(  # to transformers, with a reason (TestPartlyKnown), or of no effect (TestSpecs)
+        [("olmo", "clip_qkv"), ("gemma3_text", "attn_logit_softcapping"),
+         *((family, "use_bidirectional_attention") for family in ("gemma", "gemma2", "gemma3_text"))]
+    )  # fmt: skip
+
+    def test_every_option_is_on_somewhere(self) -> None:
+        missing = []
+        for config_class in {config_class for config_class, _ in CONFIGS.values()}:
+            plain: Any = config_class()
+            ours = [config_class(**fields) for other, fields in CONFIGS.values() if other is config_class]
+            for name in set(inspect.signature(config_class).parameters) - self.NOT_COMPUTED:
+                default = getattr(plain, name, None)
+                optional = isinstance(default, (bool, type(None))) and not name.endswith("token_id")
+                if not optional or (plain.model_type, name) in self.LEFT:
+                    continue
+                if all(getattr(config, name, None) == default for config in ours):
+                    missing.append(f"{plain.model_type}.{name}={default}")
+        assert sorted(missing) == []
+
+    def test_every_kind_of_rotary_scaling(self) -> None:
+        kinds = {(fields.get("rope_parameters") or {}).get("rope_type") for _, fields in CONFIGS.values()}
+        assert set(ROPE_INIT_FUNCTIONS) <= kinds
+
+    @pytest.mark.parametrize("kind", sorted({config.model_type for config, _ in CONFIGS.values()}))  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def test_tied_heads_and_large_epsilons(self, kind: str) -> None:
+        """The head tied where it was not and untied where it was; norms whose epsilon cannot be overlooked."""
+        name = next(n for n, (config, _) in CONFIGS.items() if config.model_type == kind)  # type: ignore[attr-defined]
+        plain = build(name)
+        tied = plain.config.tie_word_embeddings
+        epsilons = [n for n in vars(plain.config) if n.endswith(("_eps", "_epsilon"))]
+        model = build(name, tie_word_embeddings=not tied, **dict.fromkeys(epsilons, 0.3))
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is not tied
+        close(walk(decoder_spec(model), ids(17)[0]), model(ids(17)).logits[0])
+        if epsilons:
+            assert not torch.allclose(
+                build(name, tie_word_embeddings=not tied)(ids(17)).logits, model(ids(17)).logits
+            )
 
 
 @pytest.mark.parametrize("kind", ["iquestcoder", "gpt-sw3"])

@@ -516,6 +516,20 @@ class TestReport:
         assert "q_proj" in report.decoder and "Linear8bit" in report.decoder
         assert report.count("patched") == 10
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @torch.no_grad()
+    def test_weights_that_torch_quantised(self) -> None:
+        """They go on as they were, in every layer, and the norms around them are fused."""
+        model = torch.ao.quantization.quantize_dynamic(build("llama"), {nn.Linear})
+        inputs = batch()
+        theirs = model(**inputs).logits
+        kinds = [type(module) for module in model.modules()]
+        with dk.patch(model) as patch:
+            assert "quantised and wrapped linears stay with HF" in patch.report().decoder
+            assert patch.report().count("patched") == 10
+            torch.testing.assert_close(model(**inputs).logits, theirs, rtol=1e-3, atol=1e-3)
+        assert [type(module) for module in model.modules()] == kinds
+
     def test_headless_models(self) -> None:
         trunk = build("llama", auto=transformers.AutoModel)
         with dk.patch(trunk, strict=True) as patch:

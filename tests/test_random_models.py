@@ -1,7 +1,7 @@
 """Random architectures against Hugging Face: layers put together from the modules of different families, and families
 at random sizes.
 
-DSCHAT_RANDOM_MODELS says how many models are drawn: 40 by default, 150 or 2000 where there is time.
+DSCHAT_RANDOM_MODELS says how many models are drawn: 150 in every run of the tests, 2000 in `make test-full`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dschat_kernels.plan import Decoder, PythonExecutor
 from tests.test_forward import compare, gradients, loss_of
 from tests.tiny_models import CONFIGS, randomise
 
-MODELS = int(os.environ.get("DSCHAT_RANDOM_MODELS", "40"))
+MODELS = int(os.environ.get("DSCHAT_RANDOM_MODELS", "150"))
 
 
 def hf(family: str, name: str) -> Any:
@@ -80,6 +80,7 @@ NORMS = (
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_type": "default"},
     {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     {
@@ -219,31 +220,46 @@ def _norm(kind: tuple[str, str], width: int, eps: float) -> nn.Module:
 
 @st.composite
 def families(draw: st.DrawFn) -> Any:
-    """A family that takes Llama's field names, at random sizes."""
-    names = [n for n, (_, fields) in CONFIGS.items() if "num_key_value_heads" in fields and n not in _FIXED]
-    config_class, fields = CONFIGS[draw(st.sampled_from(names))]
+    """A family at random sizes, with the options of one of its tiny models."""
+    config_class, fields = CONFIGS[draw(st.sampled_from([n for n in CONFIGS if n not in _FIXED]))]
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    dim = 4 * draw(st.integers(1, 8))
+    grouped = "num_key_value_heads" in fields
+    heads = kv_heads * group
+    even = "rope_parameters" in fields or grouped or "rotary_dim" in fields
+    dim = draw(st.integers(1, 8)) * (4 if even else 1)
     sizes = {
         "vocab_size": draw(st.integers(11, 90)),
-        "hidden_size": kv_heads * group * dim,
-        "intermediate_size": draw(st.integers(1, 60)),
-        "num_attention_heads": kv_heads * group,
-        "num_key_value_heads": kv_heads,
+        _name(fields, "hidden_size", "n_embd"): heads * dim,
+        _name(fields, "num_attention_heads", "n_head", "num_heads"): heads,
     }
+    for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
+        if fields.get(name) is not None:
+            sizes[name] = draw(st.integers(1, 60))
+    if grouped:
+        sizes["num_key_value_heads"] = kv_heads
     if "head_dim" in fields:
         sizes["head_dim"] = dim
+    if "rotary_dim" in fields:
+        sizes["rotary_dim"] = 2 * draw(st.integers(1, dim // 2))
+    if "word_embed_proj_dim" in fields:
+        projected = fields["word_embed_proj_dim"] != fields["hidden_size"]
+        sizes["word_embed_proj_dim"] = draw(st.integers(1, 20)) if projected else heads * dim
     if "ffn_hidden_size" in fields:
-        grouped = fields.get("new_decoder_architecture") or fields.get("multi_query", True)
-        sizes |= {
-            "ffn_hidden_size": draw(st.integers(1, 60)),
-            "num_kv_heads": kv_heads if grouped else kv_heads * group,  # transformers cannot run others
-        }
+        shared = fields.get("new_decoder_architecture") or fields.get("multi_query", True)
+        sizes["num_kv_heads"] = kv_heads if shared else heads  # transformers cannot run others
+    for name in ("sliding_window", "window_size"):
+        if fields.get(name) is not None:
+            sizes[name] = draw(st.integers(2, 9))
     config = config_class(**{**fields, **sizes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     randomise(model, draw(st.integers(0, 9)))
     return model
+
+
+def _name(fields: dict[str, Any], *names: str) -> str:
+    """What a family calls a field."""
+    return next(name for name in names if name in fields)
 
 
 _FIXED = ("phi3-longrope", "phi3-longrope-factor")  # their factors fix the size of a head
@@ -269,8 +285,9 @@ def check(model: Any) -> None:
         wide = copy.deepcopy(model).double()
         exact = torch.cat([wide(row[None]).logits[0] for row in rows])
     error, own = (float((x.double() - exact).abs().max()) for x in (logits, theirs))
-    # A norm over a handful of features can magnify any rounding a hundredfold.
-    assert error <= 2 * own + 2e-5 * float(exact.abs().max()), (error, own)
+    if error > 2 * own + 2e-5 * float(exact.abs().max()):
+        # A norm of a nearly zero branch magnifies any rounding: no further than it does that of the weights.
+        assert error <= 4 * _rounding(wide, rows, exact), (error, own)
 
     assert torch.equal(torch.cat([prefill([row]) for row in rows]), logits)
     cache = decoder.new_cache(1, 32)
@@ -287,6 +304,18 @@ def check(model: Any) -> None:
     _exact_bits(packed, decoder, logits, ids, mask)
     _gradients(model, packed, ids, mask)
     _greedy(model, ids, mask)
+
+
+@torch.no_grad()
+def _rounding(wide: Any, rows: list[torch.Tensor], exact: torch.Tensor) -> float:
+    """How far the logits of a float64 model move where float32 rounds each of its weights, at most of four times."""
+    moved = []
+    for seed in range(4):
+        generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(wide)
+        for p in other.parameters():
+            p.mul_(1 + 2.0**-24 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        moved.append((torch.cat([other(row[None]).logits[0] for row in rows]) - exact).abs().max())
+    return float(max(moved))
 
 
 def _exact_bits(packed: Any, decoder: Any, logits: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:

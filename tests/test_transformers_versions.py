@@ -1,5 +1,5 @@
 """The contract with transformers: which versions, and what of them the adapters, the fused forward and its cache rely
-on. `.ci/transformers VERSION` runs this file and the adapters' tests with another version than the installed one."""
+on. `.ci/transformers` runs this file and the adapters' tests with the newest version that pip gives, or a given one."""
 
 from __future__ import annotations
 
@@ -124,6 +124,8 @@ class TestContract:
 
 
 def test_the_script_for_other_versions_names_tests_that_exist() -> None:
+    """And CI runs it with the newest version that pip gives."""
     text = (ROOT / ".ci" / "transformers").read_text()
+    assert re.search(r"^\.ci/transformers \|\|", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     named = re.findall(r"tests/\w+\.py", text)
     assert "tests/test_transformers_versions.py" in named and all((ROOT / path).is_file() for path in named)

@@ -138,6 +138,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
 }
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+_PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -150,6 +151,8 @@ _GPTJ = {k: v for k, v in _GPT2.items() if k != "n_embd"} | {"n_embd": 48, "rota
 _NEOX = {**_LLAMA, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _FALCON = {**_LLAMA, "ffn_hidden_size": 56, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+# 16 heads: slopes that are no powers of two, whose biases bfloat16 rounds from the third token on
+_SLOPES = {"hidden_size": 64, "num_attention_heads": 16, "num_kv_heads": 16}
 _BLOOM = {
     "vocab_size": 67,
     "hidden_size": 48,
@@ -179,6 +182,7 @@ _GPT_NEO = {
 CONFIGS.update(
     {
         "llama-dynamic": (LlamaConfig, {**_LLAMA, "rope_parameters": _DYNAMIC}),
+        "llama-proportional": (LlamaConfig, {**_LLAMA, "rope_parameters": _PROPORTIONAL}),
         "phi3-longrope": (
             Phi3Config,
             {**_LLAMA, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64},
@@ -229,7 +233,7 @@ CONFIGS.update(
                 "final_logit_softcapping": 4.0,
             },
         ),
-        "olmo": (OlmoConfig, _LLAMA),
+        "olmo": (OlmoConfig, {**_LLAMA, "attention_bias": True}),
         "olmo2": (Olmo2Config, {**_LLAMA, "attention_bias": True}),
         "smollm3": (
             SmolLM3Config,
@@ -297,6 +301,7 @@ CONFIGS.update(
             BloomConfig,
             {**_BLOOM, "apply_residual_connection_post_layernorm": True, "n_head": 6, "hidden_size": 36},
         ),
+        "bloom-slices": (BloomConfig, {**_BLOOM, "pretraining_tp": 2, "slow_but_exact": True}),
         "falcon": (FalconConfig, {**_FALCON, "multi_query": True, "parallel_attn": True, "bias": True}),
         "falcon-new": (FalconConfig, {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
         "falcon-new-one-norm": (
@@ -314,8 +319,14 @@ CONFIGS.update(
             FalconConfig,
             {**_FALCON, "multi_query": False, "parallel_attn": False, "num_kv_heads": 4},
         ),
+        "falcon-alibi": (
+            FalconConfig,
+            {**_FALCON, **_SLOPES, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        ),
+        "falcon-alibi-queries": (FalconConfig, {**_FALCON, **_SLOPES, "multi_query": True, "alibi": True}),
         "glm": (GlmConfig, {**_LLAMA, "head_dim": 16, "attention_bias": True}),
-        "helium": (HeliumConfig, {**_LLAMA, "head_dim": 12}),
+        "glm-plain": (GlmConfig, {**_LLAMA, "head_dim": 16, "attention_bias": False}),
+        "helium": (HeliumConfig, {**_LLAMA, "head_dim": 12, "attention_bias": True, "mlp_bias": True}),
         "internlm3": (InternLM3Config, {**_LLAMA, "head_dim": 16, "qkv_bias": True, "bias": True}),
         "llama-yarn-options": (
             LlamaConfig,
@@ -408,6 +419,7 @@ MECHANISMS = (
     "bloom-residual",
     "falcon",
     "falcon-new",
+    "falcon-alibi",
     "glm",
 )
 

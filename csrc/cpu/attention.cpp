@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include "alibi.h"
 #include "attention_core.h"
 #include "scratch.h"
 
@@ -306,7 +307,7 @@ template <typename T> class TileWorker {
     const Vec lanes = lane_numbers(), scale = set1(a_.scale), minus_inf = set1(kMinusInf);
     const Vec lo = set1(float(keys.lo)), hi = set1(float(keys.hi));
     const Vec cap = set1(a_.softcap);
-    const Vec slope = set1(a_.alibi_slopes ? a_.alibi_slopes[head(i)] : 0.0f);
+    const float slope = a_.alibi_slopes ? a_.alibi_slopes[head(i)] : 0.0f;
     const Vec query = set1(float(position(i) - start));
     const int64_t from = keys.lo / kLanes * kLanes, to = keys.hi;
     Vec m = minus_inf;
@@ -314,7 +315,7 @@ template <typename T> class TileWorker {
       Vec x = load(s + j) * scale;
       if (a_.softcap > 0.0f) x = cap * tanh(x / cap);
       const Vec key = lanes + set1(float(j));
-      if (a_.alibi_slopes) x = fma(slope, key - query, x);
+      if (a_.alibi_slopes) x = add_alibi(x, slope, a_.scale, key + set1(float(start)), key - query);
       if (j < keys.lo || j + kLanes > keys.hi)
         x = select_lt(key, lo, minus_inf, select_lt(key, hi, x, minus_inf));
       store(s + j, x);

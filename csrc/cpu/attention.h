@@ -2,6 +2,7 @@
 //
 // For query token i of row r, at position p = kv_lens[r] - q_len(r) + i, over keys j with p - window < j <= p:
 //   s_j = dot(q, k_j) * scale;  s_j = softcap * tanh(s_j / softcap);  s_j += alibi_slope * (j - p)
+//   or, of a negative slope:  s_j += scale * bf16(-alibi_slope * bf16(j))
 //   out = sum_j softmax(s)_j v_j
 // Order of the arithmetic (a row's bits depend on nothing else): dot by fma over d = 0..D-1; keys are cut into
 // chunks of kChunk at absolute positions; per chunk the maximum m_c, p_j = exp(s_j - m_c), l_c by lanes (j mod 16)

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "alibi.h"
 #include "dispatch.h"
 #include "scratch.h"
 
@@ -137,7 +138,7 @@ template <typename T> void one_head(const AttentionBackwardArgs& a, int64_t row,
       const int64_t t = (begin + i) / group;
       const int64_t lo = a.window > 0 ? std::max<int64_t>(0, t - a.window + 1) : 0;
       const Vec low = set1(float(lo - from)), high = set1(float(t + 1 - from));
-      const Vec alibi = set1(a.alibi_slopes ? a.alibi_slopes[head * group + (begin + i) % group] : 0.0f);
+      const float alibi = a.alibi_slopes ? a.alibi_slopes[head * group + (begin + i) % group] : 0.0f;
       float *s = p + i * ld, *e = ds + i * ld, *bend = slope + i * ld;
       Vec m = minus_inf;
       for (int64_t j = 0; j < vecs * kLanes; j += kLanes) {
@@ -148,7 +149,7 @@ template <typename T> void one_head(const AttentionBackwardArgs& a, int64_t row,
           store(bend + j, one - y * y);
         }
         const Vec key = lanes + set1(float(j));
-        if (a.alibi_slopes) x = fma(alibi, key + one - high, x);
+        if (a.alibi_slopes) x = add_alibi(x, alibi, a.scale, key + set1(float(from)), key + one - high);
         x = select_lt(key, low, minus_inf, select_lt(key, high, x, minus_inf));
         store(s + j, x);
         m = max(m, x);

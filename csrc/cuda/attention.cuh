@@ -30,7 +30,7 @@ template <typename T> struct AttentionArgs {
   float scale;
   int32_t window;              // keys seen, the token's own included; 0: all
   float softcap;               // 0: none
-  const float* slopes;         // [q_heads] or null
+  const float* slopes;         // [q_heads] or null; see alibi()
 
   __host__ __device__ int32_t group() const { return q_heads / kv_heads; }
 
@@ -39,7 +39,7 @@ template <typename T> struct AttentionArgs {
     if (j > p || (window && j <= p - window)) return -kInfinity;
     float s = dot * scale;
     if (softcap != 0.0f) s = softcap * tanhf(s / softcap);
-    return slopes ? s + slope * float(j - p) : s;
+    return slopes ? s + alibi(slope, scale, j, p) : s;
   }
 };
 

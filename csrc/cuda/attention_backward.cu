@@ -37,8 +37,9 @@ template <typename T> struct Arguments {
     return sum;
   }
 
-  // The score of key j for query i under head h, and its derivative by the dot product.
-  __device__ __forceinline__ float score(int32_t i, int32_t j, int32_t h, float& slope_out) const {
+  // The score of key j for query i of the sequence that begins at `first`, under head h, and its derivative by the dot
+  // product.
+  __device__ __forceinline__ float score(int32_t i, int32_t j, int32_t first, int32_t h, float& slope_out) const {
     float s = dot(q_of(i, h), k_of(j, h / group())) * scale;
     slope_out = scale;
     if (softcap != 0.0f) {
@@ -46,7 +47,7 @@ template <typename T> struct Arguments {
       s = softcap * t;
       slope_out = scale * (1.0f - t * t);
     }
-    return slopes ? s + slopes[h] * float(j - i) : s;
+    return slopes ? s + alibi(slopes[h], scale, j - first, i - first) : s;
   }
 };
 
@@ -70,11 +71,11 @@ template <typename T> __global__ void __launch_bounds__(kWarp) query_gradients(A
   const Bounds row = row_of(a.cu_seqlens, a.rows, i);
   const int32_t first = a.window && i - a.window + 1 > row.begin ? i - a.window + 1 : row.begin;
   float m = -kInfinity, slope;
-  for (int32_t j = first + lane; j <= i; j += kWarp) m = fmaxf(m, a.score(i, j, h, slope));
+  for (int32_t j = first + lane; j <= i; j += kWarp) m = fmaxf(m, a.score(i, j, row.begin, h, slope));
   m = warp_max(m);
   float l = 0.0f, weighted = 0.0f;
   for (int32_t j = first + lane; j <= i; j += kWarp) {
-    const float p = expf(a.score(i, j, h, slope) - m);
+    const float p = expf(a.score(i, j, row.begin, h, slope) - m);
     l += p;
     weighted = fmaf(p, a.dot(a.dout_of(i, h), a.v_of(j, kv)), weighted);
   }
@@ -90,7 +91,7 @@ template <typename T> __global__ void __launch_bounds__(kWarp) query_gradients(A
     const int32_t j = tile + lane, n = min(kWarp, i + 1 - tile);
     float ds = 0.0f;
     if (j <= i) {
-      const float s = a.score(i, j, h, slope);
+      const float s = a.score(i, j, row.begin, h, slope);
       ds = expf(s - lse) * (a.dot(a.dout_of(i, h), a.v_of(j, kv)) - mean) * slope;
     }
     weights[lane] = ds;
@@ -123,7 +124,7 @@ template <typename T> __global__ void __launch_bounds__(kWarp) key_gradients(Arg
       const int32_t i = j + (tile + lane) / group, h = kv * group + (tile + lane) % group;
       const float* stats = a.stats + 2 * (int64_t(i) * a.q_heads + h);
       float slope;
-      p = expf(a.score(i, j, h, slope) - stats[0]);
+      p = expf(a.score(i, j, row.begin, h, slope) - stats[0]);
       ds = p * (a.dot(a.dout_of(i, h), a.v_of(j, kv)) - stats[1]) * slope;
     }
     weights[lane] = p;

@@ -21,4 +21,10 @@ __device__ __forceinline__ int64_t v_page_offset(int64_t page, int64_t head, int
   return (page * heads + head) * kPage * padded_head_dim(dim);
 }
 
+// The position bias of key j for a query at position p: of a negative slope as Falcon rounds it.
+__device__ __forceinline__ float alibi(float slope, float scale, int32_t j, int32_t p) {
+  if (!(slope < 0.0f)) return slope * float(j - p);
+  return scale * rounded<bf16>(-slope * rounded<bf16>(float(j)));
+}
+
 }  // namespace dschat::cuda

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.graphs import DecodeGraphs
+from dschat_kernels.hf_generate import check_one_dtype
 from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
+from dschat_kernels.patch import shared_decoder
 from dschat_kernels.plan import Decoder, RefreshStats
 
 from .. import parallel
@@ -52,6 +54,9 @@ class HybridEngine:
             between rollouts, `release()` gives it up. Where none can be recorded, a warning and `graphs.reason` say
             why.
 
+    In a patched model engine and patch have one decoder, and so one copy of the packs, where backend and dtype are the
+    same.
+
     Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
     """
 
@@ -81,6 +86,7 @@ class HybridEngine:
             _check_exact(rollout_weights)
         self.exact = exact
         self.packed = PackedModel(model, backend=backend)
+        check_one_dtype(self.spec)
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
         self._cuda_graphs = cuda_graphs
         self.graphs: DecodeGraphs | None = None
@@ -109,7 +115,10 @@ class HybridEngine:
             raise Unsupported(
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
-        decoder = Decoder(self.spec, dtype=self._dtype, backend=self._backend, weights=self._weights)
+        self._described = self.spec
+        decoder = shared_decoder(self.model, self._backend) if self._weights == "model" else None
+        if decoder is None or self._dtype not in (None, decoder.dtype):
+            decoder = Decoder(self.spec, dtype=self._dtype, backend=self._backend, weights=self._weights)
         on_gpu = decoder.device.type == "cuda" and decoder.backend in ("cuda", "triton")
         self.graphs = DecodeGraphs(decoder) if on_gpu and self._cuda_graphs else None
         return decoder
@@ -119,7 +128,7 @@ class HybridEngine:
     def flip(self) -> RefreshStats:
         """Brings the packs up to the present weights, adapters and modules. `generate` does it by itself."""
         self.packed.sync()
-        if self.decoder.spec is not self.spec:
+        if self._described is not self.spec:
             self.decoder = self._make_decoder()
         self._check_memory()
         start = time.perf_counter()

@@ -8,6 +8,7 @@ a step of the weights and every op of a step within rounding of its reference.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from dschat_kernels.cache import PagedKVCache
 from dschat_kernels.models import DecoderSpec, decoder_spec
-from dschat_kernels.ops._common import native
+from dschat_kernels.ops._common import resolve_backend
 from dschat_kernels.packing import fused_weight, is_lora
 from dschat_kernels.patch import is_patched, patch
 from dschat_kernels.plan import Decoder, OpCall, PythonExecutor, StepTables
@@ -141,7 +142,7 @@ def verify(
         )
         main = certify(backend=backend).run()
         if deep:
-            for other in (name for name in _backends() if name != main.facts["backend"]):
+            for other in (name for name in _backends(model) if name != main.facts["backend"]):
                 main.others.append(certify(backend=other).run())
         return main
     finally:
@@ -149,9 +150,15 @@ def verify(
             module.training = True
 
 
-def _backends() -> list[str]:
-    """The backends that run a decoder on this machine's CPU."""
-    return ["cpu", "reference"] if native() is not None else ["reference"]
+def _backends(model: nn.Module) -> list[str]:
+    """The backends that run the model where it is."""
+    weight = next(model.parameters())
+    names = ("cuda", "triton", "reference") if weight.device.type == "cuda" else ("cpu", "reference")
+    found = []
+    for name in names:
+        with contextlib.suppress(ValueError, RuntimeError):  # why not is what `dschat doctor` says
+            found.append(resolve_backend("decoder", name, weight))
+    return found
 
 
 class _Verifier:

@@ -287,11 +287,6 @@ def _bloom(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> At
         build_alibi_tensor="alibi",
         _get_alibi_slopes="alibi.slopes",
     )
-    if module.pretraining_tp > 1 and module.slow_but_exact:
-        raise Unsupported(
-            f"{name} has slow_but_exact=True with pretraining_tp={module.pretraining_tp}, which sums the projection "
-            "in slices; set config.slow_but_exact=False"
-        )
     if module.beta != 1.0:
         raise Unsupported(f"{name}.beta={module.beta}: scaled position biases are not fused")
     dropout.see(f"{name}.attention_dropout", module.attention_dropout)
@@ -300,7 +295,7 @@ def _bloom(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> At
     slopes = global_of(module, "_get_alibi_slopes")(heads, torch.device("cpu"))
     return Attention(
         **_rows(module.query_key_value, f"{name}.query_key_value", [(part, dim) for part in "qkv"] * heads),
-        o=parts.linear(module.dense, f"{name}.dense"),
+        o=parts.bloom_linear(module, "dense", name),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=dim,
@@ -319,10 +314,6 @@ def _falcon(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> A
         )
     if module.is_causal is not True:
         raise Unsupported(f"{name} is not causal (is_causal={module.is_causal})")
-    if config.alibi:
-        raise Unsupported(
-            f"config.alibi=True: {name} rounds its position biases to bfloat16, and they are fused unrounded only"
-        )
     dropout.see(f"{name}.attention_dropout", module.attention_dropout)
     heads, dim = int(module.num_heads), int(module.head_dim)
     kv_heads = int(module.num_kv_heads) if module.new_decoder_architecture or module.multi_query else heads
@@ -339,9 +330,19 @@ def _falcon(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> A
         num_kv_heads=kv_heads,
         head_dim=dim,
         scale=dim**-0.5,
-        rotation=rotation(module, name),
+        rotation=None if config.alibi else rotation(module, name),
+        alibi=_falcon_slopes(module, config, name) if config.alibi else None,
         cache_repeats=heads // kv_heads if module.new_decoder_architecture else 1,
     )
+
+
+def _falcon_slopes(module: Any, config: Any, name: str) -> tuple[float, ...]:
+    """Negative: the biases are rounded. Doubled where the attention adds them to scores whose mask has them already."""
+    parts.require_globals(module, name, build_alibi_tensor="alibi.falcon")
+    ones = torch.ones(1, 2, dtype=torch.int64)
+    biases = global_of(module, "build_alibi_tensor")(ones, int(module.num_heads), torch.float32)
+    times = 2.0 if config._attn_implementation == "eager" else 1.0
+    return tuple((-times * biases[:, 0, 1]).tolist())
 
 
 READERS: dict[str, Reader] = {

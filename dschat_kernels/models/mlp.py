@@ -7,7 +7,7 @@ from typing import Any
 
 from . import parts
 from .source import mechanism
-from .spec import LinearSpec, Unsupported
+from .spec import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,12 @@ def _packed(module: Any, name: str) -> Mlp:
 
 def _plain(module: Any, kind: str, name: str, dropout: parts.DropoutLog) -> Mlp:
     parts.unhooked(module, name)
-    if kind == "mlp.bloom" and module.pretraining_tp > 1 and module.slow_but_exact:
-        raise Unsupported(
-            f"{name} has slow_but_exact=True with pretraining_tp={module.pretraining_tp}, which sums the projection "
-            "in slices; set config.slow_but_exact=False"
-        )
     up_name, act_name, down_name, dropout_name = PLAIN[kind]
-    up, down = (parts.linear(getattr(module, n), f"{name}.{n}") for n in (up_name, down_name))
+    up = parts.linear(getattr(module, up_name), f"{name}.{up_name}")
+    if kind == "mlp.bloom":
+        down = parts.bloom_linear(module, down_name, name)
+    else:
+        down = parts.linear(getattr(module, down_name), f"{name}.{down_name}")
     act = parts.activation(getattr(module, act_name), f"{name}.{act_name}")
     if dropout_name is not None:
         dropout.see(f"{name}.{dropout_name}", getattr(module, dropout_name))

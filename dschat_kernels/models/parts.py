@@ -49,6 +49,15 @@ def base_linear(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
+def bloom_linear(owner: Any, place: str, name: str) -> LinearSpec:
+    """The projection at `place` of a part of BLOOM. Its slow but exact form sums slices of the product with the weight
+    of the base layer: no bias and no adapter takes part."""
+    spec = linear(getattr(owner, place), f"{name}.{place}")
+    if owner.pretraining_tp > 1 and owner.slow_but_exact:
+        return LinearSpec(base_linear(spec.module), weight_only=True)
+    return spec
+
+
 def linear(module: Any, name: str, rows: Any = None) -> LinearSpec:
     """A projection: exactly `nn.Linear`, exactly `Conv1D`, or plain LoRA around one of them."""
     from transformers.pytorch_utils import Conv1D

@@ -14,7 +14,7 @@ from .source import global_of, recognise
 from .spec import RopeSpec, Unsupported
 
 # Kinds whose frequencies are fixed when the model is built.
-FIXED_KINDS = ("default", "linear", "llama3", "yarn")
+FIXED_KINDS = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "rotate_pairs": ("cohere:rotate_half", "glm:rotate_half", "gptj:rotate_every_two"),
     "alibi": ("bloom:build_alibi_tensor",),
     "alibi.slopes": ("bloom:_get_alibi_slopes",),
+    "alibi.falcon": ("falcon:build_alibi_tensor",),
     "dropout_add": ("bloom:dropout_add",),
     "positions.opt": ("opt:OPTLearnedPositionalEmbedding.forward",),
 }
@@ -411,6 +412,7 @@ _pin(
         "rotate_pairs": {"0fee3e15bc25303e", "e94cde76e4232c7e", "f26eb4aac4a3db68"},
         "alibi": {"058d377e369da9e5"},
         "alibi.slopes": {"9868080626dac8c7"},
+        "alibi.falcon": {"faeaac47fa30c54b"},
         "dropout_add": {"e6816a9ca634bf55"},
         "positions.opt": {"65c759363d4b3a9d"},
     }

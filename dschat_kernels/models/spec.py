@@ -80,10 +80,12 @@ class LinearSpec:
     or a PEFT LoRA layer around one of them; training calls `module(x)`, so adapters and hooks stay in play.
 
     `rows` is the slice of *output* features that this projection owns when the module is fused (qkv,
-    gate/up), or several slices that follow each other (qkv interleaved by heads); None: all of them."""
+    gate/up), or several slices that follow each other (qkv interleaved by heads); None: all of them.
+    `weight_only`: the model multiplies by the module's weight past the module; its bias takes no part."""
 
     module: nn.Module
     rows: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
+    weight_only: bool = False
 
     def pieces(self) -> list[LinearSpec]:
         """The projection as projections of one slice each."""
@@ -169,10 +171,10 @@ class DecoderSpec:
     `scale_in_embed`: the embedding module multiplies by embed_scale itself, rounded to the dtype of its
     weight. `positions` is only a weight holder: its own forward may take other arguments. `max_positions` is
     how many positions exist: a hard limit for learned positions and fixed tables (`positions_end`), the
-    trained context for rotary. `alibi`: slope of every query head, added as slope * (key - query) to the
-    scores. `cache_repeats`: how often the model's own code repeats every kv head in its cache. `dropout` lists
-    every probability above zero by its place ("layers.0.attn.attn_dropout": 0.1): active in training mode
-    only, and not part of the fused decoder."""
+    trained context for rotary. `alibi`: slope of every query head, which biases the scores as
+    `ops.attention` says. `cache_repeats`: how often the model's own code repeats every kv head in its cache.
+    `dropout` lists every probability above zero by its place ("layers.0.attn.attn_dropout": 0.1): active in
+    training mode only, and not part of the fused decoder."""
 
     model_type: str
     hidden_size: int

@@ -8,6 +8,7 @@ p - window < j <= p:
     s_j = scale * (q . k_j)
     s_j = softcap * tanh(s_j / softcap)              where softcap is given (Gemma 2)
     s_j = s_j + slope_h * (j - p)                    where alibi_slopes are given (BLOOM, MPT)
+    s_j = s_j + scale * bf16(-slope_h * bf16(j))     where a slope is negative (Falcon rounds its biases to bfloat16)
     out = sum_j softmax(s)_j v_j                     kv head of query head h: h // (Hq / Hkv)
 
 All in float32, rounded once at the end. The cpu backend reduces keys in chunks of 256 cut at absolute
@@ -77,7 +78,7 @@ def attention(
         cu_seqlens: int32 [rows + 1], from 0 to T. A row may have no query tokens.
         kv_lens: int32 [rows], keys of each row, its query tokens included.
         window: keys seen, the token's own included; None: all.
-        softcap, alibi_slopes (float32 [Hq]): None for none.
+        softcap, alibi_slopes (float32 [Hq], negative ones for rounded biases): None for none.
 
     Forward only; `packed_attention` is the differentiable form with the same bits. Raises ValueError or
     TypeError for wrong shapes, dtypes, lengths, and for pages that are not there.
@@ -208,7 +209,7 @@ def _row_reference(
         s = softcap * torch.tanh(s / softcap)
     distance = _distance(q.shape[0], k.shape[0], q.device)
     if alibi_slopes is not None:
-        s = s + alibi_slopes.to(wide)[:, None, None] * distance
+        s = s + _alibi(alibi_slopes, distance, scale).to(wide)
     s = s.masked_fill(_hidden(distance, window), float("-inf"))
     return (s.softmax(-1) @ value).transpose(0, 1).to(q.dtype)
 
@@ -217,6 +218,14 @@ def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
     """[queries, keys]: position of the key minus that of the query, the queries being the last tokens."""
     position = torch.arange(keys - queries, keys, device=device)
     return torch.arange(keys, device=device) - position[:, None]
+
+
+def _alibi(slopes: Tensor, distance: Tensor, scale: float) -> Tensor:
+    """What is added to the scores, [Hq, queries, keys]."""
+    slopes = slopes.double()[:, None, None]
+    key = torch.arange(distance.shape[1], device=distance.device).bfloat16().double()
+    rounded = (-slopes * key).float().bfloat16().double() * scale
+    return torch.where(slopes < 0, rounded, slopes * distance)
 
 
 def _hidden(distance: Tensor, window: int | None) -> Tensor:

@@ -24,13 +24,21 @@ from dschat_kernels.triton.rope_append import rope_append
 
 
 @triton.jit
-def _scores(q, k, distance, slope, scale, softcap, window):
-    """Scores of q [M, D] with k [D, N], -inf for keys out of sight; distance [M, N] from query to key position."""
+def _alibi(slope, key, distance, scale):
+    """What ALiBi adds to scores [M, N]: of slopes and key positions that broadcast to them."""
+    rounded = (key.to(tl.float32).to(tl.bfloat16).to(tl.float32) * -slope).to(tl.bfloat16).to(tl.float32)
+    return tl.where(slope < 0.0, scale * rounded, slope * distance.to(tl.float32))
+
+
+@triton.jit
+def _scores(q, k, key, position, slope, scale, softcap, window):
+    """Scores of q [M, D] at position [M] with k [D, N] at key [N], -inf for keys out of sight."""
+    distance = key[None, :] - position[:, None]
     s = tl.dot(q, k, input_precision="ieee") * scale
     if softcap is not None:
         s = softcapped(s, softcap)
     if slope is not None:
-        s += slope[:, None] * distance.to(tl.float32)
+        s += _alibi(slope[:, None], key[None, :], distance, scale)
     hidden = distance > 0
     if window is not None:
         hidden = hidden | (distance <= -window)
@@ -67,7 +75,7 @@ def chunk_sums(
         place = page * PAGE + start % PAGE  # LANES divides STEP
         there = at < keys - start
         k = tl.load(k_cache + place * dim + k_place, mask=there[None, :] & (d < dim)[:, None], other=0.0)
-        s = _scores(q, k, (start + at)[None, :] - position[:, None], slope, scale, softcap, window)
+        s = _scores(q, k, start + at, position, slope, scale, softcap, window)
         top = tl.maximum(m, tl.max(s, 1))
         pivot = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp(s - pivot[:, None])
@@ -205,8 +213,9 @@ def attention(
 
 
 @triton.jit
-def _weights(s_raw, lse, distance, slope, scale, softcap, window):
+def _weights(s_raw, lse, key, position, slope, scale, softcap, window):
     """(softmax weights, derivative of the scores in q . k) from the products s_raw and the log of their sum."""
+    distance = key[None, :] - position[:, None]
     s = s_raw * scale
     turn = scale + 0.0 * s
     if softcap is not None:
@@ -214,7 +223,7 @@ def _weights(s_raw, lse, distance, slope, scale, softcap, window):
         s = softcap * t
         turn = scale * (1.0 - t * t)
     if slope is not None:
-        s += slope * distance.to(tl.float32)
+        s += _alibi(slope, key[None, :], distance, scale)
     hidden = distance > 0
     if window is not None:
         hidden = hidden | (distance <= -window)
@@ -262,7 +271,7 @@ def _backward_q(
             j = start + tl.arange(0, N)
             key = _tile(k, first + j, k_stride, head // group, dim, j < length, D)
             value = _tile(v, first + j, v_stride, head // group, dim, j < length, D)
-            s = _scores(query, tl.trans(key), j[None, :] - i[:, None], slope_rows, scale, softcap, window)
+            s = _scores(query, tl.trans(key), j, i, slope_rows, scale, softcap, window)
             top = tl.maximum(m, tl.max(s, 1))
             pivot = tl.where(top == float("-inf"), 0.0, top)
             p = tl.exp(s - pivot[:, None])
@@ -278,7 +287,7 @@ def _backward_q(
             key = _tile(k, first + j, k_stride, head // group, dim, j < length, D)
             value = _tile(v, first + j, v_stride, head // group, dim, j < length, D)
             s = tl.dot(query, tl.trans(key), input_precision="ieee")
-            p, turn = _weights(s, lse[:, None], j[None, :] - i[:, None], slope, scale, softcap, window)
+            p, turn = _weights(s, lse[:, None], j, i, slope, scale, softcap, window)
             dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
             ds = p * (dp - delta[:, None]) * turn
             acc = tl.dot(ds, key.to(tl.float32), acc, input_precision="ieee")
@@ -322,7 +331,7 @@ def _backward_kv(
                 lse = tl.load(lse_in + stats, mask=inside, other=float("inf"))
                 delta = tl.load(delta_in + stats, mask=inside, other=0.0)
                 s = tl.dot(query, tl.trans(key), input_precision="ieee")
-                p, turn = _weights(s, lse[:, None], j[None, :] - i[:, None], slope, scale, softcap, window)
+                p, turn = _weights(s, lse[:, None], j, i, slope, scale, softcap, window)
                 dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
                 ds = p * (dp - delta[:, None]) * turn
                 d_value = tl.dot(tl.trans(p), grad.to(tl.float32), d_value, input_precision="ieee")

@@ -266,7 +266,7 @@ def fuse_lora(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 # -------------------------------------------------------------------------------------------------------- attention
 
-SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.03])
+SLOPES = torch.tensor([0.5, -0.25, 0.1, -0.03])  # negative: biases rounded to bfloat16
 ATTENTION_OPTIONS: tuple[dict[str, Any], ...] = (
     {"scale": 0.25},
     {"scale": 0.25, "window": 33},

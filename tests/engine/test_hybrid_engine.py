@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+import dschat_kernels as dk
 from dschat import HybridEngine, Rollout, SamplingConfig
 from dschat.engine import PackedModel, pack_rows, sequence_hidden
 from dschat.engine.hybrid_engine import greedy
@@ -242,6 +243,33 @@ def test_flip_memory_and_helpers() -> None:
     assert memory["weights"] == weights and weights / 2 < memory["packs"] < 2 * weights
     assert rollout.stats.packed_bytes == memory["packs"]
     assert greedy(SAMPLING) == replace(SAMPLING, temperature=0.0, n=1)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_packs_are_shared_with_a_patch(adapters: bool) -> None:
+    """One decoder for both while the model changes under them; the rollouts are those without a patch."""
+    model = lora(build("llama")) if adapters else build("llama")
+    alone = HybridEngine(model).generate(*left(PROMPTS), SAMPLING)
+    with dk.patch(model, strict=True) as patch:
+        engine = HybridEngine(model)
+        assert torch.equal(engine.generate(*left(PROMPTS), SAMPLING).logprobs, alone.logprobs)
+        assert engine.decoder is patch.fused.decoder and patch.report().pack_bytes > 0
+        with torch.no_grad():
+            next(iter(engine.spec.layers[0].q.module.parameters())).mul_(1.5)
+        prompt = torch.tensor([[5, 6, 7]])
+        hf = model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        greedily = engine.generate(prompt, None, SamplingConfig(max_new_tokens=4, temperature=0.0))
+        assert torch.equal(hf[:, 3:], greedily.completion_ids)
+        engine.model.get_output_embeddings().weight = nn.Parameter(torch.ones(67, 48))
+        engine.spec.layers[1].module.mlp.act_fn = nn.GELU()
+        engine.flip()
+        assert engine.decoder is patch.fused.decoder and engine.decoder.spec.layers[1].activation == "gelu"
+        others = (HybridEngine(model, dtype=torch.bfloat16), HybridEngine(model, rollout_weights="int8"),
+                  HybridEngine(model, backend="reference"))  # fmt: skip
+        assert all(other.decoder is not patch.fused.decoder for other in others)
+    changed = engine.generate(*left(PROMPTS), SAMPLING)
+    assert not torch.equal(changed.logprobs, alone.logprobs)
+    assert torch.equal(changed.logprobs, HybridEngine(model).generate(*left(PROMPTS), SAMPLING).logprobs)
 
 
 def test_refusals() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,22 @@ def test_deep_runs_every_backend_and_longer_prompts() -> None:
     assert certificate.to_dict()["others"][0]["facts"]["backend"] == "reference"
     certificate.others[0].checks.append(Check("wrong", 2.0, 1.0))
     assert not certificate.passed
+
+
+def test_deep_on_a_gpu_runs_the_gpus_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def resolve(op: str, backend: str, weight: Any) -> str:
+        asked.append(backend)
+        if backend == "cuda":
+            raise RuntimeError("there is no nvcc")
+        return backend
+
+    monkeypatch.setattr(module, "resolve_backend", resolve)
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    model: Any = SimpleNamespace(parameters=lambda: iter([weight]))
+    assert module._backends(model) == ["triton", "reference"]
+    assert asked == ["cuda", "triton", "reference"]
 
 
 def test_of_a_patched_model_a_copy_is_certified() -> None:

@@ -57,7 +57,7 @@ def problems(draw: st.DrawFn) -> tuple[Batch, dict[str, Any]]:
         dtype,
         draw(st.integers(0, 99)),
     )
-    slopes = torch.rand(kv_heads * group) * 0.1 if draw(st.booleans()) else None
+    slopes = torch.rand(kv_heads * group) * 0.2 - 0.1 if draw(st.booleans()) else None
     options = {
         "scale": draw(st.sampled_from([dim**-0.5, 0.3, 1.0])),
         "window": draw(st.sampled_from([None, None, 1, 5, 64, 100, 257, 1000])),
@@ -198,8 +198,8 @@ OPTIONS = [
     {"scale": 0.25},
     {"scale": 0.25, "window": 33},
     {"scale": 1.0, "softcap": 10.0},
-    {"scale": 0.25, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.03])},
-    {"scale": 0.3, "window": 5, "softcap": 3.0, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.03])},
+    {"scale": 0.25, "alibi_slopes": torch.tensor([0.5, -0.25, 0.1, -0.03])},
+    {"scale": 0.3, "window": 5, "softcap": 3.0, "alibi_slopes": torch.tensor([0.5, -0.25, 0.1, -0.03])},
 ]
 
 
