@@ -1,5 +1,5 @@
 # make run     the quickstart: SFT, reward model and PPO of a real small chat model
-# make test    the test suite
+# make test    the test suite, on two cores (WORKERS=4: on four)
 # make test-full   nightly: the same with 2000 random models, and with every size, dtype and architecture of the GPU
 #                  kernels, also in the checking build (hours)
 # make lint    ruff and mypy
@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 export VENV
 
 GPU_PYTHON ?= python3
+WORKERS ?= 2
 
 .PHONY: run test test-full lint format bench gpu-check clean
 
@@ -21,7 +22,7 @@ run: $(VENV)/.installed
 	$(BIN)/dschat train --config recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: $(VENV)/.installed
 	DSCHAT_RANDOM_MODELS=2000 DSCHAT_TEST_ALL_KERNELS=1 $(BIN)/python -m pytest -q

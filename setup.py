@@ -99,6 +99,7 @@ dev = [
     "psutil",
     "pytest",
     "pytest-benchmark",
+    "pytest-xdist",
     "ruff",
     "scipy",
     "setuptools>=77",

@@ -285,7 +285,9 @@ def test_interrupted_builder_stops_its_compiler(project: Project) -> None:
     assert project.published() == [] and project.leftovers() == []
 
 
-@pytest.mark.parametrize("content", ["", "999999999\n", f"{os.getpid()}\n"])
+@pytest.mark.parametrize(
+    "content", ["", "999999999\n", f"{os.getpid()}\n"], ids=["empty", "nobody's", "this process'"]
+)
 def test_stale_lock_file_means_nothing(project: Project, content: str) -> None:
     project.cache.mkdir()
     (project.cache / f"{NAME}.lock").write_text(content)

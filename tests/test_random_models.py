@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 import transformers
 from hypothesis import given
@@ -371,12 +372,14 @@ def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
             assert gap <= 1e-5 * float(logits.abs().max())
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=MODELS * 5 // 8)
 @given(mixtures())
 def test_layers_of_mixed_parts(model: Any) -> None:
     check(model)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=MODELS - MODELS * 5 // 8)
 @given(families())
 def test_families_at_random_sizes(model: Any) -> None:

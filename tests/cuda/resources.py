@@ -3,14 +3,15 @@ architecture.
 
     python -m tests.cuda.resources        prints the table, and writes it to tests/cuda/resources.json
 
-test_nvcc.py compares a fresh compilation with the file, so that a kernel that begins to spill or to grow, or loses its
-wide accesses or its matrix instructions, is noticed. `occupancy` is the share, in percent, of a multiprocessor's
-threads that registers, block size and static shared memory allow; dynamic shared memory, which the launch decides,
-can lower it. `wide` counts 128-bit accesses of global memory, `tensor` matrix instructions.
+test_nvcc.py compares what nvcc makes of the present sources with the file, so that a kernel that begins to spill or to
+grow, or loses its wide accesses or its matrix instructions, is noticed. `occupancy` is the share, in percent, of a
+multiprocessor's threads that registers, block size and static shared memory allow; dynamic shared memory, which the
+launch decides, can lower it. `wide` counts 128-bit accesses of global memory, `tensor` matrix instructions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -21,8 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_static
 from benchmarks.gpu_static import nvidia_tool, occupancy, sass_counts
 from dschat_kernels.build import BuildError, Compiler, CudaBuild, cuda_build, find_nvcc, max_jobs
+from tests.cuda.kept import kept
 
 TABLE = Path(__file__).with_name("resources.json")
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
@@ -43,22 +46,31 @@ def sources() -> list[str]:
 
 
 def compile_source(build: CudaBuild, name: str) -> dict[str, Resources]:
-    """The resources by architecture of a source's kernels."""
+    """The resources by architecture of a source's kernels; kept in the build cache by all that they depend on."""
+    nvcc, tool = find_nvcc(), nvidia_tool("cuobjdump")
     codes = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHS]
     flags = [flag for flag in build.compile_flags if not flag.startswith("-gencode")]
-    nvcc, source = find_nvcc().argv, [f"-I{build.root}", str(build.root / name)]
-    with tempfile.TemporaryDirectory() as folder:
-        done = _run([*nvcc, *flags, *codes, "-Xptxas=-v", *source, "-c", "-o", f"{folder}/out.o"])
-        _run([*nvcc, *flags, "-arch=sm_80", *source, "-ptx", "-o", f"{folder}/out.ptx"])
-        threads = _block_sizes(Path(folder, "out.ptx").read_text())
-        instructions = _instructions(f"{folder}/out.o")
-    found: dict[str, Resources] = {arch: {} for arch in ARCHS}
-    for arch, mangled, row in _parse(done):
-        row["threads"] = threads[mangled]
-        row["occupancy"] = round(100 * occupancy(arch, row["registers"], row["threads"], row["shared"]))
-        row.update(instructions.get((arch, mangled), {}))
-        found[arch][f"{Path(name).stem}: {_readable(mangled)}"] = row
-    return found
+    command = [*nvcc.argv, *flags, *codes, "-Xptxas=-v", "-fatbin", "--keep"]
+    texts = [(build.root / file).read_text() for file in (name, *build.headers)]
+    code = [Path(file).read_text() for file in (__file__, gpu_static.__file__)]
+    disassembler = "" if tool is None else hashlib.sha256(tool.read_bytes()).hexdigest()
+
+    def make(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source, out = str(build.root / name), f"{folder}/out.fatbin"
+            report = _run([*command, f"--keep-dir={folder}", f"-I{build.root}", source, "-o", out])
+            threads = _block_sizes(Path(folder, f"{Path(name).stem}.compute_80.ptx").read_text())
+            instructions = _instructions(tool, out)
+        found: dict[str, Resources] = {arch: {} for arch in ARCHS}
+        for arch, mangled, row in _parse(report):
+            row["threads"] = threads[mangled]
+            row["occupancy"] = round(100 * occupancy(arch, row["registers"], row["threads"], row["shared"]))
+            row.update(instructions.get((arch, mangled), {}))
+            found[arch][f"{Path(name).stem}: {_readable(mangled)}"] = row
+        path.write_text(json.dumps(found))
+
+    key = (nvcc.version, *command, disassembler, name, *texts, *code)
+    return json.loads(kept(".json", *key, make=make).read_text())
 
 
 def _run(command: list[str]) -> str:
@@ -74,9 +86,8 @@ def _block_sizes(ptx: str) -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", ptx, re.S)}
 
 
-def _instructions(path: str) -> dict[tuple[str, str], dict[str, int]]:
+def _instructions(tool: Path | None, path: str) -> dict[tuple[str, str], dict[str, int]]:
     """Counts of INSTRUCTIONS by architecture and kernel; none without Triton, whose wheel has the disassembler."""
-    tool = nvidia_tool("cuobjdump")
     if tool is None:
         return {}
     text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""One spawn of each scenario for all tests of the session."""
+"""One spawn of each scenario for all tests of the session, whichever workers of pytest-xdist have them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import processes
 import pytest
 import torch
 import worker
+
+from tests.together import alone, session_folder
 
 PROMPTS = [
     "Once upon a time",
@@ -37,28 +39,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs and a reward model for the runs."""
     from dschat.rlhf import models
 
-    where = tmp_path_factory.mktemp("distributed")
-    rows = [
-        {"prompt": p, "chosen": HAPPY[(i + j) % 4], "rejected": SAD[i % 4]}
-        for i, p in enumerate(PROMPTS)
-        for j in (0, 1)
-    ]
-    (where / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    scorer = models.load_scorer(str(worker.STORIES), torch.float32)
-    scorer.save_pretrained(where / "scorer")
-    models.load_tokenizer(str(worker.STORIES)).save_pretrained(where / "scorer")
+    where = session_folder(tmp_path_factory) / "distributed"
+    where.mkdir(exist_ok=True)
+    with alone(where / "lock"):
+        if (where / "pairs.jsonl").exists():
+            return where
+        scorer = models.load_scorer(str(worker.STORIES), torch.float32)
+        scorer.save_pretrained(where / "scorer")
+        models.load_tokenizer(str(worker.STORIES)).save_pretrained(where / "scorer")
+        rows = [
+            {"prompt": p, "chosen": HAPPY[(i + j) % 4], "rejected": SAD[i % 4]}
+            for i, p in enumerate(PROMPTS)
+            for j in (0, 1)
+        ]
+        (where / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return where
+
+
+def spawned(scenario: str, folder: Path) -> dict[str, Any]:
+    """What the scenario of worker.py leaves, run in two processes by whoever asks first."""
+    found = folder / f"{scenario}.pt"
+    with alone(folder / f"{scenario}.lock"):
+        if not found.exists():
+            processes.spawn(scenario, folder)
+    return torch.load(found)
 
 
 @pytest.fixture(scope="session")
 def zero(folder: Path) -> dict[str, Any]:
     """Results of worker.zero in two processes."""
-    processes.spawn("zero", folder)
-    return torch.load(folder / "zero.pt")
+    return spawned("zero", folder)
 
 
 @pytest.fixture(scope="session")
 def stages(folder: Path) -> dict[str, Any]:
     """Results of worker.stages in two processes; the runs are in folder/NAME-many."""
-    processes.spawn("stages", folder)
-    return torch.load(folder / "stages.pt")
+    return spawned("stages", folder)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import os
 import re
 import struct
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,23 +21,11 @@ from emulated import CSRC, HEADERS, RUNTIME, EmulatedBuild, Order, isa, names, r
 
 from dschat_kernels import build
 from dschat_kernels.cuda import CudaKernels
+from tests.cuda.kept import kept
 from tests.cuda.ptx.translate import Entry, entry_texts, translate
 
 CXX = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
        "-fno-strict-aliasing", "-w", "-DDSCHAT_PTX_KERNEL")  # fmt: skip
-
-
-def _kept(suffix: str, *key: str, make: Callable[[Path], None]) -> Path:
-    """A file of the build cache, made by `make(path)` if nobody has yet."""
-    digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:32]
-    path = build.cache_dir() / "ptx" / f"{digest}{suffix}"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            make(made)
-            os.replace(made, path)
-    return path
 
 
 def _run(command: list[str], what: str) -> None:
@@ -70,7 +55,7 @@ def cuda_ptx(stem: str, arch: str) -> str:
         source = str(CSRC / f"cuda/{stem}.cu")
         _run([*nvcc.argv, *command, f"-I{CSRC}", source, "-o", str(path)], f"nvcc of {stem}.cu for {arch}")
 
-    return _kept(".ptx", nvcc.version, *command, text, make=make).read_text()
+    return kept(".ptx", nvcc.version, *command, text, make=make).read_text()
 
 
 def library(entry: Entry) -> Path:
@@ -89,7 +74,7 @@ def library(entry: Entry) -> Path:
         _run([*compiler.argv, *flags, f"-I{CSRC}", str(source), "-o", str(path)], f"compiling {entry.name}")
 
     key = (compiler.version, *flags, *(h.read_text() for h in headers), entry.source)
-    return _kept(".so", *key, make=make)
+    return kept(".so", *key, make=make)
 
 
 # ------------------------------------------------------------------------------------------------- CUDA kernels
