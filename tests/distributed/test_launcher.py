@@ -47,6 +47,7 @@ def test_a_hostfile_is_handed_to_deepspeeds_launcher():
 def test_an_incomplete_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: False)  # whatever ran here before
     with pytest.raises(
         ValueError, match=r"WORLD_SIZE is 2, but RANK .* is not set: start the run with dschat launch"
     ):
