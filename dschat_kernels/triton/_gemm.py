@@ -92,6 +92,8 @@ def tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> Config:
         return Config({"M": 128, "N": 128, "K": 32}, num_warps=8, num_stages=4)
     if rows > 64:
         return Config({"M": 64, "N": 64, "K": 64}, num_warps=8, num_stages=4)
+    if columns < 3072:
+        return Config({"M": 64, "N": 16, "K": 128}, num_warps=4, num_stages=4)
     if columns < 12288:
-        return Config({"M": 64, "N": 16 if columns < 3072 else 32, "K": 128}, num_warps=4, num_stages=4)
+        return Config({"M": 64, "N": 32, "K": 128}, num_warps=4, num_stages=3)
     return Config({"M": 64, "N": 64, "K": 64}, num_warps=4, num_stages=5)
