@@ -571,6 +571,13 @@ class KernelBuild:
                         queue.append(found)
         return closure
 
+    def _idle_defines(self, source: str, tree: Tree) -> set[str]:
+        """Extra flags -DDSCHAT_X whose name neither the source nor a header of it has: its object is the same without
+        them, and is shared with builds that do not give them."""
+        text = b" ".join(tree[name] for name in self._closure(source, tree))
+        named = ((flag, re.match(r"-D(DSCHAT_\w+)", flag)) for flag in _extra_flags())
+        return {flag for flag, name in named if name and not re.search(rb"\b%s\b" % name[1].encode(), text)}
+
     def _include_flags(self, root: Path) -> list[str]:
         dirs = [root, *(root / name for name in self.include_dirs), Path(sysconfig.get_path("include"))]
         spec = importlib.util.find_spec("pybind11")  # finds it without importing it
@@ -594,10 +601,13 @@ class KernelBuild:
         # What takes long starts first: the binding, which parses pybind11, then by size.
         order = sorted(self.sources, key=lambda name: (not name.startswith("bindings"), -len(tree[name])))
         target = {name: work / f"{i}.o" for i, name in enumerate(order)}
+        idle = {name: self._idle_defines(name, tree) for name in order}
         stored: dict[str, Path] = {}
         if objects is not None:
-            common = [self.compile_flags, self.toolchain()]
-            stored = {n: objects / f"{_digest([n, self._closure(n, tree), *common])}.o" for n in order}
+            for name in order:
+                flags = [flag for flag in self.compile_flags if flag not in idle[name]]
+                key = _digest([name, self._closure(name, tree), flags, self.toolchain()])
+                stored[name] = objects / f"{key}.o"
         taken = [name for name in order if name in stored and _copy(stored[name], target[name])]
         todo = [name for name in order if name not in taken]
 
@@ -611,7 +621,8 @@ class KernelBuild:
             ):
 
                 def compile_one(name: str) -> None:
-                    command = [*self._compile_command(compiler, name, copy), *self._include_flags(copy)]
+                    command = self._compile_command(compiler, name, copy)
+                    command = [*(c for c in command if c not in idle[name]), *self._include_flags(copy)]
                     commands.run([*command, "-c", str(copy / name), "-o", str(target[name])])
                     if name in stored:
                         _copy(target[name], stored[name])

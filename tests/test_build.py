@@ -314,6 +314,20 @@ def test_a_changed_header_is_a_new_build_of_what_includes_it(project: Project) -
     assert len(project.calls()) == 5
 
 
+def test_a_define_that_a_source_does_not_name_is_no_new_object(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write("main.cpp", MODULE.replace("VALUE +", "VALUE + DSCHAT_MORE +"))
+    monkeypatch.setenv("DSCHAT_CXXFLAGS", "-DDSCHAT_MORE=0")
+    first = project.build().load().value()
+    monkeypatch.setenv("DSCHAT_CXXFLAGS", "-DDSCHAT_MORE=1 -DDSCHAT_NOWHERE")
+    assert project.build().load().value() == first + 1
+    assert sorted(project.calls()[3:]) == ["link", "main.cpp"]
+    monkeypatch.setenv("DSCHAT_CXXFLAGS", "-DDSCHAT_MORE=1 -DNDEBUG")  # the system's headers may know it
+    assert project.build().load().value() == first + 1
+    assert sorted(project.calls()[5:]) == ["helper.cpp", "link", "main.cpp"]
+
+
 def test_indirect_and_relative_includes_count(project: Project) -> None:
     project.write("main.cpp", MODULE.replace('"value.h"', '"lib/outer.h"'))
     project.write("lib/outer.h", '#include "inner.h"\n')
