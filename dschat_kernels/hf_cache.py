@@ -41,9 +41,8 @@ class PagedDynamicCache(DynamicCache):
         self.fresh_packs = False  # the packs were refreshed for this cache and no token was written since
         self.paged: PagedKVCache | None = None
         self.slots: list[int] = []
-        self.mask = torch.zeros(
-            0, 0, dtype=torch.bool, device="cpu"
-        )  # [rows, columns]: which columns hold a token
+        # [rows, columns], on the CPU whatever torch's default device is: which columns hold a token
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
         self._is_dense = False
 
     # ------------------------------------------------------------------------------------- ragged rows

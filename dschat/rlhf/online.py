@@ -107,8 +107,11 @@ class Trainer:
     def credit(
         self, experience: Experience, scores: Tensor, valid: Tensor, metrics: Metrics
     ) -> dict[str, float]:
-        """Fill `experience.advantages` from the shaped scores [B]; returns numbers for the log."""
-        raise NotImplementedError
+        """Fill `experience.advantages` from the shaped scores [B]; returns numbers for the log. An algorithm has its
+        own."""
+        raise NotImplementedError(
+            f"{type(self).__name__} says nothing about credit: it is for its algorithm to define"
+        )
 
     def extra_loss(
         self, experience: Experience, rows: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]
