@@ -18,11 +18,13 @@ that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .limits import available_memory
 
@@ -33,6 +35,7 @@ PAGE = 64
 CHUNK = 256
 """Keys that attention reduces in one go; part of the definition of its bits."""
 LANES = 16
+CACHE_LINE = 64  # bytes; where memory begins that kernels read by vectors
 
 
 Ints = Sequence[int] | np.ndarray | torch.Tensor
@@ -103,13 +106,10 @@ class PagedKVCache:
         pages, slots = num_pages + padding, num_slots + padding
         if self.device.type == "cpu":
             _check_memory(pages, self._page_elements() * num_layers * dtype.itemsize)
-        # Zeroed: kernels read whole vectors, so padding must be finite. Untouched pages cost no memory.
-        self.k = torch.zeros(
-            num_layers, pages, num_kv_heads, PAGE // LANES, head_dim, LANES, dtype=dtype, device=self.device
-        )
-        self.v = torch.zeros(
-            num_layers, pages, num_kv_heads, PAGE, padded_head_dim(head_dim), dtype=dtype, device=self.device
-        )
+        # Zeroed: kernels read whole vectors, so padding must be finite.
+        layers = (num_layers, pages, num_kv_heads)
+        self.k = _zeros((*layers, PAGE // LANES, head_dim, LANES), dtype, self.device)
+        self.v = _zeros((*layers, PAGE, padded_head_dim(head_dim)), dtype, self.device)
         self._table = np.full((slots, max_pages_per_slot), -1, dtype=np.int32)
         self._table[num_slots:] = num_pages  # the padding slot's page
         self._lengths = np.zeros(num_slots, dtype=np.int32)
@@ -440,6 +440,17 @@ def _check_memory(pages: int, bytes_per_page: int) -> None:
             f"a cache of {pages} pages of {PAGE} tokens needs {need / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are "
             "free: run fewer sequences at once, or shorter ones."
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU memory that the kernel hands out zeroed, page by page when it is touched: filling a cache costs
+    as much as a decode step or two, and pages that no token reaches cost nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
+    begin = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[begin : begin + size]).view(dtype).view(shape)
 
 
 def _int_array(values: Any) -> np.ndarray:

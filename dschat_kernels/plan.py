@@ -599,6 +599,7 @@ class Decoder:
         slots: Sequence[int],
         q_lens: Sequence[int] | None = None,
         logits: Literal["last", "all", "none"] = "last",
+        keep: bool = True,
     ) -> Tensor:
         """Appends tokens to rows of the cache and returns logits (without a head: hidden states).
 
@@ -608,6 +609,7 @@ class Decoder:
             q_lens: new tokens of each row, all at least 1; default: one each.
             logits: "last" gives float32 [rows, vocab] for each row's last token, "all" [T, vocab], "none"
                 [0, vocab].
+            keep: False: the next step may overwrite the result.
 
         Raises ValueError or TypeError, before anything changes, for tokens, slots, lengths or a cache that do
         not fit together; OutOfPages when the cache is full.
@@ -618,13 +620,14 @@ class Decoder:
         cache.prepare_append(places, lens)
         self.rope_tables(int((cache._lengths[places] + lens).max()))
         pieces = []
-        for rows, row_lens, begin in _passes(lens, self.max_tokens):
+        passes = list(_passes(lens, self.max_tokens))
+        for rows, row_lens, begin in passes:
             chosen = places[rows]
             tables = _tables(ids[begin : begin + int(row_lens.sum())], cache, chosen, row_lens, logits)
             if logits == "last" and int(row_lens.sum()) != len(ids):  # a cut row has its logits last
                 done = np.cumsum(lens)[rows] == begin + np.cumsum(row_lens)
                 tables.selected = tables.selected[done]
-            pieces.append(self.executor.run(tables, cache))
+            pieces.append(self.executor.run(tables, cache, keep or len(passes) > 1))
             cache.advance(chosen, row_lens)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -765,8 +768,9 @@ class NativeExecutor:
         """Pointers changed: build the native plan anew before the next step."""
         self.plan = None
 
-    def run(self, t: StepTables, cache: PagedKVCache) -> Tensor:
-        """The last output of the plan, float32 logits [selected, vocab] where the model has a head."""
+    def run(self, t: StepTables, cache: PagedKVCache, keep: bool = True) -> Tensor:
+        """The last output of the plan, float32 logits [selected, vocab] where the model has a head. Without `keep`
+        it is the buffer itself, which the next run overwrites: a copy's fresh pages cost more than sampling it."""
         self._reserve(len(t.token_ids), len(t.selected))
         calls = self.decoder.plan.calls
         if self.trace is not None:
@@ -775,7 +779,8 @@ class NativeExecutor:
             if self.plan is None:
                 self.plan = self._build(calls)
             self._execute(self.plan, len(t.token_ids), t, cache)
-        return self.buffers[calls[-1].out][: len(t.selected)].clone()
+        out = self.buffers[calls[-1].out][: len(t.selected)]
+        return out.clone() if keep else out
 
     def _run_traced(self, t: StepTables, cache: PagedKVCache) -> None:
         assert self.trace is not None
@@ -880,8 +885,9 @@ class PythonExecutor:
     def rebind(self) -> None:
         """Nothing is bound: tensors are looked up at every call."""
 
-    def run(self, t: StepTables, cache: PagedKVCache) -> Tensor:
-        """The last output of the plan, float32 logits [selected, vocab] where the model has a head."""
+    def run(self, t: StepTables, cache: PagedKVCache, keep: bool = True) -> Tensor:
+        """The last output of the plan, float32 logits [selected, vocab] where the model has a head. Nothing is
+        overwritten, `keep` or not."""
         cache.sync()
         return self.walk(t.on(self.decoder.device), cache)
 

@@ -9,7 +9,7 @@ namespace dschat {
 
 // Everything an epilogue needs; T is the dtype of x, y and the residual.
 template <typename T> struct Output final : TileSink {
-  const PackedMatrix& w;
+  const PackedMatrix w;
   const LinearEpilogue e;
   void* y;
   int64_t y_stride;
@@ -20,36 +20,42 @@ template <typename T> struct Output final : TileSink {
   // One vector of finished columns [column, column + 16) of a row.
   template <Activation A> DSCHAT_INLINE void finish(int64_t row, int64_t column, Vec v) const {
     const int count = int(std::min<int64_t>(kLanes, w.n - column));
-    if (count <= 0) return;
-    if (e.float_output) {
-      store(static_cast<float*>(y) + row * y_stride + column, v, count);
-      return;
-    }
-    v = round_to<T>(v);
-    if (A != Activation::none && !w.gated) v = round_to<T>(activate<A>(v));
-    if (e.residual) v = load(static_cast<const T*>(e.residual) + row * e.residual_stride + column, count) + v;
-    store(static_cast<T*>(y) + row * y_stride + column, v, count);
+    if (count == kLanes) finish_lanes<A>(row, column, v, [](const auto* p) { return load(p); },
+                                         [](auto* p, Vec x) { store(p, x); });
+    else if (count > 0) finish_lanes<A>(row, column, v, [=](const auto* p) { return load(p, count); },
+                                        [=](auto* p, Vec x) { store(p, x, count); });
+  }
+
+  template <Activation A, typename Load, typename Store>
+  DSCHAT_INLINE void finish_lanes(int64_t row, int64_t column, Vec v, Load&& get, Store&& put) const {
+    if (e.float_output) return put(static_cast<float*>(y) + row * y_stride + column, v);
+    T* to = static_cast<T*>(y) + row * y_stride + column;
+    if (A != Activation::none && !w.gated) v = activate<A>(round_to<T>(v));
+    if (e.residual) v = get(static_cast<const T*>(e.residual) + row * e.residual_stride + column) + round_to<T>(v);
+    put(to, v);
   }
 
   template <Activation A> void write_with(const float* sums, int64_t row, int rows, int64_t panel, int panels) const {
-    for (int r = 0; r < rows; ++r) {
-      for (int p = 0; p < panels; ++p, sums += kPanel) {
-        Vec lo = load(sums), hi = load(sums + kLanes);
-        if (w.scales) {
-          lo = lo * load(w.scales + (panel + p) * kPanel);
-          hi = hi * load(w.scales + (panel + p) * kPanel + kLanes);
-        }
-        if (w.bias) {
-          lo = lo + load(w.bias + (panel + p) * kPanel);
-          hi = hi + load(w.bias + (panel + p) * kPanel + kLanes);
-        }
-        if (w.gated) {
-          finish<A>(row + r, (panel + p) * kLanes, activate<A>(round_to<T>(lo)) * round_to<T>(hi));
-        } else {
-          finish<A>(row + r, (panel + p) * kPanel, lo);
-          finish<A>(row + r, (panel + p) * kPanel + kLanes, hi);
-        }
-      }
+    const Output here = *this;  // its fields stay in registers: what is stored through y cannot change them
+    for (int r = 0; r < rows; ++r)
+      for (int p = 0; p < panels; ++p, sums += kPanel) here.template write_panel<A>(sums, row + r, panel + p);
+  }
+
+  // The sums of half a panel with their scales and bias.
+  DSCHAT_INLINE Vec complete(const float* sums, int64_t panel, int64_t half) const {
+    Vec v = load(sums + half * kLanes);
+    if (w.scales) v = v * load(w.scales + panel * kPanel + half * kLanes);
+    if (w.bias) v = v + load(w.bias + panel * kPanel + half * kLanes);
+    return v;
+  }
+
+  template <Activation A> DSCHAT_INLINE void write_panel(const float* sums, int64_t row, int64_t panel) const {
+    const Vec lo = complete(sums, panel, 0), hi = complete(sums, panel, 1);
+    if (w.gated) {
+      finish<A>(row, panel * kLanes, activate<A>(round_to<T>(lo)) * round_to<T>(hi));
+    } else {
+      finish<A>(row, panel * kPanel, lo);
+      finish<A>(row, panel * kPanel + kLanes, hi);
     }
   }
 

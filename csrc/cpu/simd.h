@@ -74,13 +74,17 @@ DSCHAT_INLINE Vec load(const bf16* p, int n) {
   __m512i u = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(n), p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
 }
-DSCHAT_INLINE __m256i pack_bf16(Vec a) {
+// Rounded to bfloat16, still as float32: the upper halves are the result, the lower ones are left over.
+DSCHAT_INLINE __m512i rounded_bits(Vec a) {
   __m512i u = _mm512_castps_si512(a.v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), quiet);
-  return _mm512_cvtepi32_epi16(r);
+  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+}
+DSCHAT_INLINE __m256i upper_halves(__m512i bits) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)); }
+DSCHAT_INLINE __m256i pack_bf16(Vec a) { return upper_halves(rounded_bits(a)); }
+DSCHAT_INLINE Vec round_bf16(Vec a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded_bits(a), _mm512_set1_epi32(int(0xffff0000u))))};
 }
 DSCHAT_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 DSCHAT_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_bf16(a)); }
@@ -103,11 +107,8 @@ DSCHAT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 DSCHAT_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
-// 2^n for integral-valued lanes with -126 <= n <= 127.
-DSCHAT_INLINE Vec pow2i(Vec n) {
-  __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
-}
+// x 2^n for integral-valued lanes.
+DSCHAT_INLINE Vec ldexp(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 DSCHAT_INLINE void to_array(Vec a, float* out) { _mm512_storeu_ps(out, a.v); }
 // Two vectors from 32 bfloat16 stored as pairs: lanes of `lo` at even places, of `hi` at odd places.
 DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
@@ -158,6 +159,10 @@ DSCHAT_INLINE __m256i pack_bf16(Vec x) {
   __m256i p = _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b));
   return _mm256_permute4x64_epi64(p, 0xd8);
 }
+DSCHAT_INLINE Vec round_bf16(Vec x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(round_bf16(x.a), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(round_bf16(x.b), 16))};
+}
 DSCHAT_INLINE void store(float* p, Vec x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
@@ -200,6 +205,11 @@ DSCHAT_INLINE __m256 pow2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
 DSCHAT_INLINE Vec pow2i(Vec n) { return {pow2i_half(n.a), pow2i_half(n.b)}; }
+// x 2^n for integral-valued lanes with -126 <= n <= 128, anything below. 2^128 is no float, so the power is split in two.
+DSCHAT_INLINE Vec ldexp(Vec x, Vec n) {
+  const Vec half = round_even(n * set1(0.5f));
+  return x * pow2i(half) * pow2i(n - half);
+}
 DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
 DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
   __m256i u0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -246,6 +256,10 @@ template <typename T> DSCHAT_INLINE Vec load(const T* p, int n) {
   return load(t);
 }
 DSCHAT_INLINE void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+DSCHAT_INLINE Vec round_bf16(Vec x) {
+  DSCHAT_EACH x.v[i] = round_to<bf16>(x.v[i]);
+  return x;
+}
 DSCHAT_INLINE void store(bf16* p, Vec x) { DSCHAT_EACH p[i] = to_bf16(x.v[i]); }
 template <typename T> DSCHAT_INLINE void store(T* p, Vec x, int n) {
   T t[kLanes];
@@ -292,6 +306,12 @@ DSCHAT_INLINE Vec pow2i(Vec n) {
   std::memcpy(&r.v, &bits, sizeof(bits));
   return r;
 }
+// x 2^n for integral-valued lanes n <= 128, 0 for those far below. 2^128 is no float, so the power is split in two.
+DSCHAT_INLINE Vec ldexp(Vec x, Vec n) {
+  n = max(set1(-252.0f), n);  // what an integer cannot hold may not be converted
+  const Vec half = round_even(n * set1(0.5f));
+  return x * pow2i(half) * pow2i(n - half);
+}
 DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
 DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
   Ints pairs;
@@ -328,19 +348,15 @@ DSCHAT_INLINE float reduce_max(Vec x) {
 
 template <typename T> DSCHAT_INLINE Vec round_to(Vec x);
 template <> DSCHAT_INLINE Vec round_to<float>(Vec x) { return x; }
-template <> DSCHAT_INLINE Vec round_to<bf16>(Vec x) {
-  bf16 t[kLanes];
-  store(t, x);
-  return load(t);
-}
+template <> DSCHAT_INLINE Vec round_to<bf16>(Vec x) { return round_bf16(x); }
 
 // e^x. Below -87.3 (where the result would be subnormal) exactly 0, above 88.7 infinity, NaN stays NaN.
-// Cody-Waite reduction to |r| <= ln2/2 and the minimax polynomial of Cephes expf; error under 2 ulp.
+// Cody-Waite reduction to |r| <= ln2/2 and the minimax polynomial of Cephes expf; error under 2 ulp. From 88.7 on the
+// power of two overflows by itself; the bound of 89 keeps infinity out of the reduction.
 DSCHAT_INLINE Vec exp(Vec x) {
-  const Vec low = set1(-87.33654f), high = set1(88.72283f);
-  Vec clamped = max(low, min(high, x));
-  Vec n = round_even(clamped * set1(1.44269504088896341f));
-  Vec r = fma(n, set1(-0.693359375f), clamped);
+  const Vec bounded = min(set1(89.0f), x);
+  const Vec n = round_even(bounded * set1(1.44269504088896341f));
+  Vec r = fma(n, set1(-0.693359375f), bounded);
   r = fma(n, set1(2.12194440e-4f), r);
   Vec p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));
@@ -349,14 +365,7 @@ DSCHAT_INLINE Vec exp(Vec x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, r * r, r) + set1(1.0f);
-  // n reaches 128 just below the overflow limit and 2^128 is no float: split the power in two.
-  Vec half = round_even(n * set1(0.5f));
-  Vec y = p * pow2i(half) * pow2i(n - half);
-  y = select_lt(x, low, zero(), y);
-  y = select_lt(high, x, set1(std::numeric_limits<float>::infinity()), y);
-  // NaN fails both comparisons of this test and is passed through.
-  return select_lt(x, set1(std::numeric_limits<float>::infinity()), y,
-                   select_lt(set1(0.0f), x, y, x + x));
+  return select_lt(x, set1(-87.33654f), zero(), ldexp(p, n));
 }
 
 // tanh: odd polynomial (Cephes tanhf) under 0.625, else 1 - 2 / (e^2|x| + 1) with the sign put back.

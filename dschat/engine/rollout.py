@@ -303,7 +303,7 @@ class RolloutRun:
         last = self.ids[rows, self.counts[rows] - 1]
         drawn = None if self.graphs is None else self._replay(self.graphs, last)
         if drawn is None:
-            logits = self.decoder.step(torch.from_numpy(last), self.cache, slots)
+            logits = self.decoder.step(torch.from_numpy(last), self.cache, slots, keep=False)
             synchronize(self.decoder.device)
         self.stats.decode += time.perf_counter() - start
         self.stats.steps += 1
