@@ -26,14 +26,15 @@ def environment(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def spawn(scenario: str, folder: Path, world: int = 2) -> None:
-    """Runs `worker.py scenario folder` in `world` processes; raises with their output if one fails or takes long."""
+def spawn(scenario: str, folder: Path, world: int = 2, **more: str) -> None:
+    """Runs `worker.py scenario folder` in `world` processes; raises with their output if one fails or takes long.
+    more: environment."""
     port = str(free_port())
     running = []
     try:
         for rank in range(world):
-            log = open(folder / f"{scenario}.{rank}.log", "w+")
-            where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            log = open(folder / f"{scenario}-{world}.{rank}.log", "w+")
+            where = more | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             running.append(
                 (subprocess.Popen(
                     [sys.executable, str(Path(__file__).with_name("worker.py")), scenario, str(folder)],
