@@ -60,11 +60,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spawned(folder: Path) -> Callable[..., dict[str, Any]]:
     """spawned(scenario, world): what a scenario of worker.py leaves, run in `world` processes by whoever asks first."""
 
-    def get(scenario: str, world: int = 2) -> dict[str, Any]:
+    def get(scenario: str, world: int = 2, limit: int = processes.LIMIT) -> dict[str, Any]:
         found = folder / f"{scenario}-{world}.pt"
         with alone(folder / f"{scenario}-{world}.lock"):
             if not found.exists():
-                processes.spawn(scenario, folder, world)
+                processes.spawn(scenario, folder, world, limit)
         return torch.load(found)
 
     return get

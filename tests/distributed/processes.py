@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 400  # seconds; many times what a run takes
+NIGHTLY = 3600
 
 
 def free_port() -> int:
@@ -26,7 +27,7 @@ def environment(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def spawn(scenario: str, folder: Path, world: int = 2, **more: str) -> None:
+def spawn(scenario: str, folder: Path, world: int = 2, limit: int = LIMIT, **more: str) -> None:
     """Runs `worker.py scenario folder` in `world` processes; raises with their output if one fails or takes long.
     more: environment."""
     port = str(free_port())
@@ -34,7 +35,12 @@ def spawn(scenario: str, folder: Path, world: int = 2, **more: str) -> None:
     try:
         for rank in range(world):
             log = open(folder / f"{scenario}-{world}.{rank}.log", "w+")
-            where = more | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            where = more | {
+                "LIMIT": str(limit),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+            }
             running.append(
                 (subprocess.Popen(
                     [sys.executable, str(Path(__file__).with_name("worker.py")), scenario, str(folder)],
@@ -43,7 +49,7 @@ def spawn(scenario: str, folder: Path, world: int = 2, **more: str) -> None:
                 ), log)
             )  # fmt: skip
         for process, _ in running:
-            process.wait(LIMIT)
+            process.wait(limit)
     finally:
         for process, _ in running:
             process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import worker
@@ -39,7 +40,10 @@ def many(spawned, folder):
     """many(world, name): the folder of a run of so many processes."""
 
     def get(world: int, name: str) -> Path:
-        spawned("four" if world == 4 and name in worker.FOUR_STAGES else "stages", world)
+        if world == 4 and name not in worker.FOUR_STAGES:
+            spawned("stages", world, processes.NIGHTLY)
+        else:
+            spawned("four" if world == 4 else "stages", world)
         return folder / f"{name}-{world}"
 
     return get

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import worker
@@ -72,7 +73,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(many, alone, world, 
 def test_stage_times_lora_times_dtype_times_accumulation(spawned, world):
     """The loss curves of the whole product, of three steps, are those of one process: within 1e-4 in float32, 2e-2 in
     bfloat16 (a full bfloat16 model: of one process with DeepSpeed's float32 masters)."""
-    found, alone = spawned("product", world), {}
+    found, alone = spawned("product", world, processes.NIGHTLY), {}
     for kind, stage, chunk in worker.PRODUCT:
         masters = kind == "full-bf16" and stage is not None
         which = (kind, masters, chunk)

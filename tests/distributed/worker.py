@@ -356,7 +356,7 @@ def run_stage(name: str, folder: Path, output: str, **more: Any) -> dict[str, An
 if __name__ == "__main__":
     import faulthandler
 
-    faulthandler.dump_traceback_later(380, exit=True)
+    faulthandler.dump_traceback_later(int(os.environ["LIMIT"]) - 20, exit=True)
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
     name, where = sys.argv[1], Path(sys.argv[2])
