@@ -1,7 +1,7 @@
 # make run     the quickstart: SFT, reward model and PPO of a real small chat model
 # make test    the test suite, on two cores (WORKERS=4: on four)
-# make test-full   nightly: the same with 2000 random models, and with every size, dtype and architecture of the GPU
-#                  kernels, also in the checking build (hours)
+# make test-full   nightly: the same with 2000 random models, every size, dtype and architecture of the GPU kernels, also in
+#                  the checking build, runs killed at 50 random moments, and every kind of run in 2 and 4 processes (hours)
 # make lint    ruff and mypy
 # make bench   kernels, then generation against HF
 # make gpu-check   for the owner of a GPU: build, test and measure; GPU_PYTHON has PyTorch for CUDA and the project's needs
@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: $(VENV)/.installed
-	DSCHAT_RANDOM_MODELS=2000 DSCHAT_TEST_ALL_KERNELS=1 $(BIN)/python -m pytest -q
+	DSCHAT_RANDOM_MODELS=2000 DSCHAT_TEST_ALL_KERNELS=1 $(BIN)/python -m pytest -q -m ""
 	$(BIN)/python -m benchmarks.gpu_static
 
 lint: $(VENV)/.installed

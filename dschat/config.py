@@ -479,6 +479,9 @@ class OnlineConfig(StageConfig):
         "token", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
     )
     rollout_weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    inference_tp_size: int = opt(
+        1, "processes that generate together, each with a part of every layer, for models that fit in none"
+    )
     importance_cap: float | None = opt(
         None, "weigh by min(p training / p rollout, this), for rollouts in lesser precision; none: don't"
     )
@@ -526,7 +529,7 @@ class OnlineConfig(StageConfig):
         super().check()
         for key in (
             *("prompts_per_step", "samples_per_prompt", "max_prompt_length", "max_new_tokens"),
-            *("ppo_epochs", "eval_samples"),
+            *("ppo_epochs", "eval_samples", "inference_tp_size"),
         ):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
@@ -564,11 +567,6 @@ class OnlineConfig(StageConfig):
         self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
         self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
-        if self.ema_decay and self.zero_stage == 3:
-            raise ConfigError(
-                f"ema_decay is {self.ema_decay} and zero_stage 3, where no process has the weights to average; "
-                "set zero_stage to 2, or ema_decay to 0"
-            )
         if bool(self.unsup_data) != bool(self.unsup_coef):
             raise ConfigError(
                 f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
@@ -583,6 +581,11 @@ class OnlineConfig(StageConfig):
             raise ConfigError(
                 f"rollout_weights is {self.rollout_weights} and importance_cap none, so nothing would correct "
                 "for the rollout's lesser precision; set importance_cap to a number such as 2"
+            )
+        if self.inference_tp_size > 1 and self.exact:
+            raise ConfigError(
+                f"inference_tp_size is {self.inference_tp_size} and exact is true, which trains on the whole packs of "
+                "the rollout; set exact to false, or inference_tp_size to 1"
             )
         if self.importance_cap is not None and self.exact:
             raise ConfigError(

@@ -42,7 +42,7 @@ OFF = ("false", "0", "0.0", "none")
 TABLE = (
     Flag("learning_rate critic_learning_rate lora_learning_rate critic_lora_learning_rate weight_decay", same=True),
     Flag("critic_weight_decay gradient_accumulation_steps ppo_epochs unsup_coef beta label_smoothing", same=True),
-    Flag("seed output_dir data_split zero_stage critic_zero_stage offload", same=True),
+    Flag("seed output_dir data_split zero_stage critic_zero_stage offload inference_tp_size", same=True),
     Flag("actor_zero_stage", to="zero_stage"),
     Flag("deepspeed", same=True, values={"true": "", "false": ""}),  # there a switch, here also a configuration's file
     Flag("deepspeed_config", to="deepspeed"),
@@ -89,8 +89,6 @@ TABLE = (
     Flag("local_rank", note="the environment says it (LOCAL_RANK)"),
     Flag("offload_reference_model offload_reward_model", note="frozen models stay where they were loaded"),
     Flag("disable_dropout disable_actor_dropout disable_critic_dropout", note="dropout is always off"),
-    Flag("inference_tp_size", harmless=("1",),
-         instead="every process generates with whole weights; leave it out, or set it to 1"),
     Flag("generation_batches", instead="raise prompts_per_step instead", harmless=("1",)),
     Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),

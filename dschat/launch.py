@@ -65,6 +65,15 @@ def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
                 raise ConfigError(f"--{key} needs a value")
             value = rest.pop(0)
         flags[key] = value
+    if (
+        rest
+        and rest[0] in configs.COMMANDS
+        and not issubclass(configs.COMMANDS[rest[0]], configs.StageConfig)
+    ):
+        stages = ", ".join(c for c, kind in configs.COMMANDS.items() if issubclass(kind, configs.StageConfig))
+        raise ConfigError(
+            f"dschat {rest[0]} runs in one process; start it without launch, which is for {stages}"
+        )
     if not rest or rest[0] not in configs.COMMANDS:
         said = f"{rest[0]!r} is no command" if rest else "there is no command to launch"
         raise ConfigError(f"{said}; write dschat launch --num_processes 2 ppo --config FILE")

@@ -59,6 +59,7 @@ def start(device: torch.device, alone: bool = False) -> None:
 
 def stop() -> None:
     """Leaves the process group, if one was joined."""
+    _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -78,13 +79,33 @@ def lead() -> bool:
     return rank() == 0
 
 
+_groups: dict[int, Any] = {}
+
+
+def group(size: int) -> Any:
+    """The process group of this process and its neighbours, `size` from the first process on. All processes call."""
+    if size not in _groups:
+        for begin in range(0, world(), size):
+            ranks = list(range(begin, begin + size))
+            made = dist.new_group(ranks)
+            if rank() in ranks:
+                _groups[size] = made
+    return _groups[size]
+
+
+def store() -> Any:
+    """The key-value store through which the processes found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 # -------------------------------------------------------------------------------------------- who does what
 
 
-def counts(n: int) -> list[int]:
-    """How many of n rows each process takes: as equal as they can be, the first ones take one more."""
-    size, more = divmod(n, world())
-    return [size + (r < more) for r in range(world())]
+def counts(n: int, parts: int | None = None) -> list[int]:
+    """How many of n rows each process (or of `parts` each) takes: as equal as can be, the first ones one more."""
+    parts = parts or world()
+    size, more = divmod(n, parts)
+    return [size + (r < more) for r in range(parts)]
 
 
 def share(n: int) -> slice:
@@ -143,19 +164,16 @@ def by_rows(n: int, size: int, compute: Callable[[slice], Tensor]) -> Tensor:
 
 
 def total(values: Mapping[str, float], largest: Sequence[str] = ()) -> dict[str, float]:
-    """Sums over the processes; of the names in `largest`, the largest value."""
+    """Sums over the processes, in their order; of the names in `largest`, the largest value. A process that had no row
+    may lack names."""
     out = {k: float(v) for k, v in values.items()}
     if world() == 1:
         return out
-    for names, op in (
-        ([k for k in out if k not in largest], "SUM"),
-        ([k for k in out if k in largest], "MAX"),
-    ):
-        if names:
-            tensor = torch.tensor([out[k] for k in names], dtype=torch.float64, device=_device())
-            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
-            out |= zip(names, tensor.tolist(), strict=True)
-    return out
+    box: list[dict[str, float]] = [{}] * world()
+    dist.all_gather_object(box, out)
+    names = dict.fromkeys(name for found in box for name in found)
+    values_of = {name: [found[name] for found in box if name in found] for name in names}
+    return {name: max(v) if name in largest else sum(v) for name, v in values_of.items()}
 
 
 def from_lead(compute: Callable[[], T]) -> T:
@@ -192,6 +210,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
             parameter.grad.copy_(part.view_as(parameter.grad).to(dtype))
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where tensors have to be to travel between processes."""
     nccl = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -133,7 +133,9 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
 
     trained = policy.lora(run.lora_r) if run.lora_r else policy.parameters
     parts = _trained("policy", policy.parameters, trained, size, stage, run.offload, gpus)
-    parts.append(Part("rollout packs (whole on each GPU)", policy.parameters * size))
+    parts_of = min(run.inference_tp_size, gpus)
+    share = "whole" if parts_of == 1 else f"1/{parts_of}"
+    parts.append(Part(f"rollout packs ({share} on each GPU)", policy.parameters * size / parts_of))
     parts.append(Part(f"cache of {own} rows", policy.cache_bytes(own * length, size)))
     if not run.lora_r:
         parts.append(Part("reference (whole on each GPU)", policy.parameters * size))

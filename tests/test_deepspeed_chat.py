@@ -84,7 +84,7 @@ SCRIPTS = {
         "enable_hybrid_engine": ("", "note"),
         "unpin_actor_parameters": ("", "note"),
         "release_inference_cache": ("", "note"),
-        "inference_tp_size": ("2", "leave it out, or set it to 1"),
+        "inference_tp_size": ("2", {"inference_tp_size": 2}),
         "tp_gather_partition_size": ("8", "note"),
         "offload_reference_model": ("", "note"),
         "offload_reward_model": ("", "note"),
@@ -155,7 +155,7 @@ def test_every_flag(command, flag):
 @pytest.mark.parametrize(
     "line",
     [
-        "--inference_tp_size 1 --generation_batches 1",
+        "--generation_batches 1 --actor_dropout none",
         "--actor_dropout 0.0 --critic_dropout 0",
         "--actor_gradient_checkpointing false --enable_mixed_precision_lora false",
     ],

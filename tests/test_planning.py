@@ -74,3 +74,11 @@ def test_memory_by_hand():
     assert parts["policy: optimizer"] == pytest.approx(6.738 * 12 / 8, rel=0.01)
     assert parts["rollout packs (whole on each GPU)"] == pytest.approx(6.738 * 2, rel=0.01)
     assert parts["cache of 1 rows"] == pytest.approx(2 * 32 * 4096 * 512 * 2 / 1e9)
+
+
+def test_packs_in_parts():
+    _, found = planning.plan(
+        PlanConfig(recipe=str(ROOT / "recipes/deepspeed_chat/opt-13b-lora.yaml"), gpus=8)
+    )
+    parts = {p.name: p.bytes / 1e9 for p in found.parts}
+    assert parts["rollout packs (1/2 on each GPU)"] == pytest.approx(12.84, rel=0.01)

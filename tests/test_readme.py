@@ -15,6 +15,7 @@ from dschat import config as configs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CI = (ROOT / ".ci" / "run").read_text()
 MODEL = ROOT / "tests" / "data" / "stories260k"
 
 
@@ -35,9 +36,20 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_commands_and_files_exist() -> None:
-    for line in re.findall(r"^dschat (.+?)  ", README, re.MULTILINE):
+    known = {*configs.COMMANDS, "launch"}
+    lines = re.findall(r"^dschat (.+?)(?:  | \.\.\. )", README, re.MULTILINE)
+    for line in lines:
         words = line.split()
-        assert words[0] in configs.COMMANDS or " ".join(words[:2]) in configs.COMMANDS, line
+        assert words[0] in known or " ".join(words[:2]) in known, line
+    short = set(re.findall(r'^"\$bin/dschat" ([a-z]+)|\| "\$bin/dschat" ([a-z]+)', CI, re.MULTILINE))
+    tried = {word for pair in short for word in pair if word} | {
+        "dpo",
+        "replay",
+        "serve",
+    }  # these have tests of their own
+    assert {line.split()[0] for line in lines} == tried, (
+        "what the README lists runs in .ci/run in a short form"
+    )
     for path in re.findall(r"`?((?:recipes|benchmarks|tests)/[\w/.-]+)", README):
         assert (ROOT / path.rstrip(".")).exists(), path
 

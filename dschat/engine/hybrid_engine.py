@@ -25,11 +25,13 @@ from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.patch import shared_decoder
 from dschat_kernels.plan import Decoder, RefreshStats
+from dschat_kernels.sharding import sharded_decoder
 
 from .. import parallel
 from ..device import synchronize
 from .packed import PackedModel, check_batch, pack_rows
-from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions, row_streams
+from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions
+from .sharing import Sharing
 from .stepper import Stepper
 
 
@@ -53,6 +55,9 @@ class HybridEngine:
         cuda_graphs: on a GPU, decode steps replay CUDA graphs (`dschat_kernels.graphs`); the cache is kept for them
             between rollouts, `release()` gives it up. Where none can be recorded, a warning and `graphs.reason` say
             why.
+        inference_tp_size: processes that hold one decoder together and decode the same rows in step, each with its part
+            of every layer (`dschat_kernels.sharding`), for packs that do not fit beside each other; tokens and
+            log-probs stay those of one process. It divides the number of processes and the model's heads.
 
     In a patched model engine and patch have one decoder, and so one copy of the packs, where backend and dtype are the
     same.
@@ -71,6 +76,7 @@ class HybridEngine:
         backend: str | None = None,
         rollout_weights: str = "model",
         cuda_graphs: bool = True,
+        inference_tp_size: int = 1,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
@@ -85,6 +91,9 @@ class HybridEngine:
         if exact:
             _check_exact(rollout_weights)
         self.exact = exact
+        self.sharing = Sharing(inference_tp_size)
+        if exact:
+            _check_undivided(inference_tp_size)
         self.packed = PackedModel(model, backend=backend)
         check_one_dtype(self.spec)
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
@@ -116,9 +125,13 @@ class HybridEngine:
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
         self._described = self.spec
+        how: dict[str, Any] = {"dtype": self._dtype, "backend": self._backend, "weights": self._weights}
+        if self.sharing.size > 1:
+            sharing = self.sharing
+            return sharded_decoder(self.spec, sharing.part, sharing.size, sharing.columns, **how)
         decoder = shared_decoder(self.model, self._backend) if self._weights == "model" else None
         if decoder is None or self._dtype not in (None, decoder.dtype):
-            decoder = Decoder(self.spec, dtype=self._dtype, backend=self._backend, weights=self._weights)
+            decoder = Decoder(self.spec, **how)
         on_gpu = decoder.device.type == "cuda" and decoder.backend in ("cuda", "triton")
         self.graphs = DecodeGraphs(decoder) if on_gpu and self._cuda_graphs else None
         return decoder
@@ -218,46 +231,51 @@ class HybridEngine:
         on_token: Callable[[int, int], None] | None,
         limits: Sequence[int] | None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], RolloutStats]:
-        """(completions as `RolloutRun.completions` gives them, stats). Each process takes some of the prompts; none
-        waits for another before it has decoded all of its own."""
-        streams = row_streams(prompts, sampling.n)
-        own = parallel.share(len(prompts))
-        first = own.start * sampling.n
-        shift = on_token and (lambda row, token: on_token(first + row, token))
-        pad = self._pad_token(sampling)
-        rows = slice(first, own.stop * sampling.n)
+        """(completions of all prompts as `RolloutRun.completions` gives them, stats of this process). Each team of
+        processes takes some of the prompts; none waits for another before there is nothing left to decode."""
         self._check_epoch()
-        if own.stop > own.start:
+        sharing, pad = self.sharing, self._pad_token(sampling)
+        reserved = -(-self.max_slots // sampling.n)  # what a team starts with, nobody takes
+        counts = sharing.counts(len(prompts))
+        first = sum(counts[: sharing.team])
+        queue = sharing.queue(len(prompts), reserved)
+        own = range(
+            first, first + min(counts[sharing.team], reserved if queue is not None else counts[sharing.team])
+        )
+        taken: Sequence[int] = []
+        found, stats = empty_completions(self.device), RolloutStats()
+        if own:
             run = RolloutRun(
-                self.decoder, prompts[own], sampling, self.max_slots, pad, shift,
-                None if limits is None else limits[own], self.graphs, streams[rows],
+                self.decoder, prompts, sampling, self.max_slots, pad, on_token, limits, self.graphs,
+                own=own, more=None if queue is None else queue.take, agree=sharing.smallest,
             )  # fmt: skip
             run.run()
-            found, stats = run.completions(), run.stats
-        else:
-            found, stats = empty_completions(self.device), RolloutStats()
+            found, taken, stats = run.completions(), run.taken, run.stats
         if parallel.world() > 1:
-            found = self._gather(
-                found, [n * sampling.n for n in parallel.counts(len(prompts))], sampling, pad
-            )
+            found = self._together(found, taken, len(prompts), sampling, pad)
             stats.completion_tokens = int(found[1].sum())
+        if queue is not None:
+            queue.close()
         return found, stats
 
-    @staticmethod
-    def _gather(
+    def _together(
+        self,
         found: tuple[Tensor, Tensor, Tensor, Tensor],
-        counts: Sequence[int],
+        taken: Sequence[int],
+        prompts: int,
         sampling: SamplingConfig,
         pad: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The completions of all processes, cut to the longest of all."""
         ids, mask, logprobs, finished = found
         more = (0, sampling.max_new_tokens - ids.shape[1])
-        ids = parallel.gather(nn.functional.pad(ids, more, value=pad), counts)
-        mask = parallel.gather(nn.functional.pad(mask, more), counts)
-        logprobs = parallel.gather(nn.functional.pad(logprobs, more), counts)
+        wide = (
+            nn.functional.pad(ids, more, value=pad), nn.functional.pad(mask, more),
+            nn.functional.pad(logprobs, more), finished,
+        )  # fmt: skip
+        ids, mask, logprobs, finished = self.sharing.together(wide, taken, prompts, sampling.n)
         width = int(mask.sum(1).max())
-        return ids[:, :width], mask[:, :width], logprobs[:, :width], parallel.gather(finished, counts)
+        return ids[:, :width], mask[:, :width], logprobs[:, :width], finished
 
     def _check_prompts(self, prompts: Sequence[Tensor], sampling: SamplingConfig) -> None:
         for i, prompt in enumerate(prompts):
@@ -314,6 +332,7 @@ class HybridEngine:
         decoder = None
         if exact:
             _check_exact(self._weights)
+            _check_undivided(self.sharing.size)
             self.flip()
             decoder = self.decoder
         rows, select, targets, places = completion_rows(rollout)
@@ -369,6 +388,14 @@ def _check_exact(rollout_weights: str) -> None:
         raise ValueError(
             f"rollout_weights is {rollout_weights!r}: exact mode trains on the rollout's weights and needs "
             "rollout_weights='model'."
+        )
+
+
+def _check_undivided(inference_tp_size: int) -> None:
+    if inference_tp_size > 1:
+        raise ValueError(
+            f"inference_tp_size is {inference_tp_size}: exact mode trains on the whole packs of the rollout and needs "
+            "inference_tp_size=1."
         )
 
 

@@ -157,7 +157,6 @@ def stream_of(prompt: Tensor, sample_number: int) -> int:
 class _Prompt:
     """A prompt and its samples that have not started."""
 
-    index: int
     tokens: Tensor
     waiting: deque[int]
     slot: int = -1
@@ -167,7 +166,9 @@ class _Prompt:
 class RolloutRun:
     """One generate call: `prompts` (ragged, int64) times `sampling.n` rows, at most `max_slots` at a time. `limits`:
     most tokens of a completion, prompt by prompt, where they are to be less than `sampling.max_new_tokens`.
-    `streams`: of every row; default those of the prompts, as `row_streams` gives them.
+    `own`: numbers of the prompts to run; default: all. `more(n)`: called when those have started and there is room,
+    gives up to n further prompts, none when none are left. `taken` is what was run. `agree(rows)`: rows at a time,
+    where other processes have to have as many.
 
     A row is waiting (its prompt is in `queue` or `open`), active (it has a slot and its last token is drawn
     but not fed), or done. A prompt keeps a slot of its own from its prefill until its last sample starts.
@@ -183,12 +184,14 @@ class RolloutRun:
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
         graphs: DecodeGraphs | None = None,
-        streams: np.ndarray | None = None,
+        own: Sequence[int] | None = None,
+        more: Callable[[int], Sequence[int]] | None = None,
+        agree: Callable[[int], int] = int,
     ):
         self.decoder, self.sampling, self.on_token = decoder, sampling, on_token
         self.graphs = graphs if graphs is not None and graphs.reason is None else None
         rows = len(prompts) * sampling.n
-        self.streams = row_streams(prompts, sampling.n) if streams is None else streams
+        self.streams = row_streams(prompts, sampling.n)
         self.ids = np.full((rows, sampling.max_new_tokens), pad_token_id, dtype=np.int64)
         self.logprobs = np.zeros((rows, sampling.max_new_tokens), dtype=np.float32)
         self.counts = np.zeros(rows, dtype=np.int64)
@@ -196,14 +199,16 @@ class RolloutRun:
         most = [sampling.max_new_tokens] * len(prompts) if limits is None else limits
         self.limits = np.repeat(np.asarray(most, dtype=np.int64), sampling.n)
         self.eos = np.asarray(sampling.eos_ids, dtype=np.int64)
-        self.queue = deque(
-            _Prompt(i, p, deque(range(i * sampling.n, (i + 1) * sampling.n))) for i, p in enumerate(prompts)
-        )
+        self.prompts, self.more, self.agree = prompts, more, agree
+        self.taken: list[int] = []
+        self.queue: deque[_Prompt] = deque()
+        self._take_on(range(len(prompts)) if own is None else own)
         self.open: deque[_Prompt] = deque()  # prefilled, with samples that wait for a slot
-        longest = max(len(p) for p in prompts)
-        tokens = sum(sorted(map(len, prompts))[-max_slots:])  # of one prefill
+        lengths = sorted(len(prompts[i]) for i in (range(len(prompts)) if more else self.taken))
         self.max_active, self.cache = self._make_cache(
-            min(rows, max_slots), longest + sampling.max_new_tokens, max(tokens, max_slots)
+            min(len(lengths) * sampling.n, max_slots),
+            lengths[-1] + sampling.max_new_tokens,
+            max(sum(lengths[-max_slots:]), max_slots),  # tokens of one prefill
         )
         slots = slots_needed(self.max_active, sampling.n)
         self.free = list(range(slots - 1, -1, -1))  # slots
@@ -211,7 +216,6 @@ class RolloutRun:
         self.active_slots: list[int] = []
         self.stats = RolloutStats(
             slots=self.max_active,
-            prompt_tokens=sum(len(p) for p in prompts),
             cache_bytes=self.cache.num_pages * self.cache.bytes_per_page,
             packed_bytes=decoder.packed_bytes,
             weights=decoder.weights,
@@ -231,35 +235,49 @@ class RolloutRun:
             rows, n, slot_bytes(self.decoder, tokens), step_bytes(self.decoder, prefilled, 0),
             step_bytes(self.decoder, 0, 1), self.decoder.device,
         )  # fmt: skip
+        rows = self.agree(rows)
         make = self.decoder.new_cache if graphs is None else graphs.new_cache
         return rows, make(slots_needed(rows, n), tokens)
 
     def run(self) -> None:
         """Runs until every row is done."""
         with _no_garbage_collection():
-            while self.queue or self.open or self.active_rows:
-                self._admit()
-                if self.active_rows:
-                    self._decode()
+            while self._admit():
+                self._decode()
+        self.stats.prompt_tokens = sum(len(self.prompts[i]) for i in self.taken)
         self.stats.completion_tokens = int(self.counts.sum())
 
     # ------------------------------------------------------------------------------------------------ admission
 
-    def _admit(self) -> None:
-        """Fills free places, with samples of prefilled prompts before any further prompt is prefilled.
+    def _take_on(self, numbers: Sequence[int]) -> None:
+        """Puts prompts into the queue."""
+        n = self.sampling.n
+        self.taken += numbers
+        self.queue.extend(_Prompt(self.prompts[i], deque(range(i * n, (i + 1) * n))) for i in numbers)
+
+    def _admit(self) -> bool:
+        """Fills free places, with samples of prefilled prompts before any further prompt is prefilled. Whether a row is
+        active then.
 
         Prompts are prefilled only when no prefilled one waits, so the slots they keep cannot run out.
         """
         while (room := self.max_active - len(self.active_rows)) > 0:
             if not self.open:
                 fresh: list[_Prompt] = []
-                while self.queue and room > 0:
+                while room > 0 and self._refill(room):
                     fresh.append(self.queue.popleft())
                     room -= len(fresh[-1].waiting)
                 if not fresh:
-                    return
+                    break
                 self._prefill(fresh)
             self._start_samples()
+        return bool(self.active_rows)
+
+    def _refill(self, room: int) -> bool:
+        """Whether a prompt waits, or could be had from others for the `room` rows."""
+        if not self.queue and self.more is not None:
+            self._take_on(self.more(-(-room // self.sampling.n)))
+        return bool(self.queue)
 
     def _prefill(self, prompts: list[_Prompt]) -> None:
         start = time.perf_counter()
@@ -359,15 +377,18 @@ class RolloutRun:
                 self.active_slots.append(slot)
 
     def completions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(completion_ids, completion_mask, logprobs, finished) on the decoder's device, cut to the longest
-        completion."""
-        width, device = int(self.counts.max()), self.decoder.device
-        mask = np.arange(width)[None] < self.counts[:, None]
+        """(completion_ids, completion_mask, logprobs, finished) of the prompts `taken`, on the decoder's device, cut to
+        the longest completion."""
+        n, device = self.sampling.n, self.decoder.device
+        rows = (np.asarray(self.taken, dtype=np.int64)[:, None] * n + np.arange(n)).reshape(-1)
+        counts = self.counts[rows]
+        width = int(counts.max())
+        mask = np.arange(width)[None] < counts[:, None]
         return (
-            torch.from_numpy(self.ids[:, :width].copy()).to(device),
+            torch.from_numpy(self.ids[rows, :width]).to(device),
             torch.from_numpy(mask).to(device),
-            torch.from_numpy(self.logprobs[:, :width].copy()).to(device),
-            torch.from_numpy(self.finished).to(device),
+            torch.from_numpy(self.logprobs[rows, :width]).to(device),
+            torch.from_numpy(self.finished[rows]).to(device),
         )
 
 

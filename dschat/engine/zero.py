@@ -179,6 +179,24 @@ def whole(parameters: Iterable[Any], write: bool = False) -> Iterator[None]:
         yield
 
 
+def held(parameter: Any) -> Tensor:
+    """What this process has of a parameter: under ZeRO-3 its shard, flat and padded, else all of it."""
+    found: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return found
+
+
+def float_copies(parameters: Sequence[nn.Parameter]) -> nn.ParameterList:
+    """float32 copies of parameters, cut into the same shards where ZeRO-3 shards those. All processes must call."""
+    with whole(parameters):
+        copies = nn.ParameterList([nn.Parameter(p.detach().float().clone()) for p in parameters])
+    if any(hasattr(p, "ds_id") for p in parameters):
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        deepspeed().zero.Init(
+            module=copies, dtype=torch.float32, config_dict_or_path=config, mem_efficient_linear=False
+        )
+    return copies
+
+
 def gather_modules(modules: Sequence[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """`whole` for the parameters of some modules."""
     return whole(parameters_of(modules))
@@ -427,6 +445,7 @@ class ZeroEngine(HybridEngine):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings, **keywords: Any
     ):
         self.settings = settings
+        parallel.start(next(model.parameters()).device, alone=True)
         super().__init__(model, optimizer, **keywords)
         self.stepper = ZeroStepper(model, optimizer, settings)
         self.optimizer = self.stepper.optimizer
@@ -440,8 +459,8 @@ class ZeroEngine(HybridEngine):
 
     def memory(self) -> dict[str, int]:
         """Bytes of this process's part of the weights, and of the packs."""
-        held = {id(p): getattr(p, "ds_tensor", p) for p in self.model.parameters()}
-        weights = sum(t.numel() * t.element_size() for t in held.values())
+        parts = {id(p): held(p) for p in self.model.parameters()}
+        weights = sum(t.numel() * t.element_size() for t in parts.values())
         return {"weights": weights, "packs": self.decoder.packed_bytes}
 
 

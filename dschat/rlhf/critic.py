@@ -16,7 +16,7 @@ from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_stepper
 from . import data, models
-from .rewards import RewardFunction, Rewards, load_sources, require_same_tokenizer
+from .rewards import RewardFunction, Rewards, load_sources
 from .run import derive_seed, make_optimizer
 
 
@@ -97,8 +97,6 @@ def build_rewards_and_critic(
     sources, loaded = load_sources(config, dtype, functions, encoder, device)
     first_model = next(iter(loaded), None)
     start = config.critic or first_model or config.model
-    if encoder is not None:
-        require_same_tokenizer(start, encoder.tokenizer, "critic", "the critic reads the policy's tokens")
 
     head: nn.Module
     if config.critic_update == "all" or start not in loaded:

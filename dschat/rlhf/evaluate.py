@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .. import device as devices
+from ..engine.zero import whole
 from . import data, losses, models
 from .environments import action_mask
 from .rewards import prompt_text
@@ -95,7 +96,8 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
     rollout = trainer.generate(examples, 1, seed)
     ours = rollout.stats.completion_tokens / (time.perf_counter() - start)
 
-    plain: Any = copy.deepcopy(trainer.engine.model)
+    with whole(trainer.engine.model.parameters()):
+        plain: Any = copy.deepcopy(trainer.engine.model)
     plain = plain.merge_and_unload() if models.is_peft(plain) else plain
     settings = transformers.GenerationConfig(
         do_sample=True,

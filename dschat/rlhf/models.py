@@ -201,6 +201,17 @@ def no_dropout(model: Any) -> Any:
     return model.eval()
 
 
+def read_config(name: str) -> Any:
+    """The configuration of a language model before its weights are read; None where only an adapter is there."""
+    import transformers
+
+    path = resolve(name)
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        return None
+    with loading("configuration of", name):
+        return transformers.AutoConfig.from_pretrained(path).get_text_config()
+
+
 # --------------------------------------------------------------------------------------------------- adapters
 
 

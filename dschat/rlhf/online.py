@@ -26,11 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.sharding import check_heads
+
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
+from ..engine.sharing import check_teams
 from ..engine.zero import ZeroSettings, make_engine
 from . import data, environments, evaluate, losses, models, report, sources
 from .environments import Episodes, action_mask
@@ -454,10 +457,13 @@ def train(
     with Run(config, config.command) as run, interruptible(run):
         if run.result is not None:
             return run.result
+        _check_teams(config)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
+        if model is None:
+            _check_model(config, [train_set, eval_set])
 
         trainer = assemble(config, build, encoder, run.dtype, model, rewards, run.zero)
         engine = trainer.engine
@@ -519,6 +525,8 @@ def assemble(
     """The trainer of a config as it is before its first step: models loaded, adapters and optimizers made."""
     if config.reference:
         require_same_tokenizer(config.reference, encoder.tokenizer)
+    if critic := getattr(config, "critic", ""):
+        require_same_tokenizer(critic, encoder.tokenizer, "critic", "the critic reads the policy's tokens")
     device = devices.use(config.device)
     policy = devices.place(model or models.load_policy(config.model, dtype), device)
     reference = None
@@ -530,8 +538,40 @@ def assemble(
         reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
     policy = models.make_trainable(policy, config, "CAUSAL_LM")
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-    engine = make_engine(policy, optimizer, zero, exact=config.exact, rollout_weights=config.rollout_weights)
+    engine = make_engine(
+        policy, optimizer, zero, exact=config.exact, rollout_weights=config.rollout_weights,
+        inference_tp_size=config.inference_tp_size,
+    )  # fmt: skip
     return build(config, engine, encoder, reference, rewards, dtype, zero)
+
+
+def _check_model(config: OnlineConfig, sets: Sequence[Sequence[data.Example]]) -> None:
+    """Refuses, before weights are read, what the model's configuration does not allow: prompts that leave no room in
+    its context, and an inference_tp_size that does not divide its heads. The engine looks again, at the model."""
+    found = models.read_config(config.model)
+    if found is None:
+        return
+    context = getattr(found, "max_position_embeddings", None)
+    lengths = [len(e.prompt_ids) for examples in sets for e in examples] if not config.stream else []
+    longest = max(lengths, default=0)
+    if context and longest + config.max_new_tokens > context:
+        raise ConfigError(
+            f"a prompt has {longest} tokens and max_new_tokens is {config.max_new_tokens}, more than the model's "
+            f"context of {context}; lower max_new_tokens to {context - longest} or less, or max_prompt_length"
+        )
+    if config.inference_tp_size > 1:
+        heads = found.num_attention_heads
+        try:
+            check_heads(heads, getattr(found, "num_key_value_heads", None) or heads, config.inference_tp_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _check_teams(config: OnlineConfig) -> None:
+    try:
+        check_teams(config.inference_tp_size, parallel.world())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -586,8 +626,7 @@ def _conclude(
         result["speed"] = evaluate.compare_with_hf(trainer, chosen, derive_seed(config.seed, "compare"))
     written: list[Any] = []
     if trainer.average is not None:
-        averaged = copy.deepcopy(trainer.engine.model)
-        trainer.average.copy_to(averaged)
+        averaged = trainer.average.of(trainer.engine.model)
         written += models.save_model(averaged, tokenizer, run.folder / "ema", config.merge_lora)
     written += models.save_model(trainer.engine.model, tokenizer, run.folder, config.merge_lora)
     written += trainer.export(run.folder, tokenizer)

@@ -4,6 +4,7 @@ of its weights.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
+from ..engine.zero import float_copies, held, whole
 from . import data, losses
 from .run import derive_seed
 
@@ -72,23 +74,26 @@ def _text(record: data.Record) -> str:
 
 
 class WeightAverage(nn.Module):
-    """Exponential moving average, in float32, of a module's trainable weights: a = d * a + (1 - d) * w."""
+    """Exponential moving average, in float32, of a module's trainable weights: a = d * a + (1 - d) * w. Under ZeRO-3
+    it is sharded as they are, and a process averages its own shards."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.average = nn.ParameterList([nn.Parameter(p.detach().float().clone()) for p in trained])
+        self.average = float_copies([p for p in module.parameters() if p.requires_grad])
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
         for a, p in zip(self.average, trained, strict=True):
-            a.mul_(self.decay).add_(p.float(), alpha=1 - self.decay)
+            held(a).mul_(self.decay).add_(held(p).float(), alpha=1 - self.decay)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Put the average into a module of the same shape."""
-        trained = [p for p in module.parameters() if p.requires_grad]
-        for a, p in zip(self.average, trained, strict=True):
-            p.copy_(a)
+    def of(self, module: nn.Module) -> nn.Module:
+        """A copy of the module with the averages in the place of its weights, whole on every process."""
+        with whole([*module.parameters(), *self.parameters()]):
+            averaged = copy.deepcopy(module)
+            trained = [p for p in averaged.parameters() if p.requires_grad]
+            for a, p in zip(self.average, trained, strict=True):
+                p.copy_(a)
+        return averaged

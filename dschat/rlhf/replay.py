@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,8 @@ def _online(
     weights: Mapping[str, Tensor], encoder: data.Encoder,
 ) -> Replay:  # fmt: skip
     functions = () if config.reward or config.environment else (_silent,)
-    trainer = online.assemble(config, BUILD[config.command], encoder, dtype, None, functions)
+    alone = replace(config, inference_tp_size=1)
+    trainer = online.assemble(alone, BUILD[config.command], encoder, dtype, None, functions)
     modules = trainer.modules()
     for name, module in modules.items():
         checkpoint.load_module_state(name, module, weights)

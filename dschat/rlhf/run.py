@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -373,9 +374,15 @@ class Run:
 def zero_settings(config: StageConfig) -> ZeroSettings | None:
     """What a run asks DeepSpeed for; None: nothing. Raises ConfigError for settings that cannot work."""
     try:
-        return ZeroSettings.read(config.zero_stage, config.offload, config.deepspeed)
+        settings = ZeroSettings.read(config.zero_stage, config.offload, config.deepspeed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if settings is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"zero_stage is {settings.stage} and DeepSpeed is not installed; run: pip install 'dschat[deepspeed]', or "
+            "leave zero_stage out"
+        )
+    return settings
 
 
 def _module_state(name: str, module: nn.Module) -> dict[str, Tensor]:

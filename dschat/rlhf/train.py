@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import config as configs
 from .. import device as devices
+from .. import parallel
 from ..config import TrainConfig
 from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
@@ -34,10 +35,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         devices.resolve(settings.device)  # a stage that cannot run ends the pipeline before it begins
     for stage, settings in stages.items():
         results[stage] = TRAINERS[stage](settings)
-    atomic_text(folder / "config.yaml", configs.dump(config))
-    atomic_text(folder / "result.json", json.dumps(results, indent=1) + "\n")
-    table = _table(Path(config.ppo.output_dir)) if config.ppo else []
-    report.write(folder, f"Run {folder.name}", sentences(results), table[:20])
+    if parallel.lead():
+        atomic_text(folder / "config.yaml", configs.dump(config))
+        atomic_text(folder / "result.json", json.dumps(results, indent=1) + "\n")
+        table = _table(Path(config.ppo.output_dir)) if config.ppo else []
+        report.write(folder, f"Run {folder.name}", sentences(results), table[:20])
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +56,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def spawned(scenario: str, folder: Path) -> dict[str, Any]:
-    """What the scenario of worker.py leaves, run in two processes by whoever asks first."""
-    found = folder / f"{scenario}.pt"
-    with alone(folder / f"{scenario}.lock"):
-        if not found.exists():
-            processes.spawn(scenario, folder)
-    return torch.load(found)
+@pytest.fixture(scope="session")
+def spawned(folder: Path) -> Callable[..., dict[str, Any]]:
+    """spawned(scenario, world): what a scenario of worker.py leaves, run in `world` processes by whoever asks first."""
+
+    def get(scenario: str, world: int = 2, limit: int = processes.LIMIT) -> dict[str, Any]:
+        found = folder / f"{scenario}-{world}.pt"
+        with alone(folder / f"{scenario}-{world}.lock"):
+            if not found.exists():
+                processes.spawn(scenario, folder, world, limit)
+        return torch.load(found)
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def zero(folder: Path) -> dict[str, Any]:
+def zero(spawned: Any) -> dict[str, Any]:
     """Results of worker.zero in two processes."""
-    return spawned("zero", folder)
-
-
-@pytest.fixture(scope="session")
-def stages(folder: Path) -> dict[str, Any]:
-    """Results of worker.stages in two processes; the runs are in folder/NAME-many."""
-    return spawned("stages", folder)
+    return spawned("zero")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 400  # seconds; many times what a run takes
+NIGHTLY = 3600
 
 
 def free_port() -> int:
@@ -26,14 +27,20 @@ def environment(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def spawn(scenario: str, folder: Path, world: int = 2) -> None:
-    """Runs `worker.py scenario folder` in `world` processes; raises with their output if one fails or takes long."""
+def spawn(scenario: str, folder: Path, world: int = 2, limit: int = LIMIT, **more: str) -> None:
+    """Runs `worker.py scenario folder` in `world` processes; raises with their output if one fails or takes long.
+    more: environment."""
     port = str(free_port())
     running = []
     try:
         for rank in range(world):
-            log = open(folder / f"{scenario}.{rank}.log", "w+")
-            where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            log = open(folder / f"{scenario}-{world}.{rank}.log", "w+")
+            where = more | {
+                "LIMIT": str(limit),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+            }
             running.append(
                 (subprocess.Popen(
                     [sys.executable, str(Path(__file__).with_name("worker.py")), scenario, str(folder)],
@@ -42,7 +49,7 @@ def spawn(scenario: str, folder: Path, world: int = 2) -> None:
                 ), log)
             )  # fmt: skip
         for process, _ in running:
-            process.wait(LIMIT)
+            process.wait(limit)
     finally:
         for process, _ in running:
             process.kill()

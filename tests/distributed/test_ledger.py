@@ -10,13 +10,13 @@ import pytest
 import torch
 import worker
 
-from dschat import config as C
 from dschat.engine import HybridEngine, SamplingConfig
 from dschat.engine import zero as module
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "B2": "engine/test_rollout.py::test_greedy_is_hf_generate_with_left_padding",
+    "B3": "distributed/test_teams.py::test_rollouts_of_teams_are_those_of_one_process",
     "B4": "engine/test_rollout.py::test_a_row_is_the_same_whatever_is_around_it",
     "B13": "test_build.py::test_compile_error_is_readable_and_repeatable",
 }
@@ -40,15 +40,6 @@ def test_llama_under_zero3_speaks_as_before(zero):
     before = own.generate(*worker.prompts(), worker.SAMPLING)
     assert torch.equal(before.completion_ids, zero["full/3"]["tokens"][0])
     assert torch.equal(before.logprobs, zero["full/3"]["logprobs"][0])
-
-
-@pytest.mark.parametrize("value", ["2", "8"])
-def test_tensor_parallel_rollouts_are_refused(value):
-    """B3: inference_tp_size above 1 crashed. It is refused before anything is loaded."""
-    with pytest.raises(
-        C.ConfigError, match=r"inference_tp_size .* every process generates with whole weights"
-    ):
-        C.load(C.PPOConfig, None, {"inference_tp_size": [value]})
 
 
 def test_memory_of_rollouts_is_given_back():

@@ -1,4 +1,4 @@
-"""What the spawned processes do: `worker.py SCENARIO FOLDER`. The lead leaves the results as FOLDER/SCENARIO.pt.
+"""What the spawned processes do: `worker.py SCENARIO FOLDER`. The lead leaves the results as FOLDER/SCENARIO-WORLD.pt.
 
 The same functions run in the test's own process, alone, to give what the results are compared with.
 """
@@ -6,7 +6,10 @@ The same functions run in the test's own process, alone, to give what the result
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 from dschat import config as C
 from dschat import parallel
 from dschat.engine import HybridEngine, SamplingConfig
+from dschat.engine.sharing import Sharing
 from dschat.engine.zero import ZeroSettings, make_engine, whole
 from dschat.rlhf import models
 
@@ -32,6 +36,12 @@ KINDS = {  # name -> (dtype, LoRA, exact)
 CASES = [
     (k, s) for k in KINDS for s in range(4) if s > 1 or k in ("full", "lora") or (k, s) == ("lora-bf16", 1)
 ]
+FOUR = [("full", 2), ("lora-bf16", 3)]
+"""(kind, ZeRO stage) of the runs of four processes."""
+TEAMS = [("lora", 3, 2), ("full-bf16", 2, 2), ("full", None, 4)]
+"""(kind, ZeRO stage, inference_tp_size) of engines of four processes in teams."""
+PRODUCT = [(k, s, c) for k in KINDS if k != "lora-exact" for s in (None, 0, 1, 2, 3) for c in (4, 9)]
+"""(kind, ZeRO stage, rows of a backward) of the nightly runs: three backwards a step, or one."""
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +62,7 @@ def policy(kind: str) -> Any:
     return models.add_lora(model, 4, 8, ["all-linear"], "CAUSAL_LM", 0) if lora else model
 
 
-def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2) -> HybridEngine:
+def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2, **keywords: Any) -> HybridEngine:
     model = policy(kind)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
@@ -61,7 +71,12 @@ def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2) -> Hybr
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
-    return make_engine(model, optimizer, settings, exact=KINDS[kind][2])
+    return make_engine(model, optimizer, settings, exact=KINDS[kind][2], **keywords)
+
+
+def rate(kind: str) -> float:
+    """A learning rate that changes tokens in two steps, and no more."""
+    return 1e-3 if "bf16" in kind else 1e-2
 
 
 def train(own: HybridEngine, steps: int, chunk: int = 4) -> dict[str, list[Any]]:
@@ -114,23 +129,110 @@ def gathered(own: HybridEngine) -> list[str]:
 def zero(folder: Path) -> dict[str, Any]:
     """Every ZeRO stage with every kind of model; state and leftovers of ZeRO-3."""
     out: dict[str, Any] = {}
-    for kind in KINDS:
-        for stage in (0, 1, 2, 3):
-            if (kind, stage) not in CASES:
-                continue
-            own = engine(kind, ZeroSettings(stage), rate=1e-3 if "bf16" in kind else 1e-2)
-            result: dict[str, Any] = train(own, 2)
-            result |= final(own)
-            if kind in ("full", "lora"):
-                result["state"] = own.optimizer.state_dict()
-            result["left"] = gathered(own)
-            if stage == 3 and kind == "full":
-                result |= _zero3(own)
-            out[f"{kind}/{stage}"] = result
+    for kind, stage in CASES:
+        own = engine(kind, ZeroSettings(stage), rate(kind))
+        result: dict[str, Any] = train(own, 2) | final(own)
+        if kind in ("full", "lora"):
+            result["state"] = own.optimizer.state_dict()
+        result["left"] = gathered(own)
+        if stage == 3 and kind == "full":
+            result |= _zero3(own)
+        out[f"{kind}/{stage}"] = result
     for stage in (2, 3):
         out[f"offload/{stage}"] = train(engine("lora", ZeroSettings(stage, offload=True)), 2)
     out["lengths"] = _lengths()
+    out["queue/1"] = queue(1)
     out["plain"] = train(engine("full", None), 2)
+    return out
+
+
+def four(folder: Path) -> dict[str, Any]:
+    """Engines and runs in four processes, which is more than the rows of the last backward."""
+    out: dict[str, Any] = {}
+    for kind, stage in FOUR:
+        own = engine(kind, ZeroSettings(stage), rate(kind))
+        out[f"{kind}/{stage}"] = train(own, 2) | final(own)
+    for kind, stage, size in TEAMS:
+        settings = None if stage is None else ZeroSettings(stage)
+        own = engine(kind, settings, rate(kind), inference_tp_size=size)
+        out[f"{kind}/{stage}/{size}"] = train(own, 1) | final(own) | {"packs": own.memory()["packs"]}
+    out["queue/2"] = queue(2)
+    for name in FOUR_STAGES:
+        run_stage(name, folder, "4")
+    return out
+
+
+LONG = [10] * 6 + [1] * 6
+"""Tokens of twelve prompts: the first team has all the work."""
+
+
+def unequal() -> tuple[torch.Tensor, SamplingConfig]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 500, (len(LONG), 5), generator=generator)
+    return ids, replace(SAMPLING, n=1, eos_token_id=None)
+
+
+def queue(size: int) -> dict[str, Any]:
+    """A rollout of two rows at a time whose first team, after its first token, waits until the other has taken all of
+    its waiting prompts; the same as the processes come. Completions, and the decode steps of every process."""
+    made: list[Any] = []
+    original = Sharing.queue
+
+    def recorded(*args: Any) -> Any:
+        made.append(original(*args))
+        return made[-1]
+
+    def wait(row: int, token: int) -> None:
+        (waiting,) = made
+        until = time.monotonic() + 100
+        while waiting._add(0, 0) < len(waiting.waiting[0]) and time.monotonic() < until:
+            time.sleep(0.01)
+
+    own = engine("full", None, max_slots=2, inference_tp_size=size)
+    ids, sampling = unequal()
+    out = {}
+    Sharing.queue = recorded  # type: ignore[method-assign]
+    try:
+        first = own.generate(
+            ids,
+            None,
+            sampling,
+            limits=LONG,
+            on_token=wait if own.sharing.team == 0 and own.sharing.part == 0 else None,
+        )
+    finally:
+        Sharing.queue = original  # type: ignore[method-assign]
+    again = own.generate(ids, None, sampling, limits=LONG)
+    world = parallel.world()
+    out["steps"] = parallel.gather(torch.tensor([first.stats.steps]), [1] * world)
+    out["rollouts"] = [(r.completion_ids, r.logprobs, r.completion_mask) for r in (first, again)]
+    left = [parallel.store().check([f"{made[0].name}/{team}"]) for team in range(2)]
+    return out | {"keys": left}
+
+
+def dies(folder: Path) -> dict[str, Any]:
+    """Process DIES kills itself in the middle of a rollout; what the other then says is left in folder/DIES.txt."""
+    victim = int(os.environ["DIES"])
+    own = engine("full", None, max_slots=2)
+    ids, sampling = unequal()
+
+    def kill(row: int, token: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        own.generate(ids, None, sampling, limits=LONG, on_token=kill if parallel.rank() == victim else None)
+    except RuntimeError as error:
+        (folder / f"{victim}.txt").write_text(f"{parallel.is_parted(error)}: {error}")
+        os._exit(3)
+    return {}
+
+
+def product(folder: Path) -> dict[str, Any]:
+    """ZeRO stage x LoRA x dtype x accumulation."""
+    out = {}
+    for kind, stage, chunk in PRODUCT:
+        own = engine(kind, None if stage is None else ZeroSettings(stage), rate(kind))
+        out[f"{kind}/{stage}/{chunk}"] = train(own, 3, chunk)
     return out
 
 
@@ -176,8 +278,8 @@ def _zero3(own: Any) -> dict[str, Any]:
 
 
 def stages(folder: Path) -> dict[str, Any]:
-    """The stages as runs, each with ZeRO as STAGES has it; `half` ends after its second checkpoint."""
-    return {name: run_stage(name, folder) for name in STAGES}
+    """The stages as runs, each with ZeRO as STAGES has it; those of HALF end after their second checkpoint."""
+    return {name: run_stage(name, folder, str(parallel.world())) for name in STAGES}
 
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -187,9 +289,15 @@ STAGES: dict[str, dict[str, Any]] = {
     "ppo": {"zero_stage": 3, "lora_r": 4, "exact": True, "critic_update": "lora", "ppo_epochs": 2},
     "ppo-full": {"zero_stage": 3, "lora_r": 0, "critic_update": "all", "critic_zero_stage": 2},
     "grpo": {"zero_stage": 2, "lora_r": 4, "reward": ["worker:short"]},
-    "half": {"zero_stage": 3, "lora_r": 0},
-    "half-grpo": {"lora_r": 4, "reward": ["worker:short"]},
-}
+    "rloo": {"zero_stage": 1, "lora_r": 4, "reward": ["worker:short"], "gradient_accumulation_steps": 2},
+    "ppo-mixed": {"zero_stage": 3, "lora_r": 4, "critic_update": "head", "unsup_coef": 0.5, "unsup_length": 12,
+                  "ema_decay": 0.5},
+    "sft-half": {"zero_stage": 3, "lora_r": 0},
+    "grpo-half": {"lora_r": 4, "reward": ["worker:short"]},
+    "grpo-half3": {"zero_stage": 3, "lora_r": 4, "reward": ["worker:short"], "ema_decay": 0.5},
+}  # fmt: skip
+HALF = tuple(name for name in STAGES if "half" in name)
+FOUR_STAGES = ("ppo",)
 
 
 def short(prompts: Any, completions: list[str], **_: Any) -> list[float]:
@@ -201,40 +309,39 @@ class Ended(BaseException):
     """Ends a run after a checkpoint."""
 
 
-def run_stage(name: str, folder: Path, output: str = "many", **more: Any) -> dict[str, Any]:
-    """The result of one stage's run; {} where it was ended early."""
+def run_stage(name: str, folder: Path, output: str, **more: Any) -> dict[str, Any]:
+    """The result of one stage's run in folder/NAME-OUTPUT; {} where it was ended early."""
     import importlib
 
     from dschat.rlhf.run import Run
 
+    command = name.partition("-")[0]
     keys = {
         "model": str(STORIES), "data": [str(folder / "pairs.jsonl")], "eval_data": [str(folder / "pairs.jsonl")],
         "output_dir": str(folder / f"{name}-{output}"), "dtype": "float32", "tensorboard": False,
         "progress": False, "batch_size": 5, "learning_rate": 2e-3, "max_steps": 3, "keep_checkpoints": 9,
     } | STAGES[name] | more  # fmt: skip
-    command = {"half": "sft"}.get(
-        name, name.rpartition("-")[2] if name == "half-grpo" else name.partition("-")[0]
-    )
     if command in ("sft", "reward", "dpo"):
         keys |= {"max_length": 64}
-    if command == "sft":
-        keys |= {"response": "chosen"}
-    if command in ("ppo", "grpo"):
+    else:
         keys |= {"max_new_tokens": 8, "max_prompt_length": 16, "prompts_per_step": 3, "samples_per_prompt": 2,
                  "batch_size": 4}  # fmt: skip
         keys = {"reward": [str(folder / "scorer")]} | keys
+    if command == "sft":
+        keys |= {"response": "chosen"}
     if command == "ppo":
         keys |= {"critic_learning_rate": 1e-3}
-    config = {"sft": C.SFTConfig, "reward": C.RewardConfig, "dpo": C.DPOConfig, "ppo": C.PPOConfig,
-              "grpo": C.GRPOConfig}[command](**keys)  # fmt: skip
+    if "unsup_coef" in keys:
+        keys |= {"unsup_data": [str(folder / "pairs.jsonl")]}
+    config = C.COMMANDS[command](**keys)
     trainer = importlib.import_module(f"dschat.rlhf.{command}")
-    if not name.startswith("half") or output == "one":
+    if name not in HALF or more:
         return trainer.train(config)
     original = Run.save
 
     def save(self: Run, step: int, *args: Any, **kw: Any) -> None:
         original(self, step, *args, **kw)
-        if step == 2 and output == "many":
+        if step == 2:
             raise Ended
 
     Run.save = save  # type: ignore[method-assign]
@@ -249,11 +356,11 @@ def run_stage(name: str, folder: Path, output: str = "many", **more: Any) -> dic
 if __name__ == "__main__":
     import faulthandler
 
-    faulthandler.dump_traceback_later(380, exit=True)
+    faulthandler.dump_traceback_later(int(os.environ["LIMIT"]) - 20, exit=True)
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
     name, where = sys.argv[1], Path(sys.argv[2])
     found = globals()[name](where)
     if parallel.lead():
-        torch.save(found, where / f"{name}.pt")
+        torch.save(found, where / f"{name}-{parallel.world()}.pt")
     parallel.barrier()

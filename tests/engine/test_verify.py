@@ -252,7 +252,7 @@ def test_samples_that_feel_their_number(monkeypatch: pytest.MonkeyPatch) -> None
         return streams(prompts, n) + n
 
     streams = rollout.row_streams
-    certificate = broken(monkeypatch, build("llama"), hybrid_engine, "row_streams", wrong)
+    certificate = broken(monkeypatch, build("llama"), rollout, "row_streams", wrong)
     assert failed(certificate) == {"first of 3 samples of a prompt against a single one (bits)"}
 
 

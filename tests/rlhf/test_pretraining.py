@@ -87,8 +87,7 @@ def test_average_is_the_recursion():
                 p.add_(1.0)
                 expected[i] = 0.9 * expected[i] + 0.1 * p
         average.update(module)
-    average.copy_to(module)
-    for p, e in zip(module.parameters(), expected, strict=True):
+    for p, e in zip(average.of(module).parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), e)
 
 
