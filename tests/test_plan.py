@@ -105,6 +105,19 @@ def test_chunks_decode_batch_and_mixtures_have_the_bits_of_one_step(name: str, d
     assert [cache.length(s) for s in slots] == lens
 
 
+@pytest.mark.parametrize("max_tokens", [7, 4096])
+def test_logits_are_kept_unless_they_need_not_be(max_tokens: int) -> None:
+    """Steps of one pass and of several; what is not kept is right until the next step."""
+    decoder = decoder_of(model_of("llama", torch.float32), max_tokens=max_tokens)
+    rows = rows_of(decoder)
+    together, slots, lens = torch.cat(rows), list(range(len(rows))), [len(r) for r in rows]
+    kept = decoder.step(together, decoder.new_cache(6, 80), slots, lens, "all")
+    copy = kept.clone()
+    assert torch.equal(decoder.step(together, decoder.new_cache(6, 80), slots, lens, "all", keep=False), copy)
+    decoder.step(together.flip(0), decoder.new_cache(6, 80), slots, lens, "all", keep=False)
+    assert torch.equal(kept, copy)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6, 7, 8, 9])
 def test_one_logit_a_row_wherever_a_pass_ends(limit: int) -> None:
     """Also where the first pass touches every row and the last row goes on in the next one."""

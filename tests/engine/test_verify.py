@@ -184,8 +184,8 @@ def test_a_wrong_rotary_table_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_that_feel_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Any, t: Any, cache: Any) -> torch.Tensor:
-        return run(self, t, cache) + (1e-6 if len(t.slots) > 1 else 0.0)
+    def wrong(self: Any, t: Any, cache: Any, keep: bool = True) -> torch.Tensor:
+        return run(self, t, cache, keep) + (1e-6 if len(t.slots) > 1 else 0.0)
 
     run = plan.NativeExecutor.run
     certificate = broken(monkeypatch, build("llama"), plan.NativeExecutor, "run", wrong)
@@ -208,8 +208,8 @@ def test_rows_that_feel_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_decode_that_is_not_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Any, t: Any, cache: Any) -> torch.Tensor:
-        return run(self, t, cache) + (1e-6 if len(t.token_ids) == 1 and t.positions[0] > 0 else 0.0)
+    def wrong(self: Any, t: Any, cache: Any, keep: bool = True) -> torch.Tensor:
+        return run(self, t, cache, keep) + (1e-6 if len(t.token_ids) == 1 and t.positions[0] > 0 else 0.0)
 
     run = plan.NativeExecutor.run
     certificate = broken(monkeypatch, build("llama"), plan.NativeExecutor, "run", wrong)
