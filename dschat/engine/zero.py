@@ -287,6 +287,11 @@ class ZeroStepper(Stepper):
             self.inner.parameter_offload._remove_module_hooks()
         if settings.stage == 0:
             self._base().register_step_pre_hook(self._clip)
+        if masters := own.masters():
+            # DeepSpeed has stepped once, without gradients, to make the moments: no step of the run.
+            self._base().state.clear()
+            for i, master in masters.items():
+                master.data.copy_(own.parameters[i].detach())
         super().__init__(None)
         self.optimizer = own
 
@@ -340,6 +345,14 @@ class ZeroOptimizer:
         groups: list[dict[str, Any]] = self.stepper._base().param_groups
         return groups
 
+    def masters(self) -> dict[int, Tensor]:
+        """Number of a parameter -> the float32 weights of it that stage 0 steps, where those of the model are not
+        float32; they are whole on every process."""
+        inner: Any = self.stepper.inner
+        if self.stepper.settings.stage or not hasattr(inner, "fp32_groups"):
+            return {}
+        return dict(enumerate(p for group in inner.fp32_groups for p in group))
+
     def _flat(self) -> list[Tensor]:
         """The optimizer's own parameters: this process's part of float32 weights, several ones in a row."""
         inner: Any = self.stepper.inner
@@ -361,6 +374,10 @@ class ZeroOptimizer:
         base = self.stepper._base()
         if self.stepper.settings.stage == 0:
             out: dict[str, Any] = base.state_dict()
+            out["state"] = {i: dict(entry) for i, entry in out["state"].items()}
+            for i, master in self.masters().items():
+                if i in out["state"]:
+                    out["state"][i]["master"] = master.detach().clone()
             return out
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -389,7 +406,11 @@ class ZeroOptimizer:
         weights where it holds none."""
         base = self.stepper._base()
         if self.stepper.settings.stage == 0:
-            base.load_state_dict(saved)
+            entries = {int(i): dict(entry) for i, entry in saved["state"].items()}
+            held = {i: entry.pop("master") for i, entry in entries.items() if "master" in entry}
+            base.load_state_dict({**saved, "state": entries})
+            for i, master in self.masters().items():
+                master.copy_(held.get(i, self.parameters[i]))
             return
         for group, values in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({k: v for k, v in values.items() if k != "params"})

@@ -3,6 +3,7 @@ and gradients up to rounding."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_stage_times_lora_times_dtype_times_accumulation(spawned, world):
         which = (kind, masters, chunk)
         if which not in alone:
             own = worker.engine(kind, ZeroSettings(1) if masters else None, worker.rate(kind))
-            alone[which] = worker.train(own, 3, chunk)
+            alone[which] = worker.train(own, 3, chunk, kind != "full-bf16")
         close = 2e-2 if "bf16" in kind else 1e-4
         for name in ("loss", "norm"):
             many, one = found[f"{kind}/{stage}/{chunk}"][name], alone[which][name]
@@ -123,6 +124,36 @@ def test_the_state_is_whole_and_that_of_one_process(zero, alone, kind, stage):
 
 
 # ------------------------------------------------------------------------------------------- one process, unspawned
+
+
+def test_stage_0_has_float32_masters_too():
+    """A bfloat16 model, all weights trained: the curve of stage 1, whose first step is the first; and a state that
+    holds the masters, from which another engine goes on with the same bits, of whichever stage."""
+    curves, states = {}, {}
+    for stage in (0, 1):
+        own = worker.engine("full-bf16", ZeroSettings(stage), 1e-3)
+        curves[stage] = worker.train(own, 2, anew=False)
+        states[stage] = own.optimizer.state_dict()
+        assert float(states[stage]["state"][0]["step"]) == 2
+    assert curves[0]["loss"] == pytest.approx(curves[1]["loss"], rel=1e-3)
+    assert curves[0]["norm"] == pytest.approx(curves[1]["norm"], rel=1e-2)
+    for i, entry in states[1]["state"].items():
+        assert torch.allclose(states[0]["state"][i]["master"], entry["master"], rtol=1e-2, atol=1e-3)
+
+    straight = worker.engine("full-bf16", ZeroSettings(0), 1e-3)
+    worker.train(straight, 2, anew=False)
+    weights = {n: p.detach().clone() for n, p in straight.model.named_parameters()}
+    saved = copy.deepcopy(straight.optimizer.state_dict())
+    after = worker.train(straight, 1)
+    again = worker.engine("full-bf16", ZeroSettings(0), 1e-3)
+    with torch.no_grad():
+        for name, parameter in again.model.named_parameters():
+            parameter.copy_(weights[name])
+    again.optimizer.load_state_dict(saved)
+    found = worker.train(again, 1)
+    assert found["loss"] == after["loss"] and found["norm"] == after["norm"]
+    for a, b in zip(again.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path):
