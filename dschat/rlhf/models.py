@@ -97,7 +97,8 @@ def unpack(name: str) -> Path:
 def pick_dtype(name: str, device: torch.device = devices.CPU) -> torch.dtype:
     """ "auto": bfloat16 on a GPU and on CPUs with bfloat16 units (AMX, AVX512-BF16), else float32."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     if device.type != "cpu":
         return torch.bfloat16
     try:
