@@ -238,6 +238,10 @@ class StageConfig(Config):
         True, "save the model with the adapter merged in (the adapter is saved in any case)"
     )
 
+    gradient_checkpointing: bool = opt(
+        False, "keep only what enters each layer for the backward, which computes the layer again"
+    )
+
     learning_rate: float = opt(1e-5, "peak learning rate")
     lora_learning_rate: float | None = opt(
         None,
@@ -653,6 +657,7 @@ class PPOConfig(OnlineConfig):
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
     critic_zero_stage: int | None = opt(None, "zero_stage of the critic; none: zero_stage")
+    critic_gradient_checkpointing: bool | None = opt(None, "of the critic; none: gradient_checkpointing")
     save_critic: bool = opt(True, "write the critic too, as a sequence classifier whose score is the value")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
     critic_lora_learning_rate: float | None = opt(

@@ -44,6 +44,8 @@ TABLE = (
     Flag("critic_weight_decay gradient_accumulation_steps ppo_epochs unsup_coef beta label_smoothing", same=True),
     Flag("seed output_dir data_split zero_stage critic_zero_stage offload", same=True),
     Flag("actor_zero_stage", to="zero_stage"),
+    Flag("gradient_checkpointing critic_gradient_checkpointing", same=True),
+    Flag("actor_gradient_checkpointing", to="gradient_checkpointing"),
     Flag("deepspeed", same=True, values={"true": "", "false": ""}),  # there a switch, here also a configuration's file
     Flag("deepspeed_config", to="deepspeed"),
     Flag("dtype", same=True, values={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}),
@@ -96,8 +98,6 @@ TABLE = (
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
     Flag("eval_iters", instead="max_eval_rows counts rows: give eval_iters times the batch size there"),
     Flag("enable_mixed_precision_lora", instead="the frozen weights keep their dtype; leave it out", harmless=OFF),
-    Flag("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
-         instead="lower batch_size and raise gradient_accumulation_steps instead", harmless=OFF),
 )  # fmt: skip
 
 FLAGS: dict[str, Flag] = {name: flag for flag in TABLE for name in flag.names.split()}

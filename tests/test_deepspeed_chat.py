@@ -43,7 +43,7 @@ STEP_1 = {
     "learning_rate": ("1e-3", {"learning_rate": 1e-3}),
     "weight_decay": ("0.1", {"weight_decay": 0.1}),
     "num_warmup_steps": ("7", {"warmup_steps": 7}),
-    "gradient_checkpointing": ("", "lower batch_size and raise gradient_accumulation_steps instead"),
+    "gradient_checkpointing": ("", {"gradient_checkpointing": True}),
     "dropout": ("0.1", "dropout is off in every stage; leave it out"),
     "zero_stage": ("2", {"zero_stage": 2}),
     "lora_dim": ("128", {"lora_r": 128}),
@@ -90,8 +90,8 @@ SCRIPTS = {
         "offload_reward_model": ("", "note"),
         "actor_zero_stage": ("3", {"zero_stage": 3}),
         "critic_zero_stage": ("3", {"critic_zero_stage": 3}),
-        "actor_gradient_checkpointing": ("", "raise gradient_accumulation_steps instead"),
-        "critic_gradient_checkpointing": ("", "raise gradient_accumulation_steps instead"),
+        "actor_gradient_checkpointing": ("", {"gradient_checkpointing": True}),
+        "critic_gradient_checkpointing": ("", {"critic_gradient_checkpointing": True}),
         "actor_dropout": ("0.1", "dropout is off in every stage; leave it out"),
         "critic_dropout": ("0.1", "dropout is off in every stage; leave it out"),
         "actor_lora_dim": ("64", {"lora_r": 64}),
@@ -157,7 +157,7 @@ def test_every_flag(command, flag):
     [
         "--inference_tp_size 1 --generation_batches 1",
         "--actor_dropout 0.0 --critic_dropout 0",
-        "--actor_gradient_checkpointing false --enable_mixed_precision_lora false",
+        "--dropout false --enable_mixed_precision_lora false",
     ],
 )
 def test_refused_flags_with_values_that_change_nothing(line):

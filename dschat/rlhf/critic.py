@@ -116,6 +116,8 @@ def build_rewards_and_critic(
         model = devices.place(model, device)
     else:
         model = loaded[start]
+    again = config.critic_gradient_checkpointing
+    again = config.gradient_checkpointing if again is None else again
     if config.critic_update == "head":
         head = copy.deepcopy(models.score_head(model)).requires_grad_(True)
         if config.critic_head == "zero":
@@ -127,9 +129,10 @@ def build_rewards_and_critic(
         model = models.add_lora(
             model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
         )
+        models.checkpointed(model, again)
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
     else:
-        model.requires_grad_(True)
+        models.checkpointed(model.requires_grad_(True), again)
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
 
     shared = start in loaded and config.critic_update != "all"

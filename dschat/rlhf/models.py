@@ -252,10 +252,20 @@ def add_lora(
 def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
     """Add the adapter that the config asks for, or make all weights trainable."""
     if config.lora_r:
-        return add_lora(
+        model = add_lora(
             model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed, config.lora_last
         )
-    return model.requires_grad_(True)
+    else:
+        model.requires_grad_(True)
+    return checkpointed(model, config.gradient_checkpointing)
+
+
+def checkpointed(model: Any, on: bool) -> Any:
+    """The model, its layers computed again in the backward if `on`."""
+    if on:
+        base = model.get_base_model() if is_peft(model) else model
+        base.gradient_checkpointing_enable()
+    return model
 
 
 def is_peft(model: Any) -> bool:
