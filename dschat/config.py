@@ -238,6 +238,10 @@ class StageConfig(Config):
         True, "save the model with the adapter merged in (the adapter is saved in any case)"
     )
 
+    base_weights: Literal["model", "int8"] = opt(
+        "model",
+        "how the frozen weights under an adapter are held; int8: with a scale an output, half the bytes",
+    )
     gradient_checkpointing: bool = opt(
         False, "keep only what enters each layer for the backward, which computes the layer again"
     )
@@ -342,6 +346,16 @@ class StageConfig(Config):
             )
 
     def _check_precision(self) -> None:
+        if self.base_weights == "int8" and not self.lora_r:
+            raise ConfigError(
+                "base_weights is int8 and lora_r 0, which trains all weights; set lora_r to 8 or so, or base_weights "
+                "to model"
+            )
+        if self.base_weights == "int8" and (self.zero_stage is not None or self.deepspeed):
+            raise ConfigError(
+                "base_weights is int8 with DeepSpeed, which shards no integers; leave zero_stage and deepspeed out, or "
+                "set base_weights to model"
+            )
         for key in ("loss_scale_window", "hysteresis"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         self.require(self.loss_scale >= 0, "loss_scale", "0 (dynamic) or more")

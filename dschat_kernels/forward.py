@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .int8 import Int8Linear
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec
 from .ops.attention import packed_attention
 from .ops.bias_act import bias_act
@@ -234,12 +235,17 @@ class _Walk:
             module: Any = spec.module
             half = x.dtype == torch.float16 and x.device.type == "cpu"
             with _HalfProducts() if half else contextlib.nullcontext():
-                y = nn.functional.linear(x, module.weight) if spec.weight_only else module(x)
+                y = nn.functional.linear(x, _dense(module, x.dtype)) if spec.weight_only else module(x)
             outputs[id(module)] = y
         if spec.rows is None:
             return y
         rows: Any = spec.rows
         return y[:, slice(*rows)]
+
+
+def _dense(module: Any, dtype: torch.dtype) -> Tensor:
+    weight: Tensor = module.dense(dtype) if isinstance(module, Int8Linear) else module.weight
+    return weight
 
 
 class _HalfProducts(TorchFunctionMode):

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
+
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
@@ -205,6 +207,10 @@ def no_dropout(model: Any) -> Any:
 # --------------------------------------------------------------------------------------------------- adapters
 
 
+HEADS = ("lm_head", "embed_out", "score", "classifier")
+"""Names of the linear layers that get no adapter and are not quantised."""
+
+
 def add_lora(
     model: Any, r: int, alpha: float, targets: list[str], task: str, seed: int, last: int = 0
 ) -> Any:
@@ -216,9 +222,7 @@ def add_lora(
     import peft
 
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    linear = [
-        n for n in linear if n.rpartition(".")[2] not in ("lm_head", "embed_out", "score", "classifier")
-    ]
+    linear = [n for n in linear if n.rpartition(".")[2] not in HEADS]
     names = {n.rpartition(".")[2] for n in linear}
     unknown = [t for t in targets if t != "all-linear" and t not in names]
     if unknown:
@@ -251,6 +255,8 @@ def add_lora(
 
 def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
     """Add the adapter that the config asks for, or make all weights trainable."""
+    if config.base_weights == "int8":
+        quantise_linears(model, HEADS)
     if config.lora_r:
         model = add_lora(
             model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed, config.lora_last
@@ -297,7 +303,11 @@ def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[P
         written.append(folder / "adapter")
         if not merge:
             return written
-        model = model.merge_and_unload()
+        if any(isinstance(m, Int8Linear) for m in model.modules()):
+            fuse_linears(model)
+            model = model.unload()
+        else:
+            model = model.merge_and_unload()
     with atomic_folder(folder / "model") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
