@@ -23,6 +23,8 @@ OPTIONAL = {
     "pyarrow": "parquet files",
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
+    "wandb": "report_to wandb",
+    "trackio": "report_to trackio",
     "matplotlib": "the picture of a run",
     "fastapi": "dschat serve",
     "sklearn": "dschat eval's classification and win rates",

@@ -45,6 +45,10 @@ def opt(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+TRACKERS = ("wandb", "trackio")
+"""Packages that `report_to` may name."""
+
+
 def _rollout_weights() -> Any:
     return opt(
         "model", "of generation; int8: quantised, half the bytes a step; int8_dynamic: activations too"
@@ -289,6 +293,12 @@ class StageConfig(Config):
     resume: Literal["auto", "never"] = opt("auto", "auto: go on from the newest checkpoint in output_dir")
     overwrite: bool = opt(False, "delete an earlier run in output_dir first")
     tensorboard: bool = opt(True, "write TensorBoard files too (metrics.jsonl is written always)")
+    report_to: list[str] = opt(
+        [],
+        "send the numbers to wandb or trackio too, where they are installed; all: to both; none: to neither",
+    )
+    project: str = opt("dschat", "project that report_to's trackers file the run under")
+    run_name: str = opt("", "its name there; empty: that of output_dir")
     progress: bool = opt(True, "show a progress bar")
 
     def check(self) -> None:
@@ -309,6 +319,7 @@ class StageConfig(Config):
         check_device(self.device)
         self._check_data()
         self._check_precision()
+        self._check_trackers()
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("adam_beta1", "adam_beta2"):
@@ -344,6 +355,16 @@ class StageConfig(Config):
             raise ConfigError(
                 f"best_metric is {self.best_metric} and nothing is held out; give eval_data or eval_split"
             )
+
+    def _check_trackers(self) -> None:
+        known = (*TRACKERS, "tensorboard", "all", "none")
+        for name in self.report_to:
+            if name not in known:
+                raise ConfigError(f"report_to is {name!r}, but it must be one of {', '.join(known)}")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ConfigError(f"report_to is {self.report_to}; leave none out, or everything else")
+        if "tensorboard" in self.report_to or "all" in self.report_to:
+            self.tensorboard = True
 
     def _check_precision(self) -> None:
         if self.base_weights == "int8" and not self.lora_r:

@@ -17,6 +17,7 @@ import platform
 import random
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from ..config import ConfigError, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, data, models
+from . import checkpoint, data, models, trackers
 from .metrics import Metrics, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
@@ -45,6 +46,9 @@ FREE_KEYS = {
     "overwrite",
     "progress",
     "tensorboard",
+    "report_to",
+    "project",
+    "run_name",
     "save_every",
     "keep_checkpoints",
     "threads",
@@ -145,6 +149,7 @@ class Run:
         self.dtype = models.pick_dtype(config.dtype, self.device)
         parallel.start(self.device)
         self.zero = zero_settings(config)
+        self.trackers = trackers.chosen(config.report_to)
         self.rollout_dtype = rollout_dtype(config, self.dtype, self.device)
         self.config, self.stage = config, stage
         self.folder = Path(config.output_dir)
@@ -155,6 +160,8 @@ class Run:
         self.state: dict[str, Any] = {}
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.number = uuid.uuid4().hex
+        """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
         self._open()
         parallel.barrier()  # every process has looked at the folder before the lead writes into it
@@ -198,6 +205,7 @@ class Run:
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
+        self.number = before.get("number", self.number)
         if "dtype" in before:  # what auto was where the run began
             self.dtype = models.pick_dtype(before["dtype"])
             self.rollout_dtype = rollout_dtype(self.config, self.dtype, self.device)
@@ -221,9 +229,13 @@ class Run:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
         if parallel.lead():
             self._write_start()
+        sinks: list[trackers.Tracker] = []
+        if parallel.lead():
+            sinks = [self._tracker(package) for package in self.trackers]
         self.metrics = Metrics(
             self.folder, self.stage, total_steps, after_step=self.step, write=parallel.lead(),
             tensorboard=self.config.tensorboard, progress=self.config.progress, device=self.device,
+            trackers=sinks,
         )  # fmt: skip
         parallel.barrier()
         if self.dtype == torch.float16 and self.device.type == "cpu":
@@ -232,13 +244,19 @@ class Run:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
 
+    def _tracker(self, package: str) -> trackers.Tracker:
+        name = self.config.run_name or self.folder.resolve().name
+        return trackers.Tracker(
+            package, self.config.project, name, self.folder, self.number, self.config.to_dict()
+        )
+
     def _write_start(self) -> None:
         if self.config.overwrite and self.folder.is_dir():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
         content["processes"], content["dtype"] = parallel.world(), str(self.dtype).removeprefix("torch.")
-        content["device"] = devices.describe(self.device)
+        content["device"], content["number"] = devices.describe(self.device), self.number
         if self.rollout_dtype is not None:
             content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
         content["config"] = self.config.to_dict()
