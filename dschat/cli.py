@@ -336,8 +336,14 @@ def plan(config: configs.PlanConfig) -> None:
 def report(config: configs.ReportConfig) -> None:
     import os
 
+    from .rlhf import headline
     from .rlhf import report as pages
 
+    if config.table:
+        text = headline.tables(config.runs)
+        print(text, end="")
+        _write(config.output, text.rstrip("\n"))
+        return
     target = config.output or os.path.join(config.runs[0], "report.html")
     print(f"written: {pages.compare(config.runs, target)}")
 

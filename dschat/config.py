@@ -955,7 +955,10 @@ class ReportConfig(Config):
     about: ClassVar[str] = "one HTML page of a run, or of several side by side"
     positional: ClassVar[str] = "runs"
     runs: list[str] = opt([], "output_dir of each run, or of a pipeline")
-    output: str = opt("", "the page; empty: report.html in the first run's folder")
+    output: str = opt("", "the page (or the tables); empty: report.html in the first run's folder")
+    table: bool = opt(
+        False, "print DeepSpeed-Chat's headline tables instead: sizes, machine, time of each step"
+    )
 
     def check(self) -> None:
         if not self.runs:

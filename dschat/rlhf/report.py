@@ -88,6 +88,7 @@ class RunFiles:
     versions: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def gather(folder: str | Path) -> list[RunFiles]:
                 run.get("versions", {}),
                 _json(where / "result.json"),
                 certificate,
+                run,
             )
         )
     return out
