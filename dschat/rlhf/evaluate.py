@@ -96,7 +96,7 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
     ours = rollout.stats.completion_tokens / (time.perf_counter() - start)
 
     plain: Any = copy.deepcopy(trainer.engine.model)
-    plain = plain.merge_and_unload() if models.is_peft(plain) else plain
+    plain = models.merged(plain) if models.is_peft(plain) else plain
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=config.temperature,

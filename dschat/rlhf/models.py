@@ -278,6 +278,14 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def merged(model: Any) -> Any:
+    """The plain model that a PEFT model computes, which is used up."""
+    if any(isinstance(m, Int8Linear) for m in model.modules()):
+        fuse_linears(model)
+        return model.unload()
+    return model.merge_and_unload()
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -303,11 +311,7 @@ def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[P
         written.append(folder / "adapter")
         if not merge:
             return written
-        if any(isinstance(m, Int8Linear) for m in model.modules()):
-            fuse_linears(model)
-            model = model.unload()
-        else:
-            model = model.merge_and_unload()
+        model = merged(model)
     with atomic_folder(folder / "model") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

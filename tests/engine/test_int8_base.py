@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
 from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
 from dschat_kernels.packing import quantise
@@ -152,3 +153,15 @@ def test_fused_and_unloaded_it_is_a_plain_model(name: str, tmp_path: Any) -> Non
     assert all(
         torch.equal(after.decoder.packed(f"layers.{i}.down").to_dense(), w) for i, w in enumerate(down)
     )
+
+
+def test_a_patched_model_generates_hugging_faces_tokens() -> None:
+    model = adapted("llama", torch.float32)
+    ids = prompts(model)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    with dk.patch(model, strict=True) as patch:
+        assert "transformers" not in patch.report().decoder
+        assert torch.equal(
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings), plain
+        )

@@ -64,12 +64,14 @@ def test_adapters_learn_on_an_int8_base(stage, base, tmp_path, kill_after):
     train, cls, keys = STAGES[stage]
     keys = {**keys, "lora_r": 4, "base_weights": "int8", "max_steps": 4, "learning_rate": 1e-2}
     if stage == "grpo":
-        keys |= {"rollout_weights": "int8", "importance_cap": 2.0}
+        keys |= {"rollout_weights": "int8", "importance_cap": 2.0, "eval_data": base["data"], "max_eval_rows": 2,
+                 "compare_hf": 2}  # fmt: skip
     more = {"rewards": (short,)} if stage == "grpo" else {}
     result = train(cls(**{**base, **keys}), **more)
     lines = numbers(base["output_dir"])
     if stage == "grpo":
         assert 0 < lines[0]["gap/mean"] < 0.05 and result["log_prob_gap"]["mean"] > 0
+        assert result["speed"]["hf_tokens_per_s"] > 0, "Hugging Face ran the merged model"
     else:
         assert lines[-1]["loss"] < lines[0]["loss"]
     again = {**base, **keys, "output_dir": str(tmp_path / "again")}
