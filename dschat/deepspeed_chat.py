@@ -97,7 +97,7 @@ TABLE = (
     Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
     Flag("eval_iters", instead="max_eval_rows counts rows: give eval_iters times the batch size there"),
-    Flag("enable_mixed_precision_lora", instead="the frozen weights keep their dtype; leave it out", harmless=OFF),
+    Flag("enable_mixed_precision_lora", instead="base_weights int8 holds the frozen weights in 8 bits", harmless=OFF),
 )  # fmt: skip
 
 FLAGS: dict[str, Flag] = {name: flag for flag in TABLE for name in flag.names.split()}

@@ -101,7 +101,7 @@ SCRIPTS = {
         "actor_lora_learning_rate": ("5e-4", {"lora_learning_rate": 5e-4}),
         "critic_lora_learning_rate": ("5e-4", {"critic_lora_learning_rate": 5e-4}),
         "enable_ema": ("", {"ema_decay": 0.992}),
-        "enable_mixed_precision_lora": ("", "the frozen weights keep their dtype; leave it out"),
+        "enable_mixed_precision_lora": ("", "base_weights int8 holds the frozen weights in 8 bits"),
         "align_overflow": ("", "note"),
         "print_answers": ("", "note"),
         "print_answers_interval": ("1", "note"),
