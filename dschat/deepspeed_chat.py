@@ -44,9 +44,11 @@ TABLE = (
     Flag("critic_weight_decay gradient_accumulation_steps ppo_epochs unsup_coef beta label_smoothing", same=True),
     Flag("seed output_dir data_split zero_stage critic_zero_stage offload inference_tp_size", same=True),
     Flag("actor_zero_stage", to="zero_stage"),
+    Flag("gradient_checkpointing critic_gradient_checkpointing", same=True),
+    Flag("actor_gradient_checkpointing", to="gradient_checkpointing"),
     Flag("deepspeed", same=True, values={"true": "", "false": ""}),  # there a switch, here also a configuration's file
     Flag("deepspeed_config", to="deepspeed"),
-    Flag("dtype", same=True, values={"bf16": "bfloat16", "fp32": "float32"}),
+    Flag("dtype", same=True, values={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}),
     Flag("model_name_or_path actor_model_name_or_path", to="model"),
     Flag("critic_model_name_or_path", to="reward"),  # the critic starts from the reward model, as it does there
     Flag("data_path sft_only_data_path", to="data"),
@@ -74,7 +76,7 @@ TABLE = (
     Flag("unpin_actor_parameters", note="no parameter is pinned"),
     Flag("release_inference_cache", note="the cache is freed by itself"),
     Flag("tp_gather_partition_size", note="under ZeRO-3 one layer is gathered at a time"),
-    Flag("align_overflow", note="there is no loss scale that could overflow"),
+    Flag("align_overflow", note="where actor or critic overflows in float16, both leave the step out, always"),
     Flag("compute_fp32_loss", note="losses are float32 always"),
     Flag("add_eot_token", note="the end-of-turn token is appended always"),
     Flag("eot_token", note="the end of a turn is the chat template's, or EOS"),
@@ -93,9 +95,7 @@ TABLE = (
     Flag("unsupervised_dataset_config_name", instead="name files or org/name:split in unsup_data"),
     Flag("dropout actor_dropout critic_dropout", instead="dropout is off in every stage; leave it out", harmless=OFF),
     Flag("eval_iters", instead="max_eval_rows counts rows: give eval_iters times the batch size there"),
-    Flag("enable_mixed_precision_lora", instead="the frozen weights keep their dtype; leave it out", harmless=OFF),
-    Flag("gradient_checkpointing actor_gradient_checkpointing critic_gradient_checkpointing",
-         instead="lower batch_size and raise gradient_accumulation_steps instead", harmless=OFF),
+    Flag("enable_mixed_precision_lora", instead="base_weights int8 holds the frozen weights in 8 bits", harmless=OFF),
 )  # fmt: skip
 
 FLAGS: dict[str, Flag] = {name: flag for flag in TABLE for name in flag.names.split()}

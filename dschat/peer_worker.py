@@ -81,7 +81,7 @@ class OpenVINO:
         self.version = f"openvino_genai {self.genai.__version__.split('-')[0]}"
         self.model = model
         self.properties = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype],
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }

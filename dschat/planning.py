@@ -149,7 +149,8 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     fed = -(-run.batch_size // gpus) * length
     # Of a layer 18 rows of its width wait for the backward (Korthikanti et al. 2022, less the scores, which attention
     # computes again); of a segment that is computed again only its input.
-    kept = 1 if stage == 3 else 18
+    again = stage == 3 or run.gradient_checkpointing
+    kept = 1 if again else 18
     one = 18 * fed * policy.hidden * size
     parts.append(Part("activations", kept * fed * policy.hidden * policy.layers * size + one))
 
@@ -158,8 +159,10 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     weights = policy.matrices + policy.vocab * policy.hidden
     step = max(weights * size / bandwidth, 2 * weights * own / peak)
     cache = policy.cache_bytes(own * (run.max_prompt_length + run.max_new_tokens // 2), size) / bandwidth
-    passes = 3 + (stage == 3)  # forward, backward twice it, and under ZeRO-3 the forward again
-    critic_passes = 1 if run.critic_update == "head" else 3 + (critic_stage == 3)
+    passes = 3 + again  # forward, backward twice it, and where layers are computed again the forward
+    critic_again = run.critic_gradient_checkpointing
+    critic_again = run.gradient_checkpointing if critic_again is None else critic_again
+    critic_passes = 1 if run.critic_update == "head" else 3 + (critic_stage == 3 or critic_again)
     own_tokens = tokens / gpus
     seconds = {
         "prefill": 2 * weights * own * run.max_prompt_length / peak,

@@ -10,14 +10,17 @@ weights, A and B are those of W + scale B A; the one rounding of the packed weig
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .int8 import Int8Linear
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec
 from .ops.attention import packed_attention
 from .ops.bias_act import bias_act
@@ -230,12 +233,52 @@ class _Walk:
         y = outputs.get(id(spec.module))
         if y is None:
             module: Any = spec.module
-            y = nn.functional.linear(x, module.weight) if spec.weight_only else module(x)
+            half = x.dtype == torch.float16 and x.device.type == "cpu"
+            with _HalfProducts() if half else contextlib.nullcontext():
+                y = nn.functional.linear(x, _dense(module, x.dtype)) if spec.weight_only else module(x)
             outputs[id(module)] = y
         if spec.rows is None:
             return y
         rows: Any = spec.rows
         return y[:, slice(*rows)]
+
+
+def _dense(module: Any, dtype: torch.dtype) -> Tensor:
+    weight: Tensor = module.dense(dtype) if isinstance(module, Int8Linear) else module.weight
+    return weight
+
+
+class _HalfProducts(TorchFunctionMode):
+    """Within, float16 products of linear layers are float32 products that are rounded once: on the CPU PyTorch's own
+    take up to a hundred times as long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and args[0].dtype == torch.float16:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return _HalfLinear.apply(args[0], args[1], bias)
+        if func is torch.addmm and args[1].dtype == torch.float16:  # Conv1D
+            return _HalfLinear.apply(args[1], args[2].t(), args[0])
+        return func(*args, **kwargs)
+
+
+class _HalfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """dx = dy W, dW = dy^T x, db = sum dy."""
+        x, weight = ctx.saved_tensors
+        dy = grads[0].float()
+        wanted = ctx.needs_input_grad
+        dx = (dy @ weight.float()).to(x.dtype) if wanted[0] else None
+        flat = dy.reshape(-1, dy.shape[-1])
+        dw = (flat.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype) if wanted[1] else None
+        return dx, dw, flat.sum(0).to(weight.dtype) if wanted[2] else None
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

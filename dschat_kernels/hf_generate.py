@@ -85,15 +85,15 @@ def check_one_dtype(spec: DecoderSpec) -> None:
         for field in dataclasses.fields(layer):
             part = getattr(layer, field.name)
             if hasattr(part, "rows"):
-                projection = parts.base_linear(part.module).weight
-                weights.append((f"{layer.name}'s {field.name} projection", projection))
+                base = parts.base_linear(part.module)
+                weights.append((f"{layer.name}'s {field.name} projection", base.weight))
         for name, norm in layer.norms():
             weights += [(f"{layer.name}'s {name}", weight) for weight in norm.sources()]
     for name, outer in (("embedding's norm", spec.embed_norm), ("final norm", spec.final_norm)):
         weights += [(f"the {name}", weight) for weight in (outer.sources() if outer is not None else [])]
     first, device = weights[0][1].dtype, weights[0][1].device
     for place, weight in weights:
-        if weight.dtype != first:
+        if weight.dtype not in (first, torch.int8):  # integers have their own scales
             raise Unsupported(
                 f"{place} has dtype {weight.dtype} and the embedding {first}: cast the model to one dtype"
             )

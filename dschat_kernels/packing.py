@@ -44,16 +44,22 @@ class LoraUpdate:
 @dataclass(frozen=True)
 class ResolvedLinear:
     """What a projection computes now: x @ (weight + sum of updates)^T + bias. weight: [out, in] view of the
-    parameter."""
+    parameter. scales: float32 [out], what a weight of integers is multiplied by (int8.py)."""
 
     weight: Tensor
     bias: Tensor | None
     updates: tuple[LoraUpdate, ...]
+    scales: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Everything the projection is computed from."""
-        found = [self.weight] + ([self.bias] if self.bias is not None else [])
+        found = [self.weight] + [t for t in (self.bias, self.scales) if t is not None]
         return found + [t for u in self.updates for t in (u.a, u.b)]
+
+    def base(self) -> Tensor:
+        """The weight without updates, float32 (the parameter itself where it is)."""
+        weight = self.weight.detach().float()
+        return weight if self.scales is None else weight * self.scales[:, None]
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -94,16 +100,18 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
         updates = _lora_updates(module, name)
         module = module.get_base_layer()
     kind = type(module).__name__
-    if kind not in ("Linear", "FalconLinear", "Conv1D", "NonDynamicallyQuantizableLinear"):
+    if kind not in ("Linear", "FalconLinear", "Conv1D", "NonDynamicallyQuantizableLinear", "Int8Linear"):
         raise Unsupported(f"{name} is a {kind}: only nn.Linear, Conv1D and LoRA around them can be packed.")
+    scales = module.scales if kind == "Int8Linear" else None
     weight = module.weight.t() if kind == "Conv1D" else module.weight
     bias = None if spec.weight_only else module.bias
     if spec.rows is not None:
         begin, end = spec.rows
         weight = weight[begin:end]
         bias = None if bias is None else bias[begin:end]
+        scales = None if scales is None else scales[begin:end]
         updates = tuple(LoraUpdate(u.a, u.b[begin:end], u.scale) for u in updates)
-    return ResolvedLinear(weight, bias, updates)
+    return ResolvedLinear(weight, bias, updates, scales)
 
 
 def digest(tensor: Tensor) -> int:
@@ -157,7 +165,7 @@ def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fused_weight(part: ResolvedLinear, dtype: torch.dtype) -> Tensor:
     """round(W + sum of scale * B A) as a dense [out, in] tensor of `dtype`, accumulated in float32."""
-    weight = part.weight.detach().float()
+    weight = part.base()
     for update in part.updates:
         weight = weight + update.scale * (update.b.detach().float() @ update.a.detach().float())
     return weight.to(dtype)
@@ -244,7 +252,7 @@ class PackedLinear:
         """Allocates and fills a pack for `parts`; dtype defaults to that of the weights."""
         packed = cls(
             [(p.weight.shape[0], p.weight.shape[1]) for p in parts],
-            dtype or parts[0].weight.dtype,
+            dtype or (parts[0].weight.dtype if parts[0].scales is None else torch.float32),
             gated=gated,
             has_bias=any(p.bias is not None for p in parts),
             weights=weights,
@@ -291,12 +299,11 @@ class PackedLinear:
                 f"the pack was made for shapes {self.shapes} {held} bias, not for {shapes} with "
                 f"{biases} biases: make a new one."
             )
-        dtypes = {p.weight.dtype for p in parts}
-        allowed = {*DTYPES, torch.float16} if self.panels is None else set(DTYPES)
-        if len(dtypes) > 1 or not dtypes <= allowed:
+        dtypes = {p.weight.dtype for p in parts if p.scales is None}
+        if len(dtypes) > 1 or not dtypes <= {*DTYPES, torch.float16}:
             raise TypeError(
                 f"weights of dtype {', '.join(sorted(map(str, dtypes)))} cannot be packed together: "
-                "use torch.float32 or torch.bfloat16, one for all."
+                "use torch.float32, torch.bfloat16 or torch.float16, one for all."
             )
         self.fills += 1
         if self.bias is not None:
@@ -316,8 +323,9 @@ class PackedLinear:
         module: Any = native()
         keep: list[Tensor] = []  # temporaries stay alive until the kernel has read them
         matrices = []
+        direct = all(p.scales is None and p.weight.dtype in DTYPES for p in parts)  # what the kernels read
         for part in parts:
-            weight = part.weight.detach()
+            weight = part.weight.detach() if direct else part.base()
             updates = []
             for update in part.updates:
                 a, b = (t.detach().to(torch.float32).contiguous() for t in (update.a, update.b))
@@ -325,9 +333,8 @@ class PackedLinear:
                 updates.append((ptr(a), ptr(b), a.shape[0], update.scale))
             keep.append(weight)
             matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
-        source = parts[0].weight.dtype
         module.pack_linear(
-            DTYPES[source], DTYPES[self.dtype], matrices, self.gated, WEIGHTS.index(self.weights), ptr(panels),
+            DTYPES[keep[-1].dtype], DTYPES[self.dtype], matrices, self.gated, WEIGHTS.index(self.weights), ptr(panels),
             ptr(self.scales),
         )  # fmt: skip
 

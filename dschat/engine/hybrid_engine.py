@@ -30,6 +30,7 @@ from dschat_kernels.sharding import sharded_decoder
 from .. import parallel
 from ..device import synchronize
 from .packed import PackedModel, check_batch, pack_rows
+from .precision import LossScale, with_masters
 from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions
 from .sharing import Sharing
 from .stepper import Stepper
@@ -40,7 +41,7 @@ class HybridEngine:
 
     Args:
         model: a Hugging Face causal language model or a PEFT model around one, on the CPU or on one GPU, float32
-            or bfloat16, on a GPU float16 too.
+            or bfloat16, or float16: whose rollouts on the CPU need `dtype` float32 or bfloat16.
         optimizer: a torch optimizer over its parameters; only `step` needs it.
         max_slots: rows that are generated at a time; more rows wait.
         dtype: of the rollout, where it is not to be the model's (float32 weights, bfloat16 rollouts).
@@ -58,6 +59,8 @@ class HybridEngine:
         inference_tp_size: processes that hold one decoder together and decode the same rows in step, each with its part
             of every layer (`dschat_kernels.sharding`), for packs that do not fit beside each other; tokens and
             log-probs stay those of one process. It divides the number of processes and the model's heads.
+        masters: the optimizer steps float32 masters of weights of 16 bits; `optimizer` is a `MasterOptimizer` then.
+        loss_scale: of float16 (dschat/engine/precision.py).
 
     In a patched model engine and patch have one decoder, and so one copy of the packs, where backend and dtype are the
     same.
@@ -77,6 +80,8 @@ class HybridEngine:
         rollout_weights: str = "model",
         cuda_graphs: bool = True,
         inference_tp_size: int = 1,
+        masters: bool = False,
+        loss_scale: LossScale | None = None,
     ):
         if max_slots < 1:
             raise ValueError(f"max_slots is {max_slots}: give at least 1 row to generate at a time.")
@@ -85,8 +90,8 @@ class HybridEngine:
                 "the model is a DeepSpeed engine: give the model to dschat.engine.zero.ZeroEngine, which makes it one."
             )
         self.model = model
-        self.optimizer: Any = optimizer
-        self.stepper = Stepper(optimizer)
+        self.stepper = Stepper(with_masters(optimizer) if masters and optimizer else optimizer, loss_scale)
+        self.optimizer: Any = self.stepper.optimizer
         self.max_slots = max_slots
         if exact:
             _check_exact(rollout_weights)
@@ -100,7 +105,8 @@ class HybridEngine:
         self._cuda_graphs = cuda_graphs
         self.graphs: DecodeGraphs | None = None
         self.decoder = self._make_decoder()
-        model_dtype = Decoder(self.spec, backend=backend).dtype
+        embed: Any = self.spec.embed
+        model_dtype = embed.weight.dtype
         if exact and self.decoder.dtype != model_dtype:
             raise ValueError(
                 f"dtype is {dtype} and the model {model_dtype}: exact mode needs one dtype for both."
@@ -370,10 +376,19 @@ class HybridEngine:
         Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that. A norm that is nan or
         infinite steps nothing: the gradients are dropped and the weights stay as they are.
         """
-        norm = self.stepper.step(max_grad_norm)
-        if math.isfinite(norm):
-            self.epoch += 1
+        norm = self.ready(max_grad_norm)
+        self.apply()
         return norm
+
+    def ready(self, max_grad_norm: float | None = None) -> float:
+        """The first half of `step`: gradients put together, clipped, and their norm before that."""
+        return self.stepper.ready(max_grad_norm)
+
+    def apply(self, skip: bool = False) -> None:
+        """The other half. skip: drop the gradients instead."""
+        self.stepper.apply(skip)
+        if math.isfinite(self.stepper.norm) and not skip:
+            self.epoch += 1
 
     # -------------------------------------------------------------------------------------------------- report
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import parallel
+from .precision import LossScale, MasterOptimizer
 
 
 class Stepper:
     """Backward and step with a torch optimizer. Every process computes the gradient of its own rows' part of the
-    loss; their sum is that of the whole batch. dschat.engine.zero.ZeroStepper is the same through DeepSpeed."""
+    loss; their sum is that of the whole batch. dschat.engine.zero.ZeroStepper is the same through DeepSpeed.
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None):
+    loss_scale: of float16; a step whose gradients overflow is left out while the scale can still fall.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer | MasterOptimizer | None, loss_scale: LossScale | None = None
+    ):
         self.optimizer: Any = optimizer
+        self.loss_scale = loss_scale
         self.norm = 0.0
+        self.overflow = False
+        """Whether the last step's gradients overflowed, which the loss scale answers."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients."""
-        loss.backward()
+        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def ready(self, max_grad_norm: float | None = None) -> float:
         """Gradients put together and clipped to `max_grad_norm` (None: not); their norm before that, of all processes.
@@ -31,22 +41,51 @@ class Stepper:
                 "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."
             )
         check_max_grad_norm(max_grad_norm)
+        if isinstance(self.optimizer, MasterOptimizer):
+            self.optimizer.collect()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.loss_scale is not None:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.mul_(1.0 / self.loss_scale.value)
         parallel.sum_gradients(parameters)
         self.norm = clip([p for p in parameters if p.grad is not None], max_grad_norm)
+        self.overflow = (
+            self.loss_scale is not None and not self.loss_scale.exhausted and not math.isfinite(self.norm)
+        )
         return self.norm
 
-    def apply(self) -> None:
-        """Optimizer step and zero_grad. A norm that is nan or infinite steps nothing: the gradients are dropped."""
-        if math.isfinite(self.norm):
+    def apply(self, skip: bool = False) -> None:
+        """Optimizer step and zero_grad. A norm that is nan or infinite steps nothing: the gradients are dropped, as
+        with `skip` (another's gradients overflowed, and the two step together)."""
+        stepped = math.isfinite(self.norm) and not skip
+        if stepped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.update(not math.isfinite(self.norm), skipped=not stepped)
 
     def step(self, max_grad_norm: float | None = None) -> float:
         """`ready` and `apply`; returns the norm."""
         norm = self.ready(max_grad_norm)
         self.apply()
         return norm
+
+    def state(self) -> dict[str, Any]:
+        """The loss scale as a checkpoint keeps it; {} where there is none."""
+        return {} if self.loss_scale is None else self.loss_scale.state_dict()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        if self.loss_scale is not None and state:
+            self.loss_scale.load_state_dict(state)
+
+    def numbers(self, prefix: str = "") -> dict[str, float]:
+        """For the log: the scale and the steps left out so far; {} without a scale."""
+        scale = self.loss_scale
+        if scale is None:
+            return {}
+        return {f"{prefix}loss_scale": scale.value, f"{prefix}skipped_steps": float(scale.skipped)}
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float | None) -> float:

@@ -27,6 +27,7 @@ from dschat_kernels.plan import Decoder
 from .. import parallel
 from .hybrid_engine import HybridEngine
 from .packed import PackedModel
+from .precision import LossScale, with_masters
 from .stepper import Stepper, check_max_grad_norm, clip
 
 
@@ -72,7 +73,7 @@ OURS = (
 REFUSED = {
     "optimizer": "give learning_rate, weight_decay and adam_beta1 as keys of the run",
     "scheduler": "give lr_schedule and warmup_steps as keys of the run",
-    "fp16": "use bfloat16 or float32: there is no loss scaling here",
+    "fp16": "use bfloat16 or float32, or train float16 without DeepSpeed",
 }
 
 
@@ -324,7 +325,7 @@ class ZeroStepper(Stepper):
             self.norm = float("nan") if overflow else float(self.engine.get_global_grad_norm())
         return self.norm
 
-    def apply(self) -> None:
+    def apply(self, skip: bool = False) -> None:
         """`ready` has stepped."""
 
 
@@ -486,20 +487,22 @@ class ZeroEngine(HybridEngine):
 
 
 def make_engine(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings | None, **keywords: Any
-) -> HybridEngine:
-    """The engine of a stage: through DeepSpeed where `settings` are given."""
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings | None,
+    loss_scale: LossScale | None = None, **keywords: Any,
+) -> HybridEngine:  # fmt: skip
+    """The engine of a stage, with masters of 16-bit weights: through DeepSpeed where `settings` are given."""
     if settings is None:
-        return HybridEngine(model, optimizer, **keywords)
+        return HybridEngine(model, optimizer, masters=True, loss_scale=loss_scale, **keywords)
     return ZeroEngine(model, optimizer, settings, **keywords)
 
 
 def make_stepper(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings | None, packed: PackedModel
-) -> Stepper:
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings | None, packed: PackedModel,
+    loss_scale: LossScale | None = None,
+) -> Stepper:  # fmt: skip
     """Backward and step of a model that does not generate (reward model, critic); `packed` is its forward."""
     if settings is None:
-        return Stepper(optimizer)
+        return Stepper(with_masters(optimizer), loss_scale)
     stepper = ZeroStepper(model, optimizer, settings)
     if settings.stage == 3:
         packed.segment = sharded_segment

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..config import PPOConfig
+from ..engine.precision import LossScale
 from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_stepper
@@ -29,7 +30,16 @@ class Critic:
         self.scorer, self.head, self.frozen_trunk = scorer, head, frozen_trunk
         self.module: nn.Module = head if frozen_trunk else scorer.model
 
-    def stepper(self, config: PPOConfig, zero: ZeroSettings | None) -> Stepper:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the trunk's weights."""
+        embed: Any = self.scorer.packed.spec.embed
+        found: torch.dtype = embed.weight.dtype
+        return found
+
+    def stepper(
+        self, config: PPOConfig, zero: ZeroSettings | None, loss_scale: LossScale | None = None
+    ) -> Stepper:
         """Optimizer, backward and step of what is trained."""
         optimizer = make_optimizer(
             self.module, config, config.critic_learning_rate, config.critic_lora_learning_rate,
@@ -37,7 +47,7 @@ class Critic:
         )  # fmt: skip
         # A head alone is a few numbers, of which nothing is to be sharded.
         zero = None if self.frozen_trunk or zero is None else zero.at(config.critic_zero_stage)
-        return make_stepper(self.module, optimizer, zero, self.scorer.packed)
+        return make_stepper(self.module, optimizer, zero, self.scorer.packed, loss_scale)
 
     def features(self, rollout: Rollout) -> Tensor | None:
         """Hidden states before every completion token of the rollout, where they do not change; else None."""
@@ -104,6 +114,8 @@ def build_rewards_and_critic(
         model = devices.place(model, device)
     else:
         model = loaded[start]
+    again = config.critic_gradient_checkpointing
+    again = config.gradient_checkpointing if again is None else again
     if config.critic_update == "head":
         head = copy.deepcopy(models.score_head(model)).requires_grad_(True)
         if config.critic_head == "zero":
@@ -115,9 +127,10 @@ def build_rewards_and_critic(
         model = models.add_lora(
             model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
         )
+        models.checkpointed(model, again)
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
     else:
-        model.requires_grad_(True)
+        models.checkpointed(model.requires_grad_(True), again)
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
 
     shared = start in loaded and config.critic_update != "all"

@@ -31,7 +31,17 @@ from ..engine.zero import make_engine
 from . import data, losses, models, sources
 from .checkpoint import atomic_folder
 from .rewards import require_same_tokenizer
-from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
+from .run import (
+    Run,
+    float16_result,
+    interruptible,
+    learning_rate,
+    make_loss_scale,
+    make_optimizer,
+    require_data,
+    rollout_dtype,
+    set_lr,
+)  # fmt: skip
 
 
 def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
@@ -54,7 +64,9 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         reference = Reference(config, policy, encoder.pad_id)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
-        engine = make_engine(policy, optimizer, run.zero)
+        engine = make_engine(
+            policy, optimizer, run.zero, make_loss_scale(config, run.dtype), dtype=run.rollout_dtype
+        )
         optimizers = {"policy": engine.optimizer}
         reference.attach(engine)
 
@@ -68,9 +80,9 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         with metrics.phase("reference"):
             # Before the weights are restored: what is trained now is what the reference is.
             reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
-        run.restore({"policy": policy}, optimizers)
+        engine.stepper.load_state(run.restore({"policy": policy}, optimizers))
 
-        final: dict[str, float] = {}
+        final: dict[str, Any] = {}
         for step in range(run.step, total):
             rows = schedule.indices(step)
             with metrics.phase("update"):
@@ -79,17 +91,19 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 set_lr(engine.optimizer, values["lr"])
                 values["grad_norm"] = engine.step(config.max_grad_norm or None)
             failed = [train_set[i] for i in rows]
-            run.check_finite(values["grad_norm"], "gradient", step + 1, failed, {"policy": policy})
+            run.check_gradient(engine.stepper, step + 1, failed, {"policy": policy})
+            values |= engine.stepper.numbers()
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(engine, reference, eval_set, encoder.pad_id, config)
                 values |= {f"eval/{k}": v for k, v in held_out.items()}
                 final |= {f"eval_{k}": v for k, v in held_out.items()}
             metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
-            run.save(step + 1, {"policy": policy}, optimizers)
+            run.save(step + 1, {"policy": policy}, optimizers, engine.stepper.state())
             final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
         run.restore_best({"policy": policy})
         written = models.save_model(policy, tokenizer, run.folder, config.merge_lora)
+        final |= float16_result(engine.stepper)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 
 
@@ -127,12 +141,15 @@ class Reference:
         self.mean = config.loss == "ipo"
         self.cache: dict[str, Tensor] = {}
         self.frozen: HybridEngine | None = None
+        like = next(policy.parameters())
         if config.reference:
-            like = next(policy.parameters())
             frozen = devices.place(models.load_policy(config.reference, like.dtype), like.device)
-            self.frozen = HybridEngine(frozen.requires_grad_(False))
+            self.frozen = HybridEngine(
+                frozen.requires_grad_(False), dtype=rollout_dtype(config, like.dtype, like.device)
+            )
         elif not config.lora_r and not config.cache_reference:
-            self.frozen = HybridEngine(copy.deepcopy(policy).requires_grad_(False))
+            frozen = copy.deepcopy(policy).requires_grad_(False)
+            self.frozen = HybridEngine(frozen, dtype=rollout_dtype(config, like.dtype, like.device))
 
     def attach(self, engine: HybridEngine) -> None:
         """The policy's engine, whose base the reference is when it is no model of its own."""

@@ -98,7 +98,7 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
 
     with whole(trainer.engine.model.parameters()):
         plain: Any = copy.deepcopy(trainer.engine.model)
-    plain = plain.merge_and_unload() if models.is_peft(plain) else plain
+    plain = models.merged(plain) if models.is_peft(plain) else plain
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=config.temperature,

@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import device as devices
+from .trackers import Tracker
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -119,14 +120,16 @@ class Metrics:
         console: Console | None = None,
         write: bool = True,
         device: torch.device = devices.CPU,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """write: False for a process that is not the lead of its run: nothing is kept or shown. device: where the
-        phases' work is done.
+        phases' work is done. trackers: get the numbers of every step too.
         """
         self.device = device
         self.folder, self.name, self.total_steps = Path(folder), name, total_steps
         self.path, self.completions_path = self.folder / "metrics.jsonl", self.folder / "completions.jsonl"
         self._write = write
+        self._trackers = list(trackers)
         tensorboard, progress = tensorboard and write, progress and write
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +192,8 @@ class Metrics:
             for key, value in line.items():
                 if key != "time/unix":
                     self._writer.add_scalar(f"{self.name}/{key}", value, step)
+        for tracker in self._trackers:
+            tracker.log(step, {f"{self.name}/{k}": v for k, v in line.items() if k != "time/unix"})
         status = "  ".join(f"{key.replace('/', ' ')} {line[key]:.3g}" for key in show if key in line)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
@@ -220,6 +225,9 @@ class Metrics:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
 
     def __enter__(self) -> Metrics:
         return self

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
+
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
@@ -97,7 +99,8 @@ def unpack(name: str) -> Path:
 def pick_dtype(name: str, device: torch.device = devices.CPU) -> torch.dtype:
     """ "auto": bfloat16 on a GPU and on CPUs with bfloat16 units (AMX, AVX512-BF16), else float32."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     if device.type != "cpu":
         return torch.bfloat16
     try:
@@ -215,6 +218,10 @@ def read_config(name: str) -> Any:
 # --------------------------------------------------------------------------------------------------- adapters
 
 
+HEADS = ("lm_head", "embed_out", "score", "classifier")
+"""Names of the linear layers that get no adapter and are not quantised."""
+
+
 def add_lora(
     model: Any, r: int, alpha: float, targets: list[str], task: str, seed: int, last: int = 0
 ) -> Any:
@@ -226,9 +233,7 @@ def add_lora(
     import peft
 
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    linear = [
-        n for n in linear if n.rpartition(".")[2] not in ("lm_head", "embed_out", "score", "classifier")
-    ]
+    linear = [n for n in linear if n.rpartition(".")[2] not in HEADS]
     names = {n.rpartition(".")[2] for n in linear}
     unknown = [t for t in targets if t != "all-linear" and t not in names]
     if unknown:
@@ -261,15 +266,35 @@ def add_lora(
 
 def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
     """Add the adapter that the config asks for, or make all weights trainable."""
+    if config.base_weights == "int8":
+        quantise_linears(model, HEADS)
     if config.lora_r:
-        return add_lora(
+        model = add_lora(
             model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed, config.lora_last
         )
-    return model.requires_grad_(True)
+    else:
+        model.requires_grad_(True)
+    return checkpointed(model, config.gradient_checkpointing)
+
+
+def checkpointed(model: Any, on: bool) -> Any:
+    """The model, its layers computed again in the backward if `on`."""
+    if on:
+        base = model.get_base_model() if is_peft(model) else model
+        base.gradient_checkpointing_enable()
+    return model
 
 
 def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def merged(model: Any) -> Any:
+    """The plain model that a PEFT model computes, which is used up."""
+    if any(isinstance(m, Int8Linear) for m in model.modules()):
+        fuse_linears(model)
+        return model.unload()
+    return model.merge_and_unload()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -297,7 +322,7 @@ def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[P
         written.append(folder / "adapter")
         if not merge:
             return written
-        model = model.merge_and_unload()
+        model = merged(model)
     with atomic_folder(folder / "model") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

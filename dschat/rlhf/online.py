@@ -34,6 +34,7 @@ from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
 from ..engine.sharing import check_teams
+from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_engine
 from . import data, environments, evaluate, losses, models, report, sources
 from .environments import Episodes, action_mask
@@ -48,9 +49,21 @@ from .rewards import (
     prompt_text,
     require_same_tokenizer,
 )  # fmt: skip
-from .run import Run, derive_seed, interruptible, learning_rate, make_optimizer, require_data, set_lr
+from .run import (
+    Run,
+    at_scale,
+    derive_seed,
+    float16_result,
+    interruptible,
+    learning_rate,
+    make_loss_scale,
+    make_optimizer,
+    require_data,
+    rollout_dtype,
+    set_lr,
+)  # fmt: skip
 
-RATIO_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+RATIO_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 6e-3}
 """Deviation of the first ratio from 1 that rounding alone may cause, where kernels depend on the shape of a
 batch.
 """
@@ -130,8 +143,12 @@ class Trainer:
         """Gradients of what `extra_loss` gave."""
         loss.backward()
 
-    def extra_step(self) -> None:
-        """Optimizer step of what is trained beside the policy."""
+    def extra_step(self, skip: bool = False) -> None:
+        """Optimizer step of what is trained beside the policy. skip: drop its gradients instead."""
+
+    def steppers(self) -> dict[str, Stepper]:
+        """Of everything that is trained, by the name that its numbers have in the log."""
+        return {"policy": self.engine.stepper}
 
     def set_learning_rates(self, step: int, total: int) -> None:
         set_lr(self.policy_optimizer, learning_rate(self.config, self.config.learning_rate, step, total))
@@ -293,6 +310,7 @@ class Trainer:
         self.set_learning_rates(step, total)
         ends = experience.rollout.completion_mask.sum(1).cumsum(0).cpu()
         sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
         count = 0
         size = config.batch_size * config.gradient_accumulation_steps
         for epoch in range(config.ppo_epochs):
@@ -315,21 +333,42 @@ class Trainer:
                     self.average.update(self.engine.model)
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
+                    counts[name] = counts.get(name, 0) + 1
                 count += 1
         first = sums.pop("policy/first_ratio_deviation", 0.0)
-        return {k: v / max(count, 1) for k, v in sums.items()} | {
+        out = {k: v / counts[k] for k, v in sums.items()} | {
             "policy/first_ratio_deviation": first,
             "lr": self.policy_optimizer.param_groups[0]["lr"],
         }
+        for name, stepper in self.steppers().items():
+            out |= stepper.numbers(f"{name}/")
+        return out
 
     def _step(self, experience: Experience, rows: Sequence[int], step: int) -> dict[str, float]:
-        """Steps of all optimizers, or of none: a gradient that is not finite stops the run first."""
+        """Steps of all optimizers, or of none: a gradient that is not finite stops the run first, or makes all leave
+        the step out where it is an overflow that the loss scale answers."""
         norms = self.extra_norms()
-        if all(map(math.isfinite, norms.values())):
-            norms["policy/grad_norm"] = self.engine.step(self.config.max_grad_norm or None)
-        self._check_finite(norms, experience, rows, step, "/grad_norm")
-        self.extra_step()
-        return norms
+        overflow = self._overflow(norms, experience, rows, step)
+        norms["policy/grad_norm"] = self.engine.ready(self.config.max_grad_norm or None)
+        overflow |= self._overflow(norms, experience, rows, step)
+        self.engine.apply(skip=overflow)
+        self.extra_step(skip=overflow)
+        return {} if overflow else norms
+
+    def _overflow(
+        self, norms: Mapping[str, float], experience: Experience, rows: Sequence[int], step: int
+    ) -> bool:
+        """Whether one of these norms is an overflow that its loss scale answers; NotFinite for another that is not
+        finite."""
+        steppers = self.steppers()
+        overflow = False
+        for name, value in norms.items():
+            stepper = steppers.get(name.partition("/")[0])
+            if stepper is not None and stepper.overflow:
+                overflow = True
+            else:
+                self._check_finite({f"{name}{at_scale(stepper)}": value}, experience, rows, step, "")
+        return overflow
 
     def minibatch(self, experience: Experience, rows: Sequence[int], ends: Tensor) -> dict[str, float]:
         """Gradients for some rows, in pieces of `batch_size`, normalised by the whole minibatch."""
@@ -426,11 +465,18 @@ class Trainer:
             )
 
     def state(self) -> dict[str, Any]:
-        return {"kl": self.kl_controller.state_dict(), "moments": self.moments.state_dict()}
+        scales = {name: found for name, stepper in self.steppers().items() if (found := stepper.state())}
+        return {
+            "kl": self.kl_controller.state_dict(),
+            "moments": self.moments.state_dict(),
+            **({"loss_scales": scales} if scales else {}),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.kl_controller.load_state_dict(state["kl"])
         self.moments.load_state_dict(state["moments"])
+        for name, stepper in self.steppers().items():
+            stepper.load_state(state.get("loss_scales", {}).get(name, {}))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -535,11 +581,14 @@ def assemble(
             frozen = devices.place(models.load_policy(config.reference, dtype), device)
         else:
             frozen = copy.deepcopy(policy)
-        reference = HybridEngine(frozen.requires_grad_(False), exact=config.exact)
+        reference = HybridEngine(
+            frozen.requires_grad_(False), exact=config.exact, dtype=rollout_dtype(config, dtype, device)
+        )
     policy = models.make_trainable(policy, config, "CAUSAL_LM")
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
     engine = make_engine(
-        policy, optimizer, zero, exact=config.exact, rollout_weights=config.rollout_weights,
+        policy, optimizer, zero, make_loss_scale(config, dtype), exact=config.exact,
+        rollout_weights=config.rollout_weights, dtype=rollout_dtype(config, dtype, device),
         inference_tp_size=config.inference_tp_size,
     )  # fmt: skip
     return build(config, engine, encoder, reference, rewards, dtype, zero)
@@ -609,7 +658,7 @@ def _conclude(
     config, metrics = trainer.config, run.metrics
     assert metrics is not None
     name = config.command.upper()
-    result: dict[str, Any] = {"steps": metrics.total_steps}
+    result: dict[str, Any] = {"steps": metrics.total_steps, **float16_result(*trainer.steppers().values())}
     # From the file: the last step may have been another process's, before it was killed.
     logged = read_lines(metrics.path) if metrics.path.is_file() else []
     last: Mapping[str, Any] = next((numbers for numbers in reversed(logged) if "gap/mean" in numbers), {})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config import PPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
+from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings
 from . import data, losses, models, online
 from .critic import Critic, build_rewards_and_critic
@@ -28,7 +29,7 @@ from .experience import Experience, shape_scores
 from .metrics import Metrics
 from .online import RatioError
 from .rewards import RewardFunction, Rewards
-from .run import derive_seed, learning_rate, set_lr
+from .run import derive_seed, learning_rate, make_loss_scale, set_lr
 
 
 class PPO(online.Trainer):
@@ -37,19 +38,13 @@ class PPO(online.Trainer):
     config: PPOConfig
 
     def __init__(
-        self,
-        config: PPOConfig,
-        engine: HybridEngine,
-        encoder: data.Encoder,
-        rewards: Rewards,
-        critic: Critic,
-        reference: HybridEngine | None,
-        zero: ZeroSettings | None = None,
-    ) -> None:
+        self, config: PPOConfig, engine: HybridEngine, encoder: data.Encoder, rewards: Rewards, critic: Critic,
+        reference: HybridEngine | None, zero: ZeroSettings | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config, engine, encoder, rewards, reference)
         self.critic = critic
         self.critic_parameters = models.trainable(critic.module)
-        self.critic_stepper = critic.stepper(config, zero)
+        self.critic_stepper = critic.stepper(config, zero, make_loss_scale(config, critic.dtype))
         self.critic_optimizer: Any = self.critic_stepper.optimizer
 
     @classmethod
@@ -111,8 +106,11 @@ class PPO(online.Trainer):
     def extra_norms(self) -> dict[str, float]:
         return {"value/grad_norm": self.critic_stepper.ready(self.config.max_grad_norm or None)}
 
-    def extra_step(self) -> None:
-        self.critic_stepper.apply()
+    def extra_step(self, skip: bool = False) -> None:
+        self.critic_stepper.apply(skip)
+
+    def steppers(self) -> dict[str, Stepper]:
+        return {**super().steppers(), "value": self.critic_stepper}
 
     def extra_backward(self, loss: Tensor) -> None:
         self.critic_stepper.backward(loss)

@@ -28,6 +28,7 @@ from . import checkpoint, data, dpo, environments, models, online, ppo, reward, 
 from .experience import Experience
 from .grpo import GRPO
 from .rewards import RewardError, is_function_name
+from .run import rollout_dtype
 
 BUILD: dict[str, Callable[..., online.Trainer]] = {
     "ppo": ppo.PPO.build,
@@ -199,7 +200,7 @@ def _rows(
         model = devices.place(models.load_policy(config.model, dtype), device)
         reference = dpo.Reference(config, model, encoder.pad_id) if config.command == "dpo" else None
         model = models.make_trainable(model, config, "CAUSAL_LM")
-        engine = HybridEngine(model)
+        engine = HybridEngine(model, dtype=rollout_dtype(config, dtype, device))
         if reference is not None:
             reference.attach(engine)
             reference.cache = _start_reference(config, reference, examples, engine)
@@ -251,6 +252,9 @@ def _online(
     alone = replace(config, inference_tp_size=1)
     trainer = online.assemble(alone, BUILD[config.command], encoder, dtype, None, functions)
     modules = trainer.modules()
+    for stepper in trainer.steppers().values():  # a run ends at a scale that is fixed, or at the smallest
+        if stepper.loss_scale is not None:
+            stepper.loss_scale.value = config.loss_scale or config.min_loss_scale
     for name, module in modules.items():
         checkpoint.load_module_state(name, module, weights)
     rollout = _rollout(batch, config)

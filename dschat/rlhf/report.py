@@ -88,6 +88,7 @@ class RunFiles:
     versions: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def gather(folder: str | Path) -> list[RunFiles]:
                 run.get("versions", {}),
                 _json(where / "result.json"),
                 certificate,
+                run,
             )
         )
     return out
@@ -135,6 +137,17 @@ def gather(folder: str | Path) -> list[RunFiles]:
 
 def sentences(stage: str, result: Mapping[str, Any]) -> list[str]:
     """What a finished stage did, for people."""
+    found = result.get("float16")
+    if not found:
+        return _sentences(stage, result)
+    scale, skipped = (", ".join(f"{v:g}" for v in found[k]) for k in ("loss_scale", "skipped"))
+    return [
+        *_sentences(stage, result),
+        f"float16: {skipped} steps left out for an overflow, loss scale {scale}.",
+    ]
+
+
+def _sentences(stage: str, result: Mapping[str, Any]) -> list[str]:
     seconds = f" in {result['seconds']:.0f} s" if "seconds" in result else ""
     if stage == "sft":
         loss = f", held-out loss {result['eval_loss']:.3f}" if "eval_loss" in result else ""

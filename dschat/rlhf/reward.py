@@ -17,7 +17,16 @@ from .. import parallel
 from ..config import RewardConfig
 from ..engine.zero import make_stepper
 from . import data, losses, models, sources
-from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
+from .run import (
+    Run,
+    float16_result,
+    interruptible,
+    learning_rate,
+    make_loss_scale,
+    make_optimizer,
+    require_data,
+    set_lr,
+)  # fmt: skip
 
 NORMALISE_ON = 128  # training pairs whose scores give mean and deviation
 
@@ -44,7 +53,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         scorer = models.Scorer(model)
         optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
-        stepper = make_stepper(model, optimizer, run.zero, scorer.packed)
+        loss_scale = make_loss_scale(config, run.dtype)
+        stepper = make_stepper(model, optimizer, run.zero, scorer.packed, loss_scale)
         optimizers = {"reward": stepper.optimizer}
 
         per_step = config.batch_size * config.gradient_accumulation_steps
@@ -54,9 +64,9 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         metrics.say(train_stats.sentence("reward data"))
         if eval_set:
             metrics.say(eval_stats.sentence("reward held-out data"))
-        run.restore({"reward": model}, optimizers)
+        stepper.load_state(run.restore({"reward": model}, optimizers))
 
-        final: dict[str, float] = {}
+        final: dict[str, Any] = {}
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with metrics.phase("update"):
@@ -71,14 +81,15 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
                 set_lr(stepper.optimizer, values["lr"])
                 values["grad_norm"] = stepper.step(config.max_grad_norm or None)
-                run.check_finite(values["grad_norm"], "gradient", step + 1, examples, {"reward": model})
+                run.check_gradient(stepper, step + 1, examples, {"reward": model})
+                values |= stepper.numbers()
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(scorer, eval_set, encoder.pad_id, config)
                 values |= {f"eval/{k}": v for k, v in held_out.items()}
                 final |= {f"eval_{k}": v for k, v in held_out.items()}
             metrics.log(step + 1, values, show=["loss", "accuracy", "eval/accuracy"])
-            run.save(step + 1, {"reward": model}, optimizers)
+            run.save(step + 1, {"reward": model}, optimizers, stepper.state())
             final |= {"loss": values["loss"], "accuracy": values["accuracy"]}
 
         run.restore_best({"reward": model})
@@ -90,6 +101,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             longer = [len(e.answers[0]) > len(e.answers[1]) for e in eval_set]
             final["eval_pairs"] = len(eval_set)
             final["eval_longer_wins"] = sum(longer) / len(longer)
+        final |= float16_result(stepper)
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 

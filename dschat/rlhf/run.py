@@ -18,6 +18,7 @@ import platform
 import random
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from .. import config as configs
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
+from ..engine.precision import LossScale
+from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, data, models
+from . import checkpoint, data, models, trackers
 from .metrics import Metrics, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
@@ -44,6 +47,9 @@ FREE_KEYS = {
     "overwrite",
     "progress",
     "tensorboard",
+    "report_to",
+    "project",
+    "run_name",
     "save_every",
     "keep_checkpoints",
     "threads",
@@ -144,6 +150,8 @@ class Run:
         self.dtype = models.pick_dtype(config.dtype, self.device)
         parallel.start(self.device)
         self.zero = zero_settings(config)
+        self.trackers = trackers.chosen(config.report_to)
+        self.rollout_dtype = rollout_dtype(config, self.dtype, self.device)
         self.config, self.stage = config, stage
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
@@ -153,6 +161,8 @@ class Run:
         self.state: dict[str, Any] = {}
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.number = uuid.uuid4().hex
+        """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
         self._open()
         parallel.barrier()  # every process has looked at the folder before the lead writes into it
@@ -196,8 +206,10 @@ class Run:
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
+        self.number = before.get("number", self.number)
         if "dtype" in before:  # what auto was where the run began
             self.dtype = models.pick_dtype(before["dtype"])
+            self.rollout_dtype = rollout_dtype(self.config, self.dtype, self.device)
         done = self.folder / "result.json"
         if done.is_file():
             self.result = json.loads(done.read_text(encoding="utf-8"))
@@ -218,14 +230,26 @@ class Run:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
         if parallel.lead():
             self._write_start()
+        sinks: list[trackers.Tracker] = []
+        if parallel.lead():
+            sinks = [self._tracker(package) for package in self.trackers]
         self.metrics = Metrics(
             self.folder, self.stage, total_steps, after_step=self.step, write=parallel.lead(),
             tensorboard=self.config.tensorboard, progress=self.config.progress, device=self.device,
+            trackers=sinks,
         )  # fmt: skip
         parallel.barrier()
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            self.metrics.say(NO_HALF_KERNELS)
         if self.step:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
+
+    def _tracker(self, package: str) -> trackers.Tracker:
+        name = self.config.run_name or self.folder.resolve().name
+        return trackers.Tracker(
+            package, self.config.project, name, self.folder, self.number, self.config.to_dict()
+        )
 
     def _write_start(self) -> None:
         if self.config.overwrite and self.folder.is_dir():
@@ -233,7 +257,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
         content["processes"], content["dtype"] = parallel.world(), str(self.dtype).removeprefix("torch.")
-        content["device"] = devices.describe(self.device)
+        content["device"], content["number"] = devices.describe(self.device), self.number
+        if self.rollout_dtype is not None:
+            content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
@@ -341,6 +367,13 @@ class Run:
         where = self.save_failed(step, message, {}, {"rows": kept}, modules)
         raise ConfigError(f"{message}; the batch is in {where}, see dschat replay {where}")
 
+    def check_gradient(
+        self, stepper: Stepper, step: int, rows: Sequence[data.Example], modules: Mapping[str, nn.Module]
+    ) -> None:
+        """`check_finite` of a step's gradient, but for an overflow that the loss scale has answered."""
+        if not stepper.overflow:
+            self.check_finite(stepper.norm, f"gradient{at_scale(stepper)}", step, rows, modules)
+
     def save_failed(
         self, step: int, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any],
         modules: Mapping[str, nn.Module],
@@ -369,6 +402,56 @@ class Run:
             checkpoint.atomic_text(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
         parallel.barrier()
         return self.result
+
+
+NO_HALF_KERNELS = (
+    "float16: the CPU kernels have none, so training runs PyTorch's operations, products in float32 and rounded, and "
+    "rollouts run in float32 from the same weights"
+)
+
+
+def rollout_dtype(config: StageConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What generation runs in where it cannot run in the weights' dtype; None: in that. Raises ConfigError where the
+    config needs the two to be one."""
+    if dtype == torch.float16 and (config.zero_stage is not None or config.deepspeed):
+        where = ", which refuses it on CPUs without float16 units" if device.type == "cpu" else ""
+        raise ConfigError(
+            f"dtype is float16 with DeepSpeed{where}; set dtype to bfloat16, or leave zero_stage and deepspeed out"
+        )
+    if dtype != torch.float16 or device.type != "cpu":
+        return None
+    if getattr(config, "exact", False):
+        raise ConfigError(
+            "dtype is float16 and exact is true, but rollouts on the CPU run in float32; set dtype to bfloat16 or "
+            "float32, or exact to false"
+        )
+    return torch.float32
+
+
+def make_loss_scale(config: StageConfig, dtype: torch.dtype) -> LossScale | None:
+    """A loss scale as configured, for float16."""
+    if dtype != torch.float16:
+        return None
+    return LossScale(
+        config.loss_scale, config.initial_scale_power, config.loss_scale_window, config.hysteresis,
+        config.min_loss_scale,
+    )  # fmt: skip
+
+
+def at_scale(stepper: Stepper | None) -> str:
+    """Says, behind what is not finite, that no smaller loss scale is left."""
+    scale = None if stepper is None else stepper.loss_scale
+    return "" if scale is None else f" at loss scale {scale.value:g}, which cannot fall,"
+
+
+def float16_result(*steppers: Stepper) -> dict[str, Any]:
+    """What a run's result says of its loss scales; {} without."""
+    scales = [s.loss_scale for s in steppers if s.loss_scale is not None]
+    return (
+        {"float16": {"loss_scale": [s.value for s in scales], "skipped": [s.skipped for s in scales]}}
+        if scales
+        else {}
+    )
 
 
 def zero_settings(config: StageConfig) -> ZeroSettings | None:

@@ -15,7 +15,16 @@ from ..config import SFTConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.zero import make_engine
 from . import data, losses, models, sources
-from .run import Run, interruptible, learning_rate, make_optimizer, require_data, set_lr
+from .run import (
+    Run,
+    float16_result,
+    interruptible,
+    learning_rate,
+    make_loss_scale,
+    make_optimizer,
+    require_data,
+    set_lr,
+)  # fmt: skip
 
 
 def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
@@ -35,7 +44,9 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         model = devices.place(model or models.load_policy(config.model, run.dtype), run.device)
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = make_optimizer(model, config, config.learning_rate, config.lora_learning_rate)
-        engine = make_engine(model, optimizer, run.zero)
+        engine = make_engine(
+            model, optimizer, run.zero, make_loss_scale(config, run.dtype), dtype=run.rollout_dtype
+        )
 
         per_step = config.batch_size * config.gradient_accumulation_steps
         schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
@@ -45,9 +56,9 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         if eval_set:
             metrics.say(eval_stats.sentence("SFT held-out data"))
         optimizers = {"policy": engine.optimizer}
-        run.restore({"policy": model}, optimizers)
+        engine.stepper.load_state(run.restore({"policy": model}, optimizers))
 
-        final: dict[str, float] = {}
+        final: dict[str, Any] = {}
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with metrics.phase("update"):
@@ -55,17 +66,18 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(engine.optimizer, lr)
                 norm = engine.step(config.max_grad_norm or None)
-            run.check_finite(norm, "gradient", step + 1, examples, {"policy": model})
-            values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens}
+            run.check_gradient(engine.stepper, step + 1, examples, {"policy": model})
+            values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, **engine.stepper.numbers()}
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(engine, eval_set, encoder.pad_id, config)
                 final["eval_loss"] = values["eval/loss"] = held_out
             metrics.log(step + 1, values, show=["loss", "eval/loss"])
-            run.save(step + 1, {"policy": model}, optimizers)
+            run.save(step + 1, {"policy": model}, optimizers, engine.stepper.state())
             final["loss"] = loss
         run.restore_best({"policy": model})
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
+        final |= float16_result(engine.stepper)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 
 

@@ -59,8 +59,10 @@ def bloom_linear(owner: Any, place: str, name: str) -> LinearSpec:
 
 
 def linear(module: Any, name: str, rows: Any = None) -> LinearSpec:
-    """A projection: exactly `nn.Linear`, exactly `Conv1D`, or plain LoRA around one of them."""
+    """A projection: exactly `nn.Linear`, `Conv1D` or `Int8Linear`, or plain LoRA around one of them."""
     from transformers.pytorch_utils import Conv1D
+
+    from ..int8 import Int8Linear  # which reads specs itself
 
     unhooked(module, name)
     if type(module) in _lora_layers():
@@ -77,7 +79,8 @@ def linear(module: Any, name: str, rows: Any = None) -> LinearSpec:
         base = unhooked(module.get_base_layer(), name + ".base_layer")
     else:
         base = module
-    if type(base) is not nn.Linear and type(base) is not Conv1D and mechanism(base) != "linear.falcon":
+    plain = type(base) in (nn.Linear, Conv1D, Int8Linear)
+    if not plain and mechanism(base) != "linear.falcon":
         raise Unsupported(
             f"{name} is a {type(base).__module__}.{class_name(base)}, and only nn.Linear, Conv1D and plain "
             "LoRA around them are fused (quantised and wrapped linears stay with HF)"

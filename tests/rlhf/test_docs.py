@@ -64,6 +64,8 @@ def test_commands_and_functions_of_the_pages_exist(page):
     for line in re.findall(r"^dschat (eval .+|report .+|serve .+)$", text, re.MULTILINE):
         command, *words = line.split()
         cls = configs.COMMANDS[command]
+        if cls.positional and not words[0].startswith("--"):
+            words = [f"--{cls.positional}", *words]
         configs.load(cls, None, configs.parse_flags(words, cls))
     for name in re.findall(r"dschat\.rlhf\.verifiers:(\w+)", text):
         assert callable(getattr(verifiers, name))
