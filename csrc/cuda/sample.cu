@@ -9,7 +9,7 @@
 namespace dschat::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 1024;  // rows are few: each needs as many loads in flight as it can have
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kDigits = 8;
 constexpr int64_t kNotFinite = -1, kAllMasked = -2;  // in place of a token
@@ -104,7 +104,13 @@ template <typename T> struct Row {
     each_chunk(
         shared.chunks,
         [&](int32_t begin, int n) { return chunk_logsumexp(n, [&](int i) { return z(begin + i); }); },
-        [&](int32_t, const ChunkSum& c) { sum.fold(c); });
+        [&](int32_t, const ChunkSum& c) {
+          if (threadIdx.x < kWarp) sum.fold(c);  // the other warps would only take its time
+        });
+    if (threadIdx.x == 0) shared.chunks[0] = {sum.max, sum.sum, 0.0f};
+    __syncthreads();
+    sum.max = shared.chunks[0].max;
+    sum.sum = shared.chunks[0].sum;
     return sum;
   }
 
@@ -232,7 +238,7 @@ template <typename T> struct Row {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads)
     sample_rows(const T* logits, int64_t vocab, int64_t stride, Options options, const int64_t* streams,
                 const int64_t* positions, int64_t* tokens, float* log_probs) {
   DSCHAT_SHARED(Shared, shared, 1);

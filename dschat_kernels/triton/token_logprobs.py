@@ -15,7 +15,7 @@ from torch import Tensor
 from dschat_kernels.ops.token_logprobs import ROW_BLOCK, VOCAB_BLOCK
 from dschat_kernels.triton._gemm import matmul
 from dschat_kernels.triton._launch import Config, aligned, as_rows, float32, launch, no_tensor
-from dschat_kernels.triton._logsumexp import VOCAB_CHUNK, row_logsumexp
+from dschat_kernels.triton._logsumexp import row_sums
 from dschat_kernels.triton._math import softcapped, tanh
 from dschat_kernels.triton._rows import column_sum
 from dschat_kernels.triton.linear import linear
@@ -31,23 +31,24 @@ def _logprobs(
     logprob,
     lse_out,
     entropy,
+    row_m,
+    row_l,
+    row_w,
     vocab,
     inverse,
     softcap,
     ENTROPY: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * vocab
-    m, l, weighted = row_logsumexp(logits, vocab, inverse, softcap, ENTROPY, CHUNK)
-    lse = m + tl.log(l)
-    z = tl.load(logits + tl.load(targets + row))
+    l = tl.load(row_l + row)
+    lse = tl.load(row_m + row) + tl.log(l)
+    z = tl.load(logits + row * vocab + tl.load(targets + row))
     if softcap is not None:
         z = softcapped(z, softcap)
     tl.store(logprob + row, z * inverse - lse)
     tl.store(lse_out + row, lse)
     if ENTROPY:
-        tl.store(entropy + row, tl.log(l) + weighted / l)
+        tl.store(entropy + row, tl.log(l) + tl.load(row_w + row) / l)
 
 
 @triton.jit
@@ -95,23 +96,22 @@ def token_logprobs(
     for begin in range(0, tokens, step):
         block = slice(begin, begin + step)
         logits = linear(rows[block], weight, bias, vocab, size, False, "none", None, True)
+        sums = row_sums(logits, vocab, _inverse(temperature), logit_softcap, with_entropy)
         launch(
             _logprobs, (len(logits),),
             {
                 "logits": logits, "targets": targets[block], "logprob": logprob[block], "lse_out": lse[block],
-                "entropy": entropy[block] if with_entropy else None, "vocab": vocab,
-                "inverse": _inverse(temperature), "softcap": logit_softcap, "ENTROPY": with_entropy,
-                "CHUNK": VOCAB_CHUNK,
+                "entropy": entropy[block] if with_entropy else None, "row_m": sums.m, "row_l": sums.l, "row_w": sums.w,
+                "vocab": vocab, "inverse": _inverse(temperature), "softcap": logit_softcap, "ENTROPY": with_entropy,
             },
-            # Not fused: what is subtracted from z / temperature has been rounded.
-            Config(num_warps=4, num_stages=1, fp_fusion=False),
+            Config(num_warps=1, num_stages=1, fp_fusion=False),  # as row_sums, and sample
         )  # fmt: skip
     return logprob, lse, entropy
 
 
 def _inverse(temperature: float) -> float:
     """As `sample` inverts it."""
-    return float(1.0 / torch.tensor(temperature, dtype=torch.float32))
+    return float(1.0 / torch.tensor(temperature, dtype=torch.float32, device="cpu"))
 
 
 def token_logprobs_backward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -336,18 +337,19 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 @case
 def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """Gradients, and the bits of attention over a cache that holds the same keys."""
     for options in _attention_options(thorough):
         lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
-        inputs = {
-            name: draw(sum(lens), heads, 12, dtype=dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2))
-        }
+        batch = make_batch(lens, lens, 4, 2, 12, dtype)
+        inputs = {"q": batch.q, "k": torch.cat(batch.k), "v": torch.cat(batch.v)}
+        op = partial(attention.packed_attention, cu_seqlens=cumulative(lens), backend=backend, **options)
+        if backend != "reference":
+            assert same_bits(op(**inputs), attention.attention(*batch.arguments, backend=backend, **options))
         check_gradients(
-            partial(attention.packed_attention, backend=backend), attention.packed_attention_reference, inputs,
-            cu_seqlens=cumulative(lens),
+            op, partial(attention.packed_attention_reference, cu_seqlens=cumulative(lens), **options), inputs,
             # A value's gradient, a sum over queries, is added up by the cpu and cuda kernels in another order than
             # PyTorch's: in float32 its error is that of the terms, not of their sum.
             cancelling=2.0 * sum(lens) ** 0.5 if dtype == torch.float32 and backend in ("cpu", "cuda") else 0.0,
-            **options,
         )  # fmt: skip
 
 
@@ -373,36 +375,41 @@ FILTERS: tuple[dict[str, Any], ...] = (
 def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """The reference's tokens, for flat and peaked rows, with ties and with entries that are masked. The sizes are such
     that no top_p cuts equal entries at a sum of exactly top_p, where the last bit of the sum would decide."""
+    sizes = [(301, 0.0), (301, 0.01), (301, 3.0)]
+    if thorough:  # triton is slow, and a launch of its own for every pass
+        sizes = [(1, 0.0), (7, 3.0), (257, 0.01), (1033, 0.0), (1033, 3.0)]
+        if backend != "triton":
+            sizes = list(product((1, 7, 257, 1033), (0.0, 0.01, 3.0)))
     for options in FILTERS if thorough else FILTERS[:3]:
-        for vocab in (1, 7, 257, 1033) if thorough else (301,):
-            for spread in (0.0, 0.01, 3.0):
-                logits = draw(4, vocab, dtype=dtype, scale=spread)
-                logits[1, : vocab // 2] = float("-inf")
-                where = {
-                    "streams": torch.arange(4) + 2**40,
-                    "positions": torch.arange(4) * 7 + 3,
-                    "seed": 2**61 + 5,
-                }
-                tokens, log_probs = sample.sample(logits, backend=backend, **where, **options)
-                expected = sample.sample_reference(logits, **where, **options)
-                assert torch.equal(tokens, expected[0]), (options, vocab, spread)
-                torch.testing.assert_close(log_probs, expected[1], rtol=1e-6, atol=3e-6)
-                one = {**where, "streams": where["streams"][2:3], "positions": where["positions"][2:3]}
-                alone = sample.sample(logits[2:3], backend=backend, **one, **options)
-                assert torch.equal(alone[0], tokens[2:3]) and same_bits(alone[1], log_probs[2:3])
+        for vocab, spread in sizes:
+            logits = draw(4, vocab, dtype=dtype, scale=spread)
+            logits[1, : vocab // 2] = float("-inf")
+            where = {
+                "streams": torch.arange(4) + 2**40,
+                "positions": torch.arange(4) * 7 + 3,
+                "seed": 2**61 + 5,
+            }
+            tokens, log_probs = sample.sample(logits, backend=backend, **where, **options)
+            expected = sample.sample_reference(logits, **where, **options)
+            assert torch.equal(tokens, expected[0]), (options, vocab, spread)
+            torch.testing.assert_close(log_probs, expected[1], rtol=1e-6, atol=3e-6)
+            one = {**where, "streams": where["streams"][2:3], "positions": where["positions"][2:3]}
+            alone = sample.sample(logits[2:3], backend=backend, **one, **options)
+            assert torch.equal(alone[0], tokens[2:3]) and same_bits(alone[1], log_probs[2:3])
 
 
 @case
 def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """With entropy and gradients; and the log-probs of linear and sample, bit for bit."""
     problems = (
-        ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (70, 33, 257)) if thorough else ((3, 17, 300),)
+        ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (70, 33, 257)) if thorough else ((3, 17, 1050),)
     )
     for tokens, size, vocab in problems:
         inputs = {
             "hidden": draw(tokens, size, dtype=dtype),
             "weight": draw(vocab, size, dtype=dtype, scale=2 / size**0.5),
-            "bias": draw(vocab, dtype=dtype),
+            # Every chunk of the vocabulary, of 256 or of 1024, outweighs the one before it.
+            "bias": (torch.randn(vocab) + torch.arange(vocab) // 256 * 2.0).to(dtype),
         }
         for options in ({}, {"temperature": 0.7, "logit_softcap": 5.0}):
             check_gradients(
@@ -416,7 +423,7 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             )  # fmt: skip
     if backend == "reference":
         return
-    part = _part(300, 24, dtype)
+    part = _part(1100, 24, dtype)  # chunks of 256 or 1024
     packed, hidden = PackedLinear.from_parts([part], dense=backend != "cpu"), draw(5, 24, dtype=dtype)
     logits = linear.linear(hidden, packed, float_output=True, backend=backend)
     where = {"streams": torch.arange(5), "positions": torch.arange(5), "seed": 1, "temperature": 0.8}
