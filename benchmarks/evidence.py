@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [TRAIN[config.command](config) for config in planned]
         print(table(name, args.seeds, runs), flush=True)
         content = {
+            "kind": "evidence",
             "name": name,
             "over_seeds": over_seeds(runs),
             "runs": [

@@ -206,6 +206,30 @@ def ppo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def evidence_table(result: dict[str, Any]) -> str:
+    """Held-out scores before and after, seed by seed, and what the seeds say together."""
+    head = ["seed", "before", "after", "change, 95 %", "KL, nats", "tokens an answer"]
+    lines = []
+    for run in result["runs"]:
+        h = run["held_out"]
+        lines.append(
+            [f"{run['seed']}", f"{h['before']:.2f}", f"{h['after']:.2f}",
+             f"{h['change']:+.2f} ({h['low']:+.2f} to {h['high']:+.2f})", f"{h['kl']:.1f}",
+             f"{h['length_before']:.0f} -> {h['length_after']:.0f}"]
+        )  # fmt: skip
+    over, config = result["over_seeds"], result["runs"][0]["config"]
+    return "\n".join(
+        [
+            *table(head, lines),
+            "",
+            f"**{result['name'].upper()}: {over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f}) over "
+            f"{over['seeds']} seeds.** {result['runs'][0]['held_out']['prompts']} held-out prompts, "
+            f"{config['eval_samples']} answers each, {config['max_steps']} steps. A seed's interval is a paired "
+            "bootstrap over prompts; the one over seeds is Student's, each seed one observation.",
+        ]
+    )
+
+
 def render(name: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     result = json.loads(path.read_text())
@@ -214,6 +238,7 @@ def render(name: str) -> str:
 
 
 TABLES = {
+    "evidence": evidence_table,
     "generate": generate_table,
     "growth": growth_table,
     "ppo": ppo_table,
