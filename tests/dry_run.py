@@ -72,9 +72,9 @@ def run(recipe: Path, folder: Path, width: int) -> dict[str, Any]:
     keys = own.to_dict() | {
         "model": write(folder / recipe.stem / "actor", own.model, width, scorer=False),
         "reward": [write(folder / recipe.stem / "scorer", own.reward[0], width, scorer=True)],
-        "data": [str(data)], "output_dir": str(folder / recipe.stem / "run"), "max_steps": 1, "max_prompt_length": 16, "inference_tp_size": 1,
-        "max_new_tokens": 8, "device": "cpu", "tensorboard": False, "progress": False, "warmup_steps": 0,
-        "save_every": 0,
+        "data": [str(data)], "output_dir": str(folder / recipe.stem / "run"), "max_steps": 1, "max_prompt_length": 16,
+        "max_new_tokens": 8, "inference_tp_size": 1, "device": "cpu", "tensorboard": False, "progress": False,
+        "warmup_steps": 0, "save_every": 0,
     }  # fmt: skip
     config = configs.PPOConfig(**keys)
     result = ppo.train(config)

@@ -107,8 +107,9 @@ def row_sums(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
 
-    of_chunks = {"chunk_m": empty(rows, chunks), "chunk_l": empty(rows, chunks),
-                 "chunk_w": empty(rows, chunks) if entropy else None, "chunks": chunks, "ENTROPY": entropy}  # fmt: skip
+    chunk_m, chunk_l = empty(rows, chunks), empty(rows, chunks)
+    of_chunks = {"chunk_m": chunk_m, "chunk_l": chunk_l, "chunk_w": empty(rows, chunks) if entropy else None,
+                 "chunks": chunks, "ENTROPY": entropy}  # fmt: skip
     m, l, w = empty(rows), empty(rows), empty(rows) if entropy else None
     # Not fused: what is subtracted from z / temperature has been rounded.
     launch(
@@ -120,4 +121,4 @@ def row_sums(
         _row_sums, (rows,), {**of_chunks, "row_m": m, "row_l": l, "row_w": w},
         Config({"BLOCK": CHUNK_BLOCK}, num_warps=4, num_stages=1, fp_fusion=False),
     )  # fmt: skip
-    return RowSums(m, l, w, of_chunks["chunk_m"], of_chunks["chunk_l"])
+    return RowSums(m, l, w, chunk_m, chunk_l)
