@@ -49,19 +49,25 @@ _lock = threading.Lock()
 _shared: _Block | None = None
 
 
-def huge_zeros(shape: tuple[int, ...] | int, dtype: torch.dtype) -> Tensor:
+def huge_zeros(shape: tuple[int, ...] | int, dtype: torch.dtype, share: bool = False) -> Tensor:
     """Zeros on the CPU, from a cache line on. Pages are zeroed by the system when they are touched, so what nobody
-    writes costs nothing. Tensors of less than half a block share blocks, which are freed with the last of theirs."""
+    writes costs nothing.
+
+    share: put a tensor of less than half a block into one with others. It is freed with the last of them, and copying
+    one's storage copies the whole block. Without it what is smaller than a huge page is in plain memory.
+    """
     global _shared
     shape = (shape,) if isinstance(shape, int) else shape
     size = math.prod(shape) * dtype.itemsize
-    if 2 * size > BLOCK:
-        memory = _Block(size).take(size)
-    else:
+    if share and 2 * size <= BLOCK:
         with _lock:
             memory = _shared.take(size) if _shared is not None else None
             if memory is None:
                 _shared = _Block(BLOCK)
                 memory = _shared.take(size)
+    elif size < HUGE:
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+    else:
+        memory = _Block(size).take(size)
     assert memory is not None
     return memory.view(dtype).view(shape)

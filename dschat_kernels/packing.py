@@ -236,7 +236,7 @@ class PackedLinear:
         if not dense:
             # k, padded where tiles, pairs or fours of depths need it
             self.depth = module.panel_depth(DTYPES[dtype], WEIGHTS.index(weights), self.k)
-            self.panels = huge_zeros(self.num_panels * self.depth * PANEL, held)
+            self.panels = huge_zeros(self.num_panels * self.depth * PANEL, held, share=True)
         else:
             self.dense = torch.empty(self.total, self.k, dtype=held, device=device)
 

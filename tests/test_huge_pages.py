@@ -31,9 +31,10 @@ def flags_of(address: int) -> list[str] | None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5, 7), (1 << 20,), (9, 1 << 21)])
-def test_zeros_of_their_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensors = [huge_zeros(shape, dtype) for _ in range(3)]
+def test_zeros_of_their_own(shape: tuple[int, ...], share: bool, dtype: torch.dtype) -> None:
+    tensors = [huge_zeros(shape, dtype, share) for _ in range(3)]
     for i, tensor in enumerate(tensors):
         assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
         assert not tensor.any()
@@ -44,11 +45,13 @@ def test_zeros_of_their_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_small_tensors_share_a_block_and_large_ones_do_not() -> None:
-    small = [huge_zeros(1000, torch.float32) for _ in range(2)]
+    small = [huge_zeros(1000, torch.float32, share=True) for _ in range(2)]
     assert small[1].data_ptr() - small[0].data_ptr() == -(-4000 // CACHE_LINE) * CACHE_LINE
-    large = [huge_zeros(BLOCK, torch.int8) for _ in range(2)]
+    large = [huge_zeros(BLOCK, torch.int8, share=True) for _ in range(2)]
     assert all(t.data_ptr() % HUGE == 0 for t in large)
     assert abs(large[1].data_ptr() - large[0].data_ptr()) >= BLOCK
+    alone = [huge_zeros(n, torch.int8) for n in (1000, HUGE)]
+    assert [t.untyped_storage().nbytes() < 2 * HUGE + CACHE_LINE for t in alone] == [True, True]
 
 
 def test_the_system_is_asked_for_huge_pages() -> None:
@@ -69,7 +72,7 @@ def test_memory_goes_back_with_its_last_tensor(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huge_pages.mmap, "mmap", Watched)
     monkeypatch.setattr(huge_pages, "_shared", None)
-    first, second = huge_zeros(1000, torch.float32), huge_zeros(1000, torch.float32)
+    first, second = (huge_zeros(1000, torch.float32, share=True) for _ in range(2))
     huge_pages._shared = None  # as when the next block is begun
     (memory,) = made
     del first
