@@ -95,10 +95,9 @@ class HybridEngine:
         self.max_slots = max_slots
         if exact:
             _check_exact(rollout_weights)
+            _check_undivided(inference_tp_size)
         self.exact = exact
         self.sharing = Sharing(inference_tp_size)
-        if exact:
-            _check_undivided(inference_tp_size)
         self.packed = PackedModel(model, backend=backend)
         check_one_dtype(self.spec)
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
@@ -245,9 +244,9 @@ class HybridEngine:
         counts = sharing.counts(len(prompts))
         first = sum(counts[: sharing.team])
         queue = sharing.queue(len(prompts), reserved)
-        own = range(
-            first, first + min(counts[sharing.team], reserved if queue is not None else counts[sharing.team])
-        )
+        own = range(first, first + counts[sharing.team])
+        if queue is not None:
+            own = own[:reserved]
         taken: Sequence[int] = []
         found, stats = empty_completions(self.device), RolloutStats()
         if own:
