@@ -60,7 +60,8 @@ class HybridEngine:
             of every layer (`dschat_kernels.sharding`), for packs that do not fit beside each other; tokens and
             log-probs stay those of one process. It divides the number of processes and the model's heads.
         masters: the optimizer steps float32 masters of weights of 16 bits; `optimizer` is a `MasterOptimizer` then.
-        loss_scale: of float16 (dschat/engine/precision.py).
+        loss_scale: of float16 (dschat/engine/precision.py); with it there are masters in any case, since gradients
+            that are divided by it are too small for float16.
 
     In a patched model engine and patch have one decoder, and so one copy of the packs, where backend and dtype are the
     same.
@@ -90,7 +91,10 @@ class HybridEngine:
                 "the model is a DeepSpeed engine: give the model to dschat.engine.zero.ZeroEngine, which makes it one."
             )
         self.model = model
-        self.stepper = Stepper(with_masters(optimizer) if masters and optimizer else optimizer, loss_scale)
+        masters = masters or loss_scale is not None
+        self.stepper = Stepper(
+            with_masters(optimizer) if masters and optimizer is not None else optimizer, loss_scale
+        )
         self.optimizer: Any = self.stepper.optimizer
         self.max_slots = max_slots
         if exact:
