@@ -18,7 +18,6 @@ that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .huge_pages import huge_zeros
 from .limits import available_memory
 
 __all__ = ["CHUNK", "LANES", "PAGE", "OutOfPages", "PagedKVCache", "padded_head_dim", "pages_for"]
@@ -35,7 +35,6 @@ PAGE = 64
 CHUNK = 256
 """Keys that attention reduces in one go; part of the definition of its bits."""
 LANES = 16
-CACHE_LINE = 64  # bytes; where memory begins that kernels read by vectors
 
 
 Ints = Sequence[int] | np.ndarray | torch.Tensor
@@ -443,14 +442,9 @@ def _check_memory(pages: int, bytes_per_page: int) -> None:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On a CPU memory that the kernel hands out zeroed, page by page when it is touched: filling a cache costs
-    as much as a decode step or two, and pages that no token reaches cost nothing."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
-    begin = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[begin : begin + size]).view(dtype).view(shape)
+    return (
+        huge_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+    )
 
 
 def _int_array(values: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import triton
+from .huge_pages import huge_zeros
 from .models.spec import LinearSpec, Unsupported
 from .ops._common import native, ptr
 
@@ -235,7 +236,7 @@ class PackedLinear:
         if not dense:
             # k, padded where tiles, pairs or fours of depths need it
             self.depth = module.panel_depth(DTYPES[dtype], WEIGHTS.index(weights), self.k)
-            self.panels = torch.empty(self.num_panels * self.depth * PANEL, dtype=held)
+            self.panels = huge_zeros(self.num_panels * self.depth * PANEL, held)
         else:
             self.dense = torch.empty(self.total, self.k, dtype=held, device=device)
 

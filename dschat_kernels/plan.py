@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from .ops.layer_norm import layer_norm
 from .ops.linear import linear
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import MAX_HEAD_DIM, rope_append
+from .ops.sample import check_draw, raise_for_bad_rows, sample
 from .packing import DTYPES, WEIGHTS, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
 
 
@@ -310,6 +311,37 @@ class StepTensors:
     slots: Tensor
     selected: Tensor
     decode: bool
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How rows draw their next tokens: the arguments of `ops.sample`, on the CPU."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    streams: Tensor | None = None
+    positions: Tensor | None = None
+
+    def sample(self, logits: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs of one step's logits, on the CPU."""
+        streams, positions = (
+            None if t is None else t.to(logits.device) for t in (self.streams, self.positions)
+        )
+        on_device = replace(self, streams=streams, positions=positions)
+        tokens, log_probs = sample(logits, **vars(on_device), backend=backend)
+        return tokens.cpu(), log_probs.cpu()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens int64 [steps, rows] and their log-probs float32 [steps, rows] on the CPU, and the seconds of sampling."""
+
+    tokens: Tensor
+    log_probs: Tensor
+    sampling: float
 
 
 def _tensors(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -631,6 +663,50 @@ class Decoder:
             cache.advance(chosen, row_lens)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: PagedKVCache,
+        slots: Sequence[int],
+        draw: Draw,
+        steps: int = 1,
+        ends: Sequence[int] = (),
+    ) -> Drawn:
+        """Appends a token to each row, draws the next one from its logits, appends that, and so on.
+
+        Args:
+            tokens: int64 [rows] on the CPU, each row's token that comes first. slots: cache slot of each row.
+            draw: how tokens are drawn; a row's position rises by one a step.
+            steps: draws of a row, at most; the result has at least one. A step that draws one of `ends` for any row is
+                the last one. The tokens of the last step are not appended.
+
+        The tokens are those of `step` and `ops.sample` in turn, bit for bit; where the CPU kernels walk the plan, all
+        steps are one call. Raises as those two do.
+        """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: draw at least 1 token.")
+        native_steps = type(self.executor) is NativeExecutor and self.executor.trace is None
+        if not native_steps or len(slots) > self.max_tokens:
+            logits = self.step(tokens, cache, slots, keep=False)
+            if logits.is_cuda:
+                torch.cuda.synchronize(logits.device)
+            start = time.perf_counter()
+            chosen, log_probs = draw.sample(logits, self.backend)
+            return Drawn(chosen[None], log_probs[None], time.perf_counter() - start)
+        places = np.asarray(slots, dtype=np.int64)
+        lens = np.ones(len(places), dtype=np.int64)
+        ids = self._check_step(tokens, cache, places, lens, "last")
+        check_draw(**vars(draw), rows=len(places))
+        longest = int(cache._lengths[places].max()) + steps
+        check_length(self.limit, longest)
+        cache.prepare_append(places, lens * steps)
+        self.rope_tables(longest)
+        assert isinstance(self.executor, NativeExecutor)
+        drawn = self.executor.decode(_tables(ids, cache, places, lens, "last"), cache, draw, steps, ends)
+        cache.advance(places, lens * len(drawn.tokens))
+        raise_for_bad_rows(drawn.tokens[-1], draw.temperature)
+        return drawn
+
     def _check_step(
         self, tokens: Tensor, cache: PagedKVCache, slots: np.ndarray, lens: np.ndarray, logits: str
     ) -> np.ndarray:
@@ -791,13 +867,38 @@ class NativeExecutor:
                 rows = len(t.selected)
             self.trace(call, self.buffers[call.out][:rows])
 
+    def decode(
+        self, t: StepTables, cache: PagedKVCache, draw: Draw, steps: int, ends: Sequence[int]
+    ) -> Drawn:
+        """See `Decoder.decode`; t: of the first step."""
+        rows = len(t.slots)
+        self._reserve(rows, rows)
+        if self.plan is None:
+            self.plan = self._build(self.decoder.plan.calls)
+        vocab = self.decoder.plan.widths[self.decoder.plan.calls[-1].out]
+        tokens = torch.empty(steps, rows, dtype=torch.int64, device="cpu")
+        log_probs = torch.empty(steps, rows, dtype=torch.float32, device="cpu")
+        streams, positions = (None if n is None else n.contiguous() for n in (draw.streams, draw.positions))
+        if positions is None:
+            positions = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        done, sampling = self.plan.decode(
+            self._inputs(rows, t, cache), steps, vocab, draw.temperature, draw.top_k, draw.top_p, draw.min_p,
+            draw.seed, ptr(streams), ptr(positions), list(ends), ptr(tokens), ptr(log_probs),
+        )  # fmt: skip
+        return Drawn(tokens[:done], log_probs[:done], sampling)
+
     def _execute(self, plan: Any, rows: int, t: StepTables, cache: PagedKVCache) -> None:
+        plan.run(self._inputs(rows, t, cache), -1)
+
+    @staticmethod
+    def _inputs(rows: int, t: StepTables, cache: PagedKVCache) -> tuple[int, ...]:
+        """What the native plan reads of a step (csrc/bindings/decoder.h: Tables)."""
         table = cache.block_table
-        plan.run(
+        return (
             rows, len(t.slots), t.token_ids.ctypes.data, t.positions.ctypes.data, t.slot_of_token.ctypes.data,
             t.cu_seqlens.ctypes.data, t.kv_lens.ctypes.data, t.slots.ctypes.data, ptr(table), table.stride(0),
             ptr(cache.k), ptr(cache.v), cache.k.stride(0) * cache.k.element_size(),
-            cache.v.stride(0) * cache.v.element_size(), len(t.selected), t.selected.ctypes.data, -1,
+            cache.v.stride(0) * cache.v.element_size(), len(t.selected), t.selected.ctypes.data,
         )  # fmt: skip
 
     def _reserve(self, tokens: int, selected: int) -> None:

@@ -54,7 +54,7 @@ def test_every_command_has_a_body_and_help(capsys):
         ("ppo --data x.jsonl", "reward is empty; name a reward model folder or a function"),
         ("ppo --top_p 0.9", "top_p is 0.9, but PPO"),
         ("ppo --zero_stage 7", "zero_stage is 7, but it must be 0, 1, 2 or 3, or none"),
-        ("ppo --inference_tp_size 2", "inference_tp_size in the flags is not supported: every process generates"),
+        ("ppo --inference_tp_size 2 --data x.jsonl --reward y", "inference_tp_size is 2 and there is 1 process"),
         ("generate --model {tmp} --prompt a", "has no config.json"),
         ("generate --model {model} --prompt a --max_new_tokens 600", "more than the model's context of 512"),
         ("bench generate --model {model} --workload 3", "workload is '3', but it must be BATCHxPROMPT+NEW"),

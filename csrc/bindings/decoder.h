@@ -66,6 +66,30 @@ constexpr const char* kBf16Products = "dot";
 constexpr const char* kBf16Products = "float32";
 #endif
 
+// What plan.py hands over of a step: tokens, rows, the addresses of token_ids, positions, slot_of_token, cu_seqlens,
+// kv_lens and slots, block_table and its stride, k_cache, v_cache and the bytes of a layer of each, selected and the
+// address of selected_tokens.
+using Tables = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                          int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
+
+inline StepInputs step_inputs(const Tables& tables) {
+  StepInputs in;
+  uintptr_t ids, positions, slot_of_token, cu_seqlens, kv_lens, slots, block_table, k_cache, v_cache, selected_tokens;
+  std::tie(in.tokens, in.rows, ids, positions, slot_of_token, cu_seqlens, kv_lens, slots, block_table,
+           in.block_table_stride, k_cache, v_cache, in.k_layer_bytes, in.v_layer_bytes, in.selected, selected_tokens) =
+      tables;
+  in.token_ids = reinterpret_cast<const int64_t*>(ids);
+  in.positions = reinterpret_cast<const int32_t*>(positions);
+  in.slot_of_token = reinterpret_cast<const int32_t*>(slot_of_token);
+  in.cu_seqlens = reinterpret_cast<const int32_t*>(cu_seqlens);
+  in.kv_lens = reinterpret_cast<const int32_t*>(kv_lens);
+  in.slots = reinterpret_cast<const int32_t*>(slots);
+  in.block_table = reinterpret_cast<const int32_t*>(block_table);
+  in.k_cache = reinterpret_cast<char*>(k_cache), in.v_cache = reinterpret_cast<char*>(v_cache);
+  in.selected_tokens = reinterpret_cast<const int64_t*>(selected_tokens);
+  return in;
+}
+
 inline void bind_decoder(pybind11::module_& m) {
   namespace py = pybind11;
   using release = py::call_guard<py::gil_scoped_release>;
@@ -263,24 +287,24 @@ inline void bind_decoder(pybind11::module_& m) {
            })
       .def(
           "run",
-          [](StepPlan& p, int64_t tokens, int64_t rows, uintptr_t token_ids, uintptr_t positions,
-             uintptr_t slot_of_token, uintptr_t cu_seqlens, uintptr_t kv_lens, uintptr_t slots, uintptr_t block_table,
-             int64_t block_table_stride, uintptr_t k_cache, uintptr_t v_cache, int64_t k_layer_bytes,
-             int64_t v_layer_bytes, int64_t selected, uintptr_t selected_tokens, int64_t limit) {
-            StepInputs in;
-            in.tokens = tokens, in.rows = rows;
-            in.token_ids = reinterpret_cast<const int64_t*>(token_ids);
-            in.positions = reinterpret_cast<const int32_t*>(positions);
-            in.slot_of_token = reinterpret_cast<const int32_t*>(slot_of_token);
-            in.cu_seqlens = reinterpret_cast<const int32_t*>(cu_seqlens);
-            in.kv_lens = reinterpret_cast<const int32_t*>(kv_lens);
-            in.slots = reinterpret_cast<const int32_t*>(slots);
-            in.block_table = reinterpret_cast<const int32_t*>(block_table);
-            in.block_table_stride = block_table_stride;
-            in.k_cache = reinterpret_cast<char*>(k_cache), in.v_cache = reinterpret_cast<char*>(v_cache);
-            in.k_layer_bytes = k_layer_bytes, in.v_layer_bytes = v_layer_bytes;
-            in.selected = selected, in.selected_tokens = reinterpret_cast<const int64_t*>(selected_tokens);
-            p.run(in, limit);
+          [](StepPlan& p, const Tables& tables, int64_t limit) { p.run(step_inputs(tables), limit); },
+          release())
+      // (steps done, seconds of sampling)
+      .def(
+          "decode",
+          [](StepPlan& p, const Tables& tables, int64_t steps, int64_t vocab, float temperature, int64_t top_k,
+             double top_p, double min_p, uint64_t seed, uintptr_t streams, uintptr_t positions,
+             const std::vector<int64_t>& ends, uintptr_t tokens, uintptr_t log_probs) {
+            DecodeLoop loop;
+            loop.steps = steps, loop.vocab = vocab;
+            loop.options = {temperature, top_k, top_p, min_p, seed};
+            loop.streams = reinterpret_cast<const int64_t*>(streams);
+            loop.positions = reinterpret_cast<const int64_t*>(positions);
+            loop.ends = ends.data(), loop.num_ends = int64_t(ends.size());
+            loop.tokens = reinterpret_cast<int64_t*>(tokens);
+            loop.log_probs = reinterpret_cast<float*>(log_probs);
+            const DecodeDone done = p.decode(step_inputs(tables), loop);
+            return std::make_tuple(done.steps, done.sampling);
           },
           release());
 }

@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "layer_norm.h"
 
@@ -172,17 +173,53 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
   }
 }
 
+void StepPlan::walk(const Team& team, const StepInputs& in, int64_t count) const {
+  int64_t rows = in.tokens;
+  for (int64_t i = 0; i < count; ++i) {
+    const Call& call = calls_[size_t(i)];
+    execute(team, call, in, rows);
+    if (call.kind == CallKind::select_rows) rows = in.selected;
+    team.barrier();
+  }
+}
+
 void StepPlan::run(const StepInputs& in, int64_t limit) const {
   const int64_t count = limit < 0 ? size() : std::min(limit, size());
+  parallel([&](const Team& team) { walk(team, in, count); });
+}
+
+DecodeDone StepPlan::decode(const StepInputs& first, const DecodeLoop& loop) const {
+  using clock = std::chrono::steady_clock;
+  const int64_t rows = first.rows;
+  std::vector<int32_t> places(first.positions, first.positions + rows), lengths(first.kv_lens, first.kv_lens + rows);
+  std::vector<int64_t> draws(loop.positions, loop.positions + rows);
+  StepInputs in = first;
+  in.positions = places.data(), in.kv_lens = lengths.data();
+  const Buffer logits = buffers_[size_t(calls_.back().out)];
+  const auto ends_row = [&](int64_t token) {
+    return token < 0 || std::find(loop.ends, loop.ends + loop.num_ends, token) != loop.ends + loop.num_ends;
+  };
+  DecodeDone done;
+  bool going = true;
   parallel([&](const Team& team) {
-    int64_t rows = in.tokens;
-    for (int64_t i = 0; i < count; ++i) {
-      const Call& call = calls_[size_t(i)];
-      execute(team, call, in, rows);
-      if (call.kind == CallKind::select_rows) rows = in.selected;
-      team.barrier();
+    while (going) {
+      walk(team, in, size());
+      int64_t* tokens = loop.tokens + done.steps * rows;
+      const auto start = clock::now();
+      sample(team, DType::f32, logits.data, rows, loop.vocab, logits.stride, loop.options, loop.streams, draws.data(),
+             tokens, loop.log_probs + done.steps * rows);
+      team.barrier();  // all tokens are there
+      if (team.rank == 0) {
+        done.sampling += std::chrono::duration<double>(clock::now() - start).count();
+        ++done.steps;
+        going = done.steps < loop.steps && std::none_of(tokens, tokens + rows, ends_row);
+        in.token_ids = tokens;
+        for (int64_t i = 0; i < rows; ++i) ++places[size_t(i)], ++lengths[size_t(i)], ++draws[size_t(i)];
+      }
+      team.barrier();  // `going`, `done` and `in` are those of the next step
     }
   });
+  return done;
 }
 
 }  // namespace dschat

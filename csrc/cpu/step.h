@@ -11,6 +11,7 @@
 #include "linear.h"
 #include "rms_norm.h"
 #include "rope_append.h"
+#include "sample.h"
 
 namespace dschat {
 
@@ -69,6 +70,24 @@ struct StepInputs {
   const int64_t* selected_tokens = nullptr;
 };
 
+// Steps of one token a row that feed themselves: what one draws is what the next one reads.
+struct DecodeLoop {
+  int64_t steps = 0;  // at most
+  int64_t vocab = 0;
+  SampleOptions options{};
+  const int64_t* streams = nullptr;    // [R]; null where temperature is 0
+  const int64_t* positions = nullptr;  // [R], number of each row's first draw; it rises by one a step
+  const int64_t* ends = nullptr;       // ids that end a row
+  int64_t num_ends = 0;
+  int64_t* tokens = nullptr;     // out: [steps, R]
+  float* log_probs = nullptr;    // out: [steps, R]
+};
+
+struct DecodeDone {
+  int64_t steps = 0;
+  double sampling = 0;  // seconds
+};
+
 class StepPlan {
  public:
   StepPlan(DType dtype, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) noexcept
@@ -81,7 +100,13 @@ class StepPlan {
   // Runs the first `limit` calls (all: -1). Calls after the first select_rows work on the selected rows.
   void run(const StepInputs& in, int64_t limit) const;
 
+  // Runs loop.steps steps, or as many as it takes until a row is drawn an end or a mark of sample(). The first step is
+  // that of `in`, whose rows have a token each and all go to the head; positions and lengths rise by one a step, in
+  // copies. The last call's output are the logits.
+  DecodeDone decode(const StepInputs& in, const DecodeLoop& loop) const;
+
  private:
+  void walk(const Team& team, const StepInputs& in, int64_t count) const;
   void execute(const Team& team, const Call& call, const StepInputs& in, int64_t rows) const;
 
   DType dtype_;

@@ -25,10 +25,12 @@ from torch import Tensor
 from dschat_kernels.cache import PAGE, PagedKVCache, padded_head_dim, pages_for
 from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.limits import available_memory
-from dschat_kernels.ops.sample import sample
-from dschat_kernels.plan import Decoder
+from dschat_kernels.plan import Decoder, Draw
 
 from ..device import synchronize
+
+STEPS_AT_ONCE = 16
+"""Steps in one call of the decoder. What Python does around them is spread over them; an interrupt waits for them."""
 
 
 @dataclass(frozen=True)
@@ -316,60 +318,66 @@ class RolloutRun:
     # --------------------------------------------------------------------------------------------------- decode
 
     def _decode(self) -> None:
+        """Draws for every active row, step after step, until one of them is done or there is something else to do."""
         start = time.perf_counter()
         rows, slots = self.active_rows, self.active_slots
         last = self.ids[rows, self.counts[rows] - 1]
+        sampling = 0.0
         drawn = None if self.graphs is None else self._replay(self.graphs, last)
         if drawn is None:
-            logits = self.decoder.step(torch.from_numpy(last), self.cache, slots, keep=False)
-            synchronize(self.decoder.device)
-        self.stats.decode += time.perf_counter() - start
-        self.stats.steps += 1
+            steps = int((self.limits[rows] - self.counts[rows]).min())
+            steps = min(steps, 1 if self.on_token is not None else STEPS_AT_ONCE)
+            found = self.decoder.decode(
+                torch.from_numpy(last), self.cache, slots, self._draw(rows), steps, self.sampling.eos_ids
+            )
+            drawn, sampling = (found.tokens.numpy(), found.log_probs.numpy()), found.sampling
+        self.stats.decode += time.perf_counter() - start - sampling
+        self.stats.sample += sampling
+        self.stats.steps += len(drawn[0])
         self.active_rows, self.active_slots = [], []
-        if drawn is None:
-            self._accept(rows, slots, logits)
-        else:
-            self._take(rows, slots, *drawn)
+        self._take(rows, slots, *drawn)
 
     def _replay(self, graphs: DecodeGraphs, last: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """The next tokens of the active rows and their log-probs, by CUDA graphs; None where these cannot be had."""
+        """The next token of each active row and its log-prob, [1, rows], by CUDA graphs; None where these cannot be
+        had."""
         rows, s = self.active_rows, self.sampling
         settings = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
         drawn = graphs.step(last, self.active_slots, self.streams[rows], self.counts[rows], settings)
         if drawn is None:
             self.graphs = None
-        else:
-            self.stats.graph_steps += 1
-        return drawn
+            return None
+        self.stats.graph_steps += 1
+        return drawn[0][None], drawn[1][None]
+
+    def _draw(self, rows: list[int]) -> Draw:
+        """How rows draw the next of their tokens."""
+        s = self.sampling
+        streams, positions = (torch.from_numpy(numbers[rows]) for numbers in (self.streams, self.counts))
+        return Draw(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, streams, positions)
 
     def _accept(self, rows: list[int], slots: list[int], logits: Tensor) -> None:
         """Draws one token for each row; rows that are done leave, the others stay or become active."""
         start = time.perf_counter()
-        s = self.sampling
-        streams, positions = (
-            torch.from_numpy(numbers[rows]).to(logits.device) for numbers in (self.streams, self.counts)
-        )
-        tokens, logprobs = sample(
-            logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=s.seed,
-            streams=streams, positions=positions, backend=self.decoder.backend,
-        )  # fmt: skip
-        self._take(rows, slots, tokens.cpu().numpy(), logprobs.cpu().numpy())
+        tokens, logprobs = self._draw(rows).sample(logits, self.decoder.backend)
+        self._take(rows, slots, tokens.numpy()[None], logprobs.numpy()[None])
         self.stats.sample += time.perf_counter() - start
 
     def _take(self, rows: list[int], slots: list[int], drawn: np.ndarray, logprobs: np.ndarray) -> None:
-        """Books one token of each row."""
-        at = self.counts[rows]
-        self.ids[rows, at] = drawn
-        self.logprobs[rows, at] = logprobs
-        self.counts[rows] += 1
-        ended = np.isin(drawn, self.eos)
+        """Books tokens [steps, rows] of rows that have none of their own to end with before the last step."""
+        steps = len(drawn)
+        index = np.asarray(rows)[:, None], self.counts[rows][:, None] + np.arange(steps)
+        self.ids[index] = drawn.T
+        self.logprobs[index] = logprobs.T
+        self.counts[rows] += steps
+        ended = np.isin(drawn[-1], self.eos)
         self.finished[rows] = ended
-        for row, slot, token, done in zip(
-            rows, slots, drawn.tolist(), (ended | (at + 1 >= self.limits[rows])).tolist(), strict=True
-        ):
-            if self.on_token is not None:
-                self.on_token(row, token)
-            if done:
+        if self.on_token is not None:
+            for step in drawn.tolist():
+                for row, token in zip(rows, step, strict=True):
+                    self.on_token(row, token)
+        done = ended | (self.counts[rows] >= self.limits[rows])
+        for row, slot, leaves in zip(rows, slots, done.tolist(), strict=True):
+            if leaves:
                 self.cache.free(slot)
                 self.free.append(slot)
             else:

@@ -67,6 +67,26 @@ def sample(
         logits.dim() == 2 and 0 < logits.shape[1] < 2**31,
         f"sample: logits has shape {list(logits.shape)}; give [rows, vocab] with 0 < vocab < 2^31.",
     )
+    check_draw(temperature, top_k, top_p, min_p, seed, streams, positions, logits.shape[0])
+    for name, numbers in (("streams", streams), ("positions", positions)):
+        if numbers is not None:
+            check_device("sample", name, numbers, logits)
+    logits = logits.detach()
+    backend = resolve_backend("sample", backend, logits)
+    if backend == "reference":
+        return sample_reference(
+            logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+            streams=streams, positions=positions,
+        )  # fmt: skip
+    op = implementation("sample", backend, logits, streams, positions)
+    return op(logits, temperature, top_k, top_p, min_p, seed, streams, positions)
+
+
+def check_draw(
+    temperature: float, top_k: int, top_p: float, min_p: float, seed: int, streams: Tensor | None,
+    positions: Tensor | None, rows: int,
+) -> None:  # fmt: skip
+    """Raises ValueError or TypeError for settings that `rows` rows cannot be sampled with."""
     # Written so that NaN fails.
     check(
         0.0 <= temperature < float("inf"),
@@ -89,19 +109,9 @@ def sample(
             TypeError,
         )
         check(
-            numbers.shape == logits.shape[:1],
-            f"sample: {name} has shape {list(numbers.shape)}; give [{logits.shape[0]}], one a row of logits.",
+            numbers.shape == (rows,),
+            f"sample: {name} has shape {list(numbers.shape)}; give [{rows}], one a row of logits.",
         )
-        check_device("sample", name, numbers, logits)
-    logits = logits.detach()
-    backend = resolve_backend("sample", backend, logits)
-    if backend == "reference":
-        return sample_reference(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
-            streams=streams, positions=positions,
-        )  # fmt: skip
-    op = implementation("sample", backend, logits, streams, positions)
-    return op(logits, temperature, top_k, top_p, min_p, seed, streams, positions)
 
 
 def philox_uniform(seed: int, stream: int, position: int) -> float:

@@ -18,6 +18,8 @@ from dschat.engine.rollout import (
     stats_dict,
     step_bytes,
 )
+from dschat_kernels.cache import PagedKVCache
+from dschat_kernels.plan import Decoder, Drawn
 from tests.tiny_models import build
 
 PROMPTS = ([5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, 16, 17, 18], [3] * 9)
@@ -228,12 +230,13 @@ def test_finished_rows_leave_and_waiting_rows_enter(engine: HybridEngine) -> Non
 def test_samples_share_the_prompts_pages(engine: HybridEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
-    def watched(self: RolloutRun) -> None:
-        decode(self)
-        used.append(self.cache.num_pages - self.cache.free_pages)
+    def watched(self: Decoder, tokens: torch.Tensor, cache: PagedKVCache, *given: Any) -> Drawn:
+        drawn = decode(self, tokens, cache, *given)
+        used.append(cache.num_pages - cache.free_pages)
+        return drawn
 
-    decode = RolloutRun._decode
-    monkeypatch.setattr(RolloutRun, "_decode", watched)
+    decode = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", watched)
     prompt = torch.full((1, 100), 5)
     prompt[0, 50] = 9
     engine.generate(prompt, None, SamplingConfig(max_new_tokens=5, n=8))

@@ -187,7 +187,12 @@ def test_rows_that_feel_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Any, t: Any, cache: Any, keep: bool = True) -> torch.Tensor:
         return run(self, t, cache, keep) + (1e-6 if len(t.slots) > 1 else 0.0)
 
-    run = plan.NativeExecutor.run
+    def wrong_decode(self: Any, t: Any, *given: Any) -> Any:
+        drawn = decode(self, t, *given)
+        return replace(drawn, log_probs=drawn.log_probs + (1e-6 if len(t.slots) > 1 else 0.0))
+
+    run, decode = plan.NativeExecutor.run, plan.NativeExecutor.decode
+    monkeypatch.setattr(plan.NativeExecutor, "decode", wrong_decode)
     certificate = broken(monkeypatch, build("llama"), plan.NativeExecutor, "run", wrong)
     assert failed(certificate) >= {
         "batch 1 against batch N, logits (bits)",
@@ -217,12 +222,12 @@ def test_a_decode_that_is_not_the_prefill(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_logprobs_at_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(logits: torch.Tensor, **options: Any) -> Any:
-        tokens, logprobs = sample(logits, **options)
-        return tokens, logprobs * 0.7
+    def wrong(self: Any, *given: Any, **named: Any) -> Any:
+        drawn = decode(self, *given, **named)
+        return replace(drawn, log_probs=drawn.log_probs * 0.7)
 
-    sample = rollout.sample
-    certificate = broken(monkeypatch, build("llama"), rollout, "sample", wrong)
+    decode = plan.Decoder.decode
+    certificate = broken(monkeypatch, build("llama"), plan.Decoder, "decode", wrong)
     assert failed(certificate) >= {"mean |d|", "rollout against training log-probs, exact mode (bits)"}
     assert "logits, mean error" not in failed(certificate)
 
@@ -238,11 +243,10 @@ def test_a_pack_that_forgets_lora(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("forgotten", ["temperature", "top_k"])
 def test_sampling_that_forgets_a_setting(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(logits: torch.Tensor, **options: Any) -> Any:
-        return sample(logits, **{**options, forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
+    def wrong(*settings: Any) -> Any:
+        return replace(plan.Draw(*settings), **{forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
 
-    sample = rollout.sample
-    certificate = broken(monkeypatch, build("llama"), rollout, "sample", wrong)
+    certificate = broken(monkeypatch, build("llama"), rollout, "Draw", wrong)
     assert "sampling statistics, temperature 0.7, top_k 8" in failed(certificate)
     assert "sampling statistics" not in failed(certificate)
 
