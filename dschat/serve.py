@@ -109,7 +109,8 @@ class Batcher:
         with self.changed:
             first = self.waiting[0]
 
-            batch, rest = [], deque[Job]()
+            batch: list[Job] = []
+            rest: deque[Job] = deque()
             asked: dict[tuple[int, ...], int] = {}  # prompt -> the request that asks it in this batch
             for job in self.waiting:
                 together = job.sampling == first.sampling and job.seeded == first.seeded
