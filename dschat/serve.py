@@ -108,7 +108,6 @@ class Batcher:
         time.sleep(self.window)
         with self.changed:
             first = self.waiting[0]
-
             batch: list[Job] = []
             rest: deque[Job] = deque()
             asked: dict[tuple[int, ...], int] = {}  # prompt -> the request that asks it in this batch

@@ -124,6 +124,7 @@ def _one_prompt_for_two_teams(rank: int, port: int) -> None:
     parallel.stop()
 
 
+@pytest.mark.slow
 def test_a_team_without_a_prompt_holds_up_nobody() -> None:
     """Its processes go straight to where results come together."""
     torch.multiprocessing.spawn(_one_prompt_for_two_teams, (free_port(),), nprocs=4)
