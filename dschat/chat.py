@@ -85,7 +85,7 @@ def chat(
             continue
         history.append({"role": "user", "content": line})
         ids = encoder.prompt(history if templated else line)
-        room = engine.spec.max_positions - config.max_new_tokens
+        room = engine.spec.context - config.max_new_tokens
         while templated and len(ids) > room and len(history) > 2:
             del history[:2]  # the oldest question and answer make room
             ids = encoder.prompt(history)

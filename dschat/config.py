@@ -379,9 +379,9 @@ class StageConfig(Config):
             )
         for key in ("loss_scale_window", "hysteresis"):
             self.require(getattr(self, key) >= 1, key, "1 or more")
-        self.require(self.loss_scale >= 0, "loss_scale", "0 (dynamic) or more")
+        self.require(0 <= self.loss_scale < float("inf"), "loss_scale", "0 (dynamic) or more")
         self.require(0 <= self.initial_scale_power <= 32, "initial_scale_power", "from 0 to 32")
-        self.require(self.min_loss_scale > 0, "min_loss_scale", "greater than 0")
+        self.require(0 < self.min_loss_scale < float("inf"), "min_loss_scale", "greater than 0")
 
     def _check_data(self) -> None:
         self.require(0 <= self.eval_split < 1, "eval_split", "at least 0 and below 1")

@@ -53,8 +53,12 @@ def start(device: torch.device, alone: bool = False) -> None:
             f"WORLD_SIZE is {world}, but {' and '.join(missing)} is not set: start the run with dschat launch, "
             "torchrun or deepspeed"
         )
-    dist.init_process_group(backend, timeout=timedelta(seconds=float(os.environ.get(TIMEOUT, "1800"))))
+    dist.init_process_group(backend, timeout=_timeout())
     atexit.register(stop)
+
+
+def _timeout() -> timedelta:
+    return timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
 
 
 def stop() -> None:
@@ -87,7 +91,7 @@ def group(size: int) -> Any:
     if size not in _groups:
         for begin in range(0, world(), size):
             ranks = list(range(begin, begin + size))
-            made = dist.new_group(ranks)
+            made = dist.new_group(ranks, timeout=_timeout())
             if rank() in ranks:
                 _groups[size] = made
     return _groups[size]

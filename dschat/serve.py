@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import threading
 import time
 import uuid
@@ -33,6 +35,10 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+MOST_SAMPLES = 128
+"""Of a prompt, as OpenAI's: every one is a row that the engine makes room for."""
+
+
 class RequestError(ValueError):
     """A request that cannot be answered; the message is one sentence, the status HTTP's."""
 
@@ -46,10 +52,11 @@ class RequestError(ValueError):
 
 @dataclass
 class Job:
-    """One prompt that waits for its answers. on_token(sample, token) and on_end(error) are called by the
-    batching thread.
+    """One prompt of a request (`request` numbers them) that waits for its answers. on_token(sample, token) and
+    on_end(error) are called by the batching thread.
     """
 
+    request: int
     ids: list[int]
     sampling: SamplingConfig
     seeded: bool
@@ -101,12 +108,16 @@ class Batcher:
         time.sleep(self.window)
         with self.changed:
             first = self.waiting[0]
-
-            def together(job: Job) -> bool:
-                return job.sampling == first.sampling and job.seeded == first.seeded
-
-            batch = [job for job in self.waiting if together(job)]
-            self.waiting = deque(job for job in self.waiting if not together(job))
+            batch: list[Job] = []
+            rest: deque[Job] = deque()
+            asked: dict[tuple[int, ...], int] = {}  # prompt -> the request that asks it in this batch
+            for job in self.waiting:
+                together = job.sampling == first.sampling and job.seeded == first.seeded
+                if together and job.seeded:
+                    # In one batch the second of two equal prompts draws other samples than it would alone.
+                    together = asked.setdefault(tuple(job.ids), job.request) == job.request
+                (batch if together else rest).append(job)
+            self.waiting = rest
             return batch
 
     def _loop(self) -> None:
@@ -189,6 +200,7 @@ class Service:
 
     def __init__(self, config: ServeConfig, model: Any, tokenizer: Any) -> None:
         self.config, self.name = config, config.name or config.model
+        self.numbers = itertools.count()  # of requests
         self.encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         self.engine = HybridEngine(
             model, backend=config.backend, max_slots=config.max_batch, rollout_weights=config.weights
@@ -207,8 +219,8 @@ class Service:
         limit = _number(body, "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens",
                         self.config.max_new_tokens, int)  # fmt: skip
         stops = body.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
-        if not all(isinstance(s, str) and s for s in stops):
+        stops = [stops] if isinstance(stops, str) else stops
+        if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
             raise RequestError(f"stop is {stops!r}, but it must be a text or a list of texts")
         seed = _number(body, "seed", None, int)
         try:
@@ -226,13 +238,18 @@ class Service:
             prompts = [self._messages(body)] if chat else self._prompts(body)
         except (ValueError, TypeError) as error:
             raise error if isinstance(error, RequestError) else RequestError(str(error)) from None
-        room = self.engine.spec.max_positions
+        if sampling.n > MOST_SAMPLES:
+            raise RequestError(f"n is {sampling.n}, but it must be at most {MOST_SAMPLES}")
+        # What the engine would refuse is refused here: there it would fail the others of its batch too.
+        room, vocabulary = self.engine.spec.context, self.engine.spec.vocab_size
         for ids in prompts:
             if not ids or len(ids) + limit > room:
                 raise RequestError(
                     f"the prompt has {len(ids)} tokens and max_tokens is {limit}, "
                     f"but together they must be 1 to {room}; shorten the prompt or lower max_tokens"
                 )
+            if min(ids) < 0 or max(ids) >= vocabulary:
+                raise RequestError(f"prompt holds a token outside the vocabulary of {vocabulary}")
         options = body.get("stream_options") or {}
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
         return Request(prompts, sampling, seed is not None, stops, bool(body.get("stream")), usage)
@@ -253,10 +270,6 @@ class Service:
             if isinstance(p, str) and p:
                 rows.append(self.encoder.prompt(p))
             elif isinstance(p, list) and p and all(isinstance(i, int) for i in p):
-                if not all(0 <= i < self.engine.spec.vocab_size for i in p):
-                    raise RequestError(
-                        f"prompt holds a token outside the vocabulary of {self.engine.spec.vocab_size}"
-                    )
                 rows.append(list(p))
             else:
                 raise RequestError("prompt must be a text, a list of texts, or tokens; it may not be empty")
@@ -271,12 +284,12 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(queue.put_nowait, (index, item))
 
-        n = request.sampling.n
+        n, number = request.sampling.n, next(self.numbers)
         answers = [
             Answer(self.encoder, request.sampling, request.stops) for _ in range(n * len(request.prompts))
         ]
         self.batcher.submit([
-            Job(ids, request.sampling, request.seeded,
+            Job(number, ids, request.sampling, request.seeded,
                 lambda sample, token, first=i * n: put(first + sample, token),  # type: ignore[misc]
                 lambda error, first=i * n: put(first, error))  # type: ignore[misc]
             for i, ids in enumerate(request.prompts)
@@ -304,15 +317,14 @@ def _number(body: dict[str, Any], key: str, default: Any, kind: type) -> Any:
     value = body.get(key)
     if value is None:
         return default
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or (kind is int and value != int(value))
-    ):
-        raise RequestError(
-            f"{key} is {value!r}, but it must be {'a whole number' if kind is int else 'a number'}"
-        )
-    return kind(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError, ValueError):  # infinities, NaN and what no float can hold
+            number = kind(value)
+            if number == value and math.isfinite(number):
+                return number
+    raise RequestError(
+        f"{key} is {value!r}, but it must be {'a whole number' if kind is int else 'a number'}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- HTTP

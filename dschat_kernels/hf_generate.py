@@ -262,7 +262,8 @@ class FusedForward:
         ids = arguments.get("input_ids")
         if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
             return "input_ids is not a filled 2-D tensor"
-        if ids.device.type != "cpu" or ids.dtype not in (torch.int64, torch.int32):
+        device = self.decoder.device
+        if ids.device.type not in ("cpu", device.type) or ids.dtype not in (torch.int64, torch.int32):
             return f"input_ids is {ids.dtype} on {ids.device}"
         if self.model.training:
             if self.decoder.spec.dropout:
@@ -270,7 +271,7 @@ class FusedForward:
                 return f"the model is in training mode with dropout ({place}={p})"
             if getattr(self.model, "is_activation_checkpointing", False):
                 return "the model is in training mode with gradient checkpointing"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(device.type):
             return "autocast is on"
         cache = arguments.get(cache_name())
         if cache is not None and not isinstance(cache, PagedDynamicCache):

@@ -609,3 +609,15 @@ class TestBadInput:
         model = build("llama")
         with dk.patch(model), pytest.raises(ValueError, match=r"token id 67 is outside the vocabulary of 67"):
             model(torch.tensor([[5, 67]]))
+
+
+def test_ids_on_the_models_device_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU `generate` hands over ids, mask and positions there; and autocast is that of the model's device."""
+    ids, asked = torch.ones(1, 3, dtype=torch.int64, device="meta"), []
+    with dk.patch(build("llama")) as patch:
+        fused = patch.fused
+        assert fused._unsupported({"input_ids": ids}) == "input_ids is torch.int64 on meta"
+        monkeypatch.setattr(fused.decoder, "device", ids.device)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: bool(asked.append(kind)))
+        assert fused._unsupported({"input_ids": ids}) is None and asked == ["meta"]
+        assert fused._unsupported({"input_ids": torch.ones(1, 3).long()}) is None

@@ -178,6 +178,42 @@ def test_requests_share_a_batch(client, direct):
     assert [g["choices"][0]["text"] for g in got] == [direct(p, temperature=0)[0] for p in prompts]
 
 
+def test_equal_requests_with_a_seed_have_equal_answers(client, direct):
+    """Also those that wait together, where the engine would draw further samples for the second."""
+    service = client.app.state.service
+    original, body = (
+        service.engine.generate,
+        {"prompt": PROMPT, "seed": 3, "temperature": 1.0, "max_tokens": 6},
+    )
+
+    def slow(*args, **kw):
+        time.sleep(0.2)
+        return original(*args, **kw)
+
+    service.engine.generate = slow
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda _: post(client, **body).json()["choices"][0]["text"], range(4)))
+    finally:
+        service.engine.generate = original
+    assert got == direct(PROMPT, seed=3, max_new_tokens=6) * 4
+    twice = [c["text"] for c in post(client, **{**body, "prompt": [PROMPT] * 2}).json()["choices"]]
+    assert twice == direct(PROMPT, n=2, seed=3, max_new_tokens=6), "of one request they are two samples"
+
+
+def test_what_the_engine_would_refuse_fails_nobody_else(client, monkeypatch, tokenizer):
+    """A prompt beyond the positions that are fused, and a text whose tokens the model has no embedding for."""
+    service = client.app.state.service
+    spec = copy.copy(service.engine.spec)
+    monkeypatch.setattr(type(spec), "position_limit", lambda _: (8, "its frequencies change there"))
+    monkeypatch.setattr(type(service.engine), "spec", spec)
+    got = post(client, prompt=PROMPT, max_tokens=6)
+    assert got.status_code == 400 and "together they must be 1 to 8" in got.json()["error"]["message"]
+    object.__setattr__(spec, "vocab_size", 4)
+    got = post(client, prompt="Tom", max_tokens=1)
+    assert got.status_code == 400 and "outside the vocabulary of 4" in got.json()["error"]["message"]
+
+
 def test_too_many_wait(client):
     """The queue is bounded: 429, and what is queued is answered nevertheless."""
     service = client.app.state.service
@@ -246,6 +282,8 @@ def test_an_error_of_the_engine_is_a_500_and_not_the_end(client):
         ("completions", {"prompt": PROMPT, "top_p": 0}, 400, "top_p is 0"),
         ("completions", {"prompt": PROMPT, "seed": -1}, 400, "seed is -1"),
         ("completions", {"prompt": PROMPT, "stop": [3]}, 400, "stop is [3], but it must be a text"),
+        ("completions", {"prompt": PROMPT, "stop": 3}, 400, "stop is 3, but it must be a text"),
+        ("completions", {"prompt": PROMPT, "n": 10**8}, 400, "n is 100000000, but it must be at most 128"),
         ("completions", {"prompt": PROMPT, "logprobs": 3}, 400, "logprobs is 3, which is not supported"),
         (
             "completions",
@@ -266,6 +304,15 @@ def test_an_error_of_the_engine_is_a_500_and_not_the_end(client):
 def test_bad_requests(client, path, body, status, message):
     got = client.post(f"/v1/{path}", json=body)
     assert got.status_code == status and message in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity", "1" * 400])
+@pytest.mark.parametrize("key", ["max_tokens", "temperature", "seed"])
+def test_numbers_that_are_none(client, key, number):
+    """JSON as Python reads it has them."""
+    content = f'{{"prompt": "x", "{key}": {number}}}'
+    got = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert got.status_code == 400 and got.json()["error"]["message"].startswith(f"{key} is ")
 
 
 def test_bodies_that_are_no_object(client):

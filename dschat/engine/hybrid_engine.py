@@ -60,7 +60,8 @@ class HybridEngine:
             of every layer (`dschat_kernels.sharding`), for packs that do not fit beside each other; tokens and
             log-probs stay those of one process. It divides the number of processes and the model's heads.
         masters: the optimizer steps float32 masters of weights of 16 bits; `optimizer` is a `MasterOptimizer` then.
-        loss_scale: of float16 (dschat/engine/precision.py).
+        loss_scale: of float16 (dschat/engine/precision.py); with it there are masters in any case, since gradients
+            that are divided by it are too small for float16.
 
     In a patched model engine and patch have one decoder, and so one copy of the packs, where backend and dtype are the
     same.
@@ -90,15 +91,17 @@ class HybridEngine:
                 "the model is a DeepSpeed engine: give the model to dschat.engine.zero.ZeroEngine, which makes it one."
             )
         self.model = model
-        self.stepper = Stepper(with_masters(optimizer) if masters and optimizer else optimizer, loss_scale)
+        masters = masters or loss_scale is not None
+        self.stepper = Stepper(
+            with_masters(optimizer) if masters and optimizer is not None else optimizer, loss_scale
+        )
         self.optimizer: Any = self.stepper.optimizer
         self.max_slots = max_slots
         if exact:
             _check_exact(rollout_weights)
+            _check_undivided(inference_tp_size)
         self.exact = exact
         self.sharing = Sharing(inference_tp_size)
-        if exact:
-            _check_undivided(inference_tp_size)
         self.packed = PackedModel(model, backend=backend)
         check_one_dtype(self.spec)
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
@@ -245,9 +248,9 @@ class HybridEngine:
         counts = sharing.counts(len(prompts))
         first = sum(counts[: sharing.team])
         queue = sharing.queue(len(prompts), reserved)
-        own = range(
-            first, first + min(counts[sharing.team], reserved if queue is not None else counts[sharing.team])
-        )
+        own = range(first, first + counts[sharing.team])
+        if queue is not None:
+            own = own[:reserved]
         taken: Sequence[int] = []
         found, stats = empty_completions(self.device), RolloutStats()
         if own:

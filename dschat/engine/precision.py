@@ -90,7 +90,8 @@ class LossScale:
 
 
 class MasterOptimizer:
-    """A torch optimizer that steps float32 masters of the weights it was given, which become their rounding.
+    """A torch optimizer that steps float32 masters of the weights it was given, which become their rounding. What it
+    knows of the weights from earlier steps it knows of their masters.
 
     It has the interface of the optimizer: `param_groups` (of masters; a weight that is float32 is its own),
     `state_dict` and `load_state_dict`, whose entries hold the master of a weight of 16 bits as `master`, as those of a
@@ -103,6 +104,12 @@ class MasterOptimizer:
         """(weight, master) in the order of the optimizer."""
         for group in optimizer.param_groups:
             own = [(p, p if p.dtype == torch.float32 else _master(p)) for p in group["params"]]
+            for weight, master in own:
+                if weight is not master and weight in optimizer.state:
+                    found = optimizer.state.pop(weight)
+                    optimizer.state[master] = {
+                        k: v.float() if isinstance(v, Tensor) else v for k, v in found.items()
+                    }
             group["params"] = [master for _, master in own]
             self.pairs += own
 

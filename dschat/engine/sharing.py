@@ -20,7 +20,7 @@ from .. import parallel
 
 
 class Sharing:
-    """The teams of all processes, as many as there are when it is asked.
+    """The teams of all processes, as many as there are when it is asked. All processes have to make one.
 
     Raises ValueError where the processes cannot be divided into teams of `size`.
     """
@@ -28,6 +28,10 @@ class Sharing:
     def __init__(self, size: int = 1):
         check_teams(size, parallel.world())
         self.size = size
+        if size > 1:
+            parallel.group(
+                size
+            )  # made by all processes together: a team without a prompt would not come to it
 
     @property
     def teams(self) -> int:

@@ -408,10 +408,10 @@ class ZeroOptimizer:
         base = self.stepper._base()
         if self.stepper.settings.stage == 0:
             entries = {int(i): dict(entry) for i, entry in saved["state"].items()}
-            held = {i: entry.pop("master") for i, entry in entries.items() if "master" in entry}
+            masters = {i: entry.pop("master") for i, entry in entries.items() if "master" in entry}
             base.load_state_dict({**saved, "state": entries})
             for i, master in self.masters().items():
-                master.copy_(held.get(i, self.parameters[i]))
+                master.copy_(masters.get(i, self.parameters[i]))
             return
         for group, values in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({k: v for k, v in values.items() if k != "params"})

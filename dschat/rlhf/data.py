@@ -153,19 +153,11 @@ def read_source(source: str) -> Iterator[Record | DataError]:
         raise DataError(f"{source} has an ending that is not known; use one of {', '.join(FILE_ENDINGS)}")
     try:
         with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as f:
-            text = f.read().decode("utf-8")
+            text = f.read().decode("utf-8-sig")  # some programs put a mark before the first character
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     if plain.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(text))
-        for row in reader:
-            where = f"{source} line {reader.line_num}"
-            ragged = None in row or any(v is None for v in row.values())
-            yield (
-                DataError(f"{where} has another number of fields than the header")
-                if ragged
-                else Record(where, dict(row))
-            )
+        yield from _csv_rows(source, text)
     elif plain.endswith(".json") and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -183,6 +175,23 @@ def read_source(source: str) -> Iterator[Record | DataError]:
             if not line.strip():
                 continue
             yield parse_line(line, f"{source} line {number}")
+
+
+def _csv_rows(source: str, text: str) -> Iterator[Record | DataError]:
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        for row in reader:
+            where = f"{source} line {reader.line_num}"
+            ragged = None in row or any(v is None for v in row.values())
+            yield (
+                DataError(f"{where} has another number of fields than the header")
+                if ragged
+                else Record(where, dict(row))
+            )
+    except csv.Error as error:
+        raise DataError(
+            f"{source} line {reader.line_num + 1} cannot be read: {error}; convert the file to .jsonl"
+        ) from None
 
 
 def _read_hub(source: str) -> Iterator[Record]:

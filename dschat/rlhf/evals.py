@@ -138,7 +138,7 @@ class Generator:
 
     def prompts(self, records: Sequence[data.Record]) -> Sequence[data.Example]:
         stats = data.DataStats()
-        room = self.engine.spec.max_positions - self.config.max_new_tokens
+        room = self.engine.spec.context - self.config.max_new_tokens
         limit = min(self.config.max_length, room)
         return list(
             data.prompt_examples(records, self.encoder, stats, max_prompt_length=limit, overlong="cut")

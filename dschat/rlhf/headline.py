@@ -7,6 +7,7 @@ not in them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,7 @@ def numbers_in(folder: Path) -> int:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                count = 1
-                for n in f.get_slice(name).get_shape():
-                    count *= n
-                total += count
+            total += sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())
     return total
 
 

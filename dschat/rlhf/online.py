@@ -513,6 +513,7 @@ def train(
 
         trainer = assemble(config, build, encoder, run.dtype, model, rewards, run.zero)
         engine = trainer.engine
+        _check_room(config, [train_set, eval_set], engine.spec.context)
 
         schedule = data.Schedule(
             len(train_set), config.prompts_per_step, config.epochs, config.max_steps, config.seed
@@ -600,20 +601,27 @@ def _check_model(config: OnlineConfig, sets: Sequence[Sequence[data.Example]]) -
     found = models.read_config(config.model)
     if found is None:
         return
-    context = getattr(found, "max_position_embeddings", None)
-    lengths = [len(e.prompt_ids) for examples in sets for e in examples] if not config.stream else []
-    longest = max(lengths, default=0)
-    if context and longest + config.max_new_tokens > context:
-        raise ConfigError(
-            f"a prompt has {longest} tokens and max_new_tokens is {config.max_new_tokens}, more than the model's "
-            f"context of {context}; lower max_new_tokens to {context - longest} or less, or max_prompt_length"
-        )
+    _check_room(config, sets, getattr(found, "max_position_embeddings", None))
     if config.inference_tp_size > 1:
         heads = found.num_attention_heads
         try:
             check_heads(heads, getattr(found, "num_key_value_heads", None) or heads, config.inference_tp_size)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+def _check_room(config: OnlineConfig, sets: Sequence[Sequence[data.Example]], context: int | None) -> None:
+    """Refuses prompts that leave no room for an answer in a context; None: nobody knows one."""
+    lengths = [len(e.prompt_ids) for examples in sets for e in examples] if not config.stream else []
+    longest = max(lengths, default=0)
+    if not context or longest + config.max_new_tokens <= context:
+        return
+    room = context - longest
+    advice = f"max_new_tokens to {room} or less, or max_prompt_length" if room > 0 else "max_prompt_length"
+    raise ConfigError(
+        f"a prompt has {longest} tokens and max_new_tokens is {config.max_new_tokens}, more than the model's "
+        f"context of {context}; lower {advice}"
+    )
 
 
 def _check_teams(config: OnlineConfig) -> None:

@@ -23,7 +23,9 @@ from .. import config as configs
 from .. import device as devices
 from ..config import ConfigError
 from ..engine.hybrid_engine import HybridEngine
+from ..engine.precision import LossScale
 from ..engine.rollout import Rollout, SamplingConfig
+from ..engine.stepper import Stepper
 from . import checkpoint, data, dpo, environments, models, online, ppo, reward, sft
 from .experience import Experience
 from .grpo import GRPO
@@ -179,6 +181,11 @@ def _gradients(out: Replay, modules: Mapping[str, nn.Module]) -> Replay:
     return out
 
 
+def _last_scale(config: Any) -> LossScale:
+    """The loss scale at which an overflow ends a run of float16: the fixed one, or the smallest."""
+    return LossScale(config.loss_scale or config.min_loss_scale)
+
+
 # ------------------------------------------------------------------------------------ SFT, reward model and DPO
 
 
@@ -190,17 +197,19 @@ def _rows(
         data.Example(r["prompt_ids"], r["answers"], "", dict(r.get("columns", {})), r["where"])
         for r in about["rows"]
     ]
+    scale = _last_scale(config) if dtype == torch.float16 else None
     if config.command == "reward":
         model = devices.place(models.load_scorer(config.model, dtype, config.seed), device)
         models.set_scorer_padding(model, encoder.tokenizer, encoder)
         model = models.make_trainable(model, config, "SEQ_CLS")
+        stepper = Stepper(None, scale)
         checkpoint.load_module_state("reward", model, weights)
         modules = {"reward": model}
     else:
         model = devices.place(models.load_policy(config.model, dtype), device)
         reference = dpo.Reference(config, model, encoder.pad_id) if config.command == "dpo" else None
         model = models.make_trainable(model, config, "CAUSAL_LM")
-        engine = HybridEngine(model, dtype=rollout_dtype(config, dtype, device))
+        engine = HybridEngine(model, dtype=rollout_dtype(config, dtype, device), loss_scale=scale)
         if reference is not None:
             reference.attach(engine)
             reference.cache = _start_reference(config, reference, examples, engine)
@@ -214,7 +223,7 @@ def _rows(
         loss = 0.0
         for piece in data.chunks(examples, config.batch_size):
             part, _ = reward.pair_loss(scorer, piece, encoder.pad_id, config, len(examples))
-            part.backward()
+            stepper.backward(part)
             loss += float(part.detach())
     elif config.command == "dpo":
         assert reference is not None
@@ -252,9 +261,9 @@ def _online(
     alone = replace(config, inference_tp_size=1)
     trainer = online.assemble(alone, BUILD[config.command], encoder, dtype, None, functions)
     modules = trainer.modules()
-    for stepper in trainer.steppers().values():  # a run ends at a scale that is fixed, or at the smallest
+    for stepper in trainer.steppers().values():
         if stepper.loss_scale is not None:
-            stepper.loss_scale.value = config.loss_scale or config.min_loss_scale
+            stepper.loss_scale = _last_scale(config)
     for name, module in modules.items():
         checkpoint.load_module_state(name, module, weights)
     rollout = _rollout(batch, config)

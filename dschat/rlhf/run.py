@@ -228,10 +228,9 @@ class Run:
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
-        if parallel.lead():
-            self._write_start()
         sinks: list[trackers.Tracker] = []
         if parallel.lead():
+            self._write_start()
             sinks = [self._tracker(package) for package in self.trackers]
         self.metrics = Metrics(
             self.folder, self.stage, total_steps, after_step=self.step, write=parallel.lead(),

@@ -26,15 +26,17 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 class Tracker:
-    """One run of a tracker. number: what the tracker calls the run by, so that a resumed run goes on in it."""
+    """One run of a tracker. number: what tells it from every other, so that a resumed run goes on in it."""
 
     def __init__(
         self, package: str, project: str, name: str, folder: Path, number: str, settings: Mapping[str, Any]
     ) -> None:
         self.module: Any = importlib.import_module(package)
-        how: dict[str, Any] = {"project": project, "name": name, "config": dict(settings), "resume": "allow"}
+        how: dict[str, Any] = {"project": project, "config": dict(settings), "resume": "allow"}
         if package == "wandb":
-            how |= {"id": number, "dir": str(folder)}
+            how |= {"name": name, "id": number, "dir": str(folder)}
+        else:  # whose runs are told apart by their names alone
+            how["name"] = f"{name}-{number[:8]}"
         self.module.init(**how)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:

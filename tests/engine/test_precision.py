@@ -81,6 +81,22 @@ def test_masters_go_through_a_checkpoint():
     assert all(torch.equal(m, w.float()) for w, m in optimizers[2].pairs)
 
 
+def test_an_optimizer_that_has_stepped_keeps_its_moments():
+    straight, late = weights(torch.float32), weights(torch.float32)
+    optimizers = [torch.optim.AdamW(w, lr=1e-2) for w in (straight, late)]
+    for parameters, optimizer in zip((straight, late), optimizers, strict=True):
+        grow(parameters, optimizer, 2)
+    half = [torch.nn.Parameter(p.detach().bfloat16()) for p in late]
+    given = torch.optim.AdamW(half, lr=1e-2)
+    given.load_state_dict(optimizers[1].state_dict())
+    taken = with_masters(given)
+    grow(straight, optimizers[0], 1, seed=1)
+    grow(half, taken, 1, seed=1)
+    assert [float(e["step"]) for e in taken.state_dict()["state"].values()] == [3.0, 3.0]
+    for (_, master), expected in zip(taken.pairs, straight, strict=True):
+        assert torch.allclose(master, expected, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("hysteresis", [1, 2, 3])
 def test_the_scale_moves_as_deepspeeds(hysteresis, monkeypatch):
     deepspeed(torch.device("cpu"))
@@ -139,6 +155,21 @@ def test_a_gradient_that_float16_cannot_hold():
     fixed = LossScale(loss_scale=1024.0)
     assert not step(1e6, fixed)[0].overflow, "nothing answers it: whoever trains has to stop"
     assert fixed.value == 1024.0
+
+
+def test_a_loss_scale_makes_masters(new_stories_model):
+    """A gradient of 2^-26 is there when it is divided by the scale, where float16's last place would drop it."""
+    model = new_stories_model(torch.float16)
+    engine = HybridEngine(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), dtype=torch.float32,
+        loss_scale=LossScale(initial_scale_power=8),
+    )  # fmt: skip
+    assert isinstance(engine.optimizer, MasterOptimizer)
+    norm = model.model.norm.weight
+    norm.grad = torch.full_like(norm, 2.0**-18)
+    engine.ready()
+    master = next(m for w, m in engine.optimizer.pairs if w is norm)
+    assert torch.equal(master.grad, torch.full(norm.shape, 2.0**-26))
 
 
 def test_rollouts_of_a_float16_model_run_in_float32(new_stories_model):

@@ -1,7 +1,9 @@
-"""Prompts that wait are handed out once, whatever the order in which teams ask; no process group is needed for that."""
+"""Prompts that wait are handed out once, whatever the order in which teams ask (no process group is needed for that);
+and a team that has nothing to do holds up nobody."""
 
 from __future__ import annotations
 
+import os
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from dschat import parallel
 from dschat.engine import HybridEngine, SamplingConfig
 from dschat.engine.rollout import RolloutRun
 from dschat.engine.sharing import Queue, Sharing
+from tests.distributed.processes import free_port
 from tests.tiny_models import build
 
 
@@ -101,3 +105,42 @@ def test_a_run_goes_on_with_what_it_is_given(n: int) -> None:
         else:
             assert torch.equal(ours, theirs[rows])
     assert run.stats.prompt_tokens == 1 + 2 + 3 + 4
+
+
+def _one_prompt_for_two_teams(rank: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        parallel.TIMEOUT: "40",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    parallel.start(torch.device("cpu"))
+    sharing = Sharing(2)
+    rows, taken = torch.zeros(0, 2), []
+    if sharing.counts(1)[sharing.team]:
+        assert sharing.smallest(3 + rank) == 3
+        rows, taken = sharing.columns(torch.full((1, 1), 5.0 + rank), [1, 1]), [0]
+    (found,) = sharing.together([rows], taken, 1, 1)
+    assert found.tolist() == [[5.0, 6.0]]
+    parallel.stop()
+
+
+@pytest.mark.slow
+def test_a_team_without_a_prompt_holds_up_nobody() -> None:
+    """Its processes go straight to where results come together."""
+    torch.multiprocessing.spawn(_one_prompt_for_two_teams, (free_port(),), nprocs=4)
+
+
+def test_a_team_waits_no_longer_than_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[int], float]] = []
+
+    def new_group(ranks: list[int], timeout: Any = None) -> str:
+        asked.append((ranks, timeout and timeout.total_seconds()))
+        return f"group of {ranks}"
+
+    monkeypatch.setenv(parallel.TIMEOUT, "60")
+    monkeypatch.setattr(parallel, "world", lambda: 4)
+    monkeypatch.setattr(parallel, "rank", lambda: 2)
+    monkeypatch.setattr(parallel, "_groups", {})
+    monkeypatch.setattr(dist, "new_group", new_group)
+    assert Sharing(2).team == 1 and asked == [([0, 1], 60.0), ([2, 3], 60.0)]
+    assert parallel.group(2) == "group of [2, 3]" and len(asked) == 2

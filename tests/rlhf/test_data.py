@@ -96,6 +96,25 @@ def test_bad_lines_have_file_and_number(tmp_path):
         D.read([str(ragged)])
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_a_mark_before_the_first_character(tmp_path, ending):
+    """Of a file that another program saved as UTF-8 with a byte order mark."""
+    write(tmp_path / f"x.{ending}")
+    plain, _ = D.read([str(tmp_path / f"x.{ending}")])
+    (tmp_path / f"y.{ending}").write_bytes(b"\xef\xbb\xbf" + (tmp_path / f"x.{ending}").read_bytes())
+    marked, _ = D.read([str(tmp_path / f"y.{ending}")])
+    assert plain and [r.columns for r in marked] == [r.columns for r in plain]
+
+
+def test_a_cell_that_csv_refuses(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1,2\n3," + "x" * 200_000 + "\n")
+    with pytest.raises(
+        D.DataError, match=r"x\.csv line 3 cannot be read: field larger .*; convert .* to \.jsonl"
+    ):
+        D.read([str(path)])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

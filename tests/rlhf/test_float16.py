@@ -111,8 +111,10 @@ def test_an_overflow_that_nothing_answers_stops_the_run(base, monkeypatch):
     with pytest.raises(
         C.ConfigError,
         match=r"the gradient at loss scale 1.67772e\+07, which cannot fall, is (inf|nan) at step 1 of sft",
-    ):
+    ) as error:
         run("sft", base, loss_scale=2.0**24)
+    found = replay.replay(str(error.value).rpartition(" ")[2])
+    assert found.where.startswith("gradient of policy."), found.lines
     base = {**base, "output_dir": base["output_dir"] + "2"}
     original = Stepper.backward
     monkeypatch.setattr(Stepper, "backward", lambda self, loss: original(self, loss * 1e12))
@@ -121,10 +123,12 @@ def test_an_overflow_that_nothing_answers_stops_the_run(base, monkeypatch):
         match=r"value/grad_norm at loss scale 4, which cannot fall, is (inf|nan) at step 1 of ppo",
     ) as error:
         run("ppo", base, initial_scale_power=2, min_loss_scale=4.0, max_steps=1)
-    monkeypatch.undo()
     where = str(error.value).rpartition(" ")[2]
     found = replay.replay(where)
-    assert not found.where or found.where.startswith("gradient"), found.lines
+    assert found.where.startswith("gradient of policy."), found.lines
+    monkeypatch.undo()
+    found = replay.replay(where)
+    assert not found.where, found.lines
 
 
 def test_deepspeed_is_refused(base):

@@ -58,8 +58,8 @@ def test_a_tracker_gets_every_step(package, fake, base):
     module = fake(package)
     sft.train(SFTConfig(**keys(base, report_to=[package], project="p", run_name="n")))
     (how,) = module.begun
-    assert (how["project"], how["name"], how["config"]["max_steps"]) == ("p", "n", 3)
-    assert ("id" in how) == ("dir" in how) == (package == "wandb")
+    assert (how["project"], how["config"]["max_steps"]) == ("p", 3)
+    assert ("id" in how) == ("dir" in how) == (how["name"] == "n") == (package == "wandb")
     assert [step for step, _ in module.logged] == [1, 2, 3] and module.ended == 1
     lines = read_lines(f"{base['output_dir']}/metrics.jsonl")
     for line, (_, numbers) in zip(lines, module.logged, strict=True):
@@ -67,19 +67,20 @@ def test_a_tracker_gets_every_step(package, fake, base):
         assert "sft/time/unix" not in numbers
 
 
-def test_a_run_that_goes_on_goes_on_in_the_tracker(fake, base, kill_after):
-    """The same number, so that wandb appends; another run has another one."""
-    module = fake("wandb")
+@pytest.mark.parametrize(("package", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_a_run_that_goes_on_goes_on_in_the_tracker(package, key, fake, base, kill_after):
+    """By what the package knows a run by; another run in a folder of the same name is another one."""
+    module = fake(package)
     kill_after(2)
     with pytest.raises(Killed):
         sft.train(SFTConfig(**keys(base, report_to=["all"])))
     assert module.ended == 1
     kill_after(None)
-    sft.train(SFTConfig(**keys(base, report_to="wandb")))
-    sft.train(SFTConfig(**keys(base, report_to=["wandb"], overwrite=True)))
-    first, second, other = (how["id"] for how in module.begun)
+    sft.train(SFTConfig(**keys(base, report_to=package)))
+    sft.train(SFTConfig(**keys(base, report_to=[package], overwrite=True)))
+    first, second, other = (how[key] for how in module.begun)
     assert first == second != other
-    assert [how["name"] for how in module.begun] == ["run"] * 3
+    assert [how["name"].partition("-")[0] for how in module.begun] == ["run"] * 3
     assert [step for step, _ in module.logged] == [1, 2, 2, 3, 1, 2, 3]
 
 
