@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .cache import PagedKVCache
+from .kept_cache import KeptCache
 from .ops._common import capturing, say_once
 from .ops.sample import raise_for_bad_rows, sample
 from .plan import Decoder, PythonExecutor, StepTensors, check_length
@@ -122,8 +123,9 @@ class _Bucket:
         self.fill(none, none, none, none, none, padding)
 
 
-class DecodeGraphs:
-    """Decode steps of a `Decoder` by recording and replaying, for the cache that `new_cache` made last.
+class DecodeGraphs(KeptCache):
+    """Decode steps of a `Decoder` by recording and replaying, for the cache that `new_cache` made last: kept, what was
+    recorded with it stays good.
 
     Args:
         decoder: on the triton or cuda backend; another one's ops read their arguments on the CPU.
@@ -133,37 +135,19 @@ class DecodeGraphs:
     """
 
     def __init__(self, decoder: Decoder, device: GraphDevice | None = None):
-        self.decoder = decoder
+        super().__init__(decoder, padding=True)
         self.device = device or CudaGraphs(decoder.device)
         self.reason: str | None = None
         self.recorded = self.replayed = 0
         self.executor = PythonExecutor(decoder)
-        self.cache: PagedKVCache | None = None
         self._forget()
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def new_cache(self, num_slots: int, max_tokens: int) -> PagedKVCache:
-        """An empty cache for that many sequences and tokens: the last one, where it is large enough, so that what
-        was recorded with it stays good."""
-        held = self.cache
-        if held is not None and self.holds(num_slots, max_tokens):
-            for slot in range(held.num_slots):
-                held.free(slot)
-            return held
-        self.release()
-        self.cache = self.decoder.new_cache(num_slots, max_tokens, padding=True)
-        return self.cache
-
-    def holds(self, num_slots: int, max_tokens: int) -> bool:
-        """Whether `new_cache` would give the last cache again."""
-        held = self.cache
-        return held is not None and held.num_slots >= num_slots and held.max_length >= max_tokens
-
     def release(self) -> None:
         """Gives up the recordings and the cache, for instance to train in their memory; later steps record anew."""
         self._forget()
-        self.cache = None
+        super().release()
 
     def _forget(self) -> None:
         """Drops the recordings."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.hf_generate import check_one_dtype
+from dschat_kernels.kept_cache import KeptCache
 from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
 from dschat_kernels.patch import shared_decoder
@@ -34,6 +35,9 @@ from .precision import LossScale, with_masters
 from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions
 from .sharing import Sharing
 from .stepper import Stepper
+
+KEPT_SHARE = 1 / 8
+"""Of the free memory: a larger cache is given back after its rollout."""
 
 
 class HybridEngine:
@@ -107,6 +111,7 @@ class HybridEngine:
         self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
         self._cuda_graphs = cuda_graphs
         self.graphs: DecodeGraphs | None = None
+        self._kept: KeptCache | None = None
         self.decoder = self._make_decoder()
         embed: Any = self.spec.embed
         model_dtype = embed.weight.dtype
@@ -143,6 +148,7 @@ class HybridEngine:
             decoder = Decoder(self.spec, **how)
         on_gpu = decoder.device.type == "cuda" and decoder.backend in ("cuda", "triton")
         self.graphs = DecodeGraphs(decoder) if on_gpu and self._cuda_graphs else None
+        self._kept = KeptCache(decoder) if decoder.device.type == "cpu" else None
         return decoder
 
     # ------------------------------------------------------------------------------------------------- rollout
@@ -229,9 +235,10 @@ class HybridEngine:
         )
 
     def release(self) -> None:
-        """Gives up what is kept between rollouts for CUDA graphs: their recordings and the cache."""
-        if self.graphs is not None:
-            self.graphs.release()
+        """Gives up what is kept between rollouts: the cache, and recordings of CUDA graphs."""
+        for kept in (self.graphs, self._kept):
+            if kept is not None:
+                kept.release()
 
     def _roll_out(
         self,
@@ -256,10 +263,12 @@ class HybridEngine:
         if own:
             run = RolloutRun(
                 self.decoder, prompts, sampling, self.max_slots, pad, on_token, limits, self.graphs,
-                own=own, more=None if queue is None else queue.take, agree=sharing.smallest,
+                self._kept, own=own, more=None if queue is None else queue.take, agree=sharing.smallest,
             )  # fmt: skip
             run.run()
             found, taken, stats = run.completions(), run.taken, run.stats
+            if self._kept is not None:
+                self._kept.trim(int(KEPT_SHARE * (available_memory() or 0)))
         if parallel.world() > 1:
             found = self._together(found, taken, len(prompts), sampling, pad)
             stats.completion_tokens = int(found[1].sum())

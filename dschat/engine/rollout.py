@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dschat_kernels.cache import PAGE, PagedKVCache, padded_head_dim, pages_for
 from dschat_kernels.graphs import DecodeGraphs
+from dschat_kernels.kept_cache import KeptCache
 from dschat_kernels.limits import available_memory
 from dschat_kernels.plan import Decoder, Draw
 
@@ -170,7 +171,7 @@ class RolloutRun:
     most tokens of a completion, prompt by prompt, where they are to be less than `sampling.max_new_tokens`.
     `own`: numbers of the prompts to run; default: all. `more(n)`: called when those have started and there is room,
     gives up to n further prompts, none when none are left. `taken` is what was run. `agree(rows)`: rows at a time,
-    where other processes have to have as many.
+    where other processes have to have as many. `kept`: the cache of runs before.
 
     A row is waiting (its prompt is in `queue` or `open`), active (it has a slot and its last token is drawn
     but not fed), or done. A prompt keeps a slot of its own from its prefill until its last sample starts.
@@ -186,6 +187,7 @@ class RolloutRun:
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
         graphs: DecodeGraphs | None = None,
+        kept: KeptCache | None = None,
         own: Sequence[int] | None = None,
         more: Callable[[int], Sequence[int]] | None = None,
         agree: Callable[[int], int] = int,
@@ -211,6 +213,7 @@ class RolloutRun:
             min(len(lengths) * sampling.n, max_slots),
             lengths[-1] + sampling.max_new_tokens,
             max(sum(lengths[-max_slots:]), max_slots),  # tokens of one prefill
+            self.graphs or kept or KeptCache(decoder),
         )
         slots = slots_needed(self.max_active, sampling.n)
         self.free = list(range(slots - 1, -1, -1))  # slots
@@ -223,23 +226,22 @@ class RolloutRun:
             weights=decoder.weights,
         )
 
-    def _make_cache(self, rows: int, tokens: int, prefilled: int) -> tuple[int, PagedKVCache]:
-        """(rows at a time, a cache for them of `tokens` each); graphs keep theirs from one run to the next.
+    def _make_cache(
+        self, rows: int, tokens: int, prefilled: int, kept: KeptCache
+    ) -> tuple[int, PagedKVCache]:
+        """(rows at a time, a cache for them of `tokens` each), that of the last run where it is large enough.
 
         prefilled: tokens of the largest prefill, whose buffers need memory too.
         """
-        n, graphs = self.sampling.n, self.graphs
-        if graphs is not None and graphs.holds(slots_needed(rows, n), tokens):
-            return rows, graphs.new_cache(slots_needed(rows, n), tokens)
-        if graphs is not None:
-            graphs.release()  # its memory counts as free
-        rows = fit_rows(
-            rows, n, slot_bytes(self.decoder, tokens), step_bytes(self.decoder, prefilled, 0),
-            step_bytes(self.decoder, 0, 1), self.decoder.device,
-        )  # fmt: skip
+        n = self.sampling.n
+        if not kept.holds(slots_needed(rows, n), tokens):
+            kept.release()  # its memory counts as free
+            rows = fit_rows(
+                rows, n, slot_bytes(self.decoder, tokens), step_bytes(self.decoder, prefilled, 0),
+                step_bytes(self.decoder, 0, 1), self.decoder.device,
+            )  # fmt: skip
         rows = self.agree(rows)
-        make = self.decoder.new_cache if graphs is None else graphs.new_cache
-        return rows, make(slots_needed(rows, n), tokens)
+        return rows, kept.new_cache(slots_needed(rows, n), tokens)
 
     def run(self) -> None:
         """Runs until every row is done."""

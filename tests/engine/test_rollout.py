@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dschat import HybridEngine, SamplingConfig
+from dschat.engine import hybrid_engine
 from dschat.engine import rollout as module
 from dschat.engine.rollout import (
     Rollout,
@@ -243,6 +245,37 @@ def test_samples_share_the_prompts_pages(engine: HybridEngine, monkeypatch: pyte
     assert used[0] == 1 + 8  # the full page once, the partial one for each
 
 
+def test_the_next_rollout_has_the_cache_of_the_last(
+    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is large enough and small beside the free memory; what is left in it changes nothing."""
+    made: list[PagedKVCache] = []
+
+    def counted(self: Decoder, *given: Any, **named: Any) -> PagedKVCache:
+        made.append(new_cache(self, *given, **named))
+        return made[-1]
+
+    new_cache = Decoder.new_cache
+    monkeypatch.setattr(Decoder, "new_cache", counted)
+    large, small = SamplingConfig(max_new_tokens=9, n=2, seed=3), SamplingConfig(max_new_tokens=4, seed=4)
+    fresh = HybridEngine(engine.model)
+    first = fresh.generate(*left(PROMPTS), large)
+    assert len(made) == 1
+    made[0].k.fill_(float("nan")), made[0].v[..., : made[0].head_dim].fill_(float("nan"))
+    fresh.generate(*left(PROMPTS[:2]), small)
+    assert same(fresh.generate(*left(PROMPTS), large), first)
+    assert len(made) == 1
+    fresh.generate(*left(PROMPTS), replace(large, n=3))
+    assert len(made) == 2
+    fresh.release()
+    assert same(fresh.generate(*left(PROMPTS), large), first)
+    assert len(made) == 3
+    monkeypatch.setattr(hybrid_engine, "available_memory", lambda: made[2].bytes_per_page * 8)
+    fresh.generate(*left(PROMPTS), large)
+    fresh.generate(*left(PROMPTS), large)
+    assert len(made) == 4
+
+
 def test_samples_that_end_at_once_do_not_stall(engine: HybridEngine) -> None:
     """Many samples a prompt, one slot, and every sample ends with its first token."""
     one = HybridEngine(engine.model, max_slots=1)
@@ -261,10 +294,13 @@ def test_little_memory_means_fewer_rows_and_the_same_tokens(
         buffers = step_bytes(engine.decoder, 64, 0)
         need = slot * (2 + (n > 1)) + 2 * row + buffers
         monkeypatch.setattr(module, "available_memory", lambda need=need: int(need / 0.75) + 9)
+        assert engine.generate(*left(PROMPTS), sampling).stats.slots == plenty.stats.slots  # it has that cache
+        engine.release()
         tight = engine.generate(*left(PROMPTS), sampling)
         assert tight.stats.slots == 2 < plenty.stats.slots
         assert same(tight, plenty)
         monkeypatch.setattr(module, "available_memory", lambda: 1000)
+        engine.release()
         with pytest.raises(
             MemoryError,
             match=r"one row needs 0\.\d MiB of cache and 0\.\d MiB of buffers, and 0.0 MiB may be used \(.*\): shorten",
