@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dschat_kernels as dk
+from benchmarks import gpu_sources
 from dschat_kernels.cache import PagedKVCache
 from dschat_kernels.ops._common import capturing, implementation
 from dschat_kernels.ops.rope_append import rope_append_reference
@@ -761,6 +762,7 @@ def run(machine: Machine, parts: list[str], only: str, path: str | None, folder:
     """The report of these parts, written to `folder` after every step."""
     report: dict[str, Any] = {
         "dry_run": machine.dry, "backends": list(machine.backends), "environment": environment(machine),
+        "sources": gpu_sources.fingerprints(),
         "build": {}, "tests": {}, "peaks": {}, "kernels": [], "generation": [],
     }  # fmt: skip
     for name, work in (("build", built), ("tests", tested), ("peaks", measured_peaks)):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_static                  the table and the roofline
     python -m benchmarks.gpu_static --check [--arch sm_80] [--only rms_norm]     compile, compare with the table
-    python -m benchmarks.gpu_static --write          compile everything and write the table anew
+    python -m benchmarks.gpu_static --write [--only sample]     compile, and write these rows anew; rows of kernels that
+                                                     no op launches any more go
 
 Every kernel is compiled ahead of time exactly as its default launch would compile it: the ops are called on tensors of
 realistic widths, and what they would have launched is recorded. The table (results/gpu_static.json) holds per kernel
@@ -176,17 +177,37 @@ def _specimens(dtype: torch.dtype) -> list[Specimen]:
 
 
 def launches(specimen: Specimen) -> dict[str, Any]:
-    """What a call launches, by the name of the kernel; each kernel once."""
+    """What a call launches, by the name of the kernel (another variant of a kernel: NAME.2); each once."""
     from dschat_kernels.triton import _launch, sample
 
     found: dict[str, Any] = {}
-    before, _launch.run = _launch.run, lambda this: found.setdefault(this.kernel.fn.__name__, this)
+
+    def record(this: Any) -> None:
+        name = this.kernel.fn.__name__
+        same = [variant(other) for key, other in found.items() if key.partition(".")[0] == name]
+        if variant(this) not in same:
+            found[f"{name}.{len(same) + 1}" if same else name] = this
+
+    before, _launch.run = _launch.run, record
     raises, sample.raise_for_bad_rows = sample.raise_for_bad_rows, lambda tokens, temperature: None
     try:
         specimen.call()
     finally:
         _launch.run, sample.raise_for_bad_rows = before, raises
     return found
+
+
+def variant(launch: Any) -> tuple[Any, ...]:
+    """What makes another program of a kernel: constants, which arguments are there, and their dtypes."""
+    values = {**launch.arguments, **launch.config.blocks}
+    kinds = []
+    for parameter in launch.kernel.params:
+        value = values[parameter.name]
+        if isinstance(value, Tensor):
+            kinds.append(value.dtype)
+        else:
+            kinds.append(value if parameter.is_constexpr or value is None else type(value))
+    return (*kinds, launch.config.num_warps, launch.config.num_stages, launch.config.fp_fusion)
 
 
 # --------------------------------------------------------------------------------------------------- compile
@@ -320,6 +341,31 @@ def archs_of(specimen: Specimen, archs: tuple[str, ...] = ARCHS) -> list[str]:
     return [arch for arch in archs if specimen.dtype == "bfloat16" or arch in OTHER_DTYPES]
 
 
+def keys() -> list[str]:
+    """specimen/kernel/architecture of every row that belongs into the table; nothing is compiled."""
+    return [
+        f"{specimen.name}/{kernel.strip('_')}/{arch}"
+        for specimen in specimens()
+        for kernel in launches(specimen)
+        for arch in archs_of(specimen)
+    ]
+
+
+def strangers(table: dict[str, Any]) -> list[str]:
+    """What the table has too much or too little of."""
+    expected = set(keys())
+    wrong = [f"{key} is launched by nothing: {_how(key)}" for key in sorted(table.keys() - expected)]
+    return wrong + [_missing(key) for key in sorted(expected - table.keys())]
+
+
+def _missing(key: str) -> str:
+    return f"{key} is not in {TABLE.name}: {_how(key)}"
+
+
+def _how(key: str) -> str:
+    return f"run python -m benchmarks.gpu_static --write --only {key.split('/')[0]}"
+
+
 def measure(archs: tuple[str, ...], only: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(specimen/kernel/architecture, resources), of the specimens whose name starts with `only`."""
     for specimen in specimens():
@@ -334,7 +380,7 @@ def problems(key: str, found: dict[str, Any], table: dict[str, Any]) -> list[str
     """What is worse than the table says, or never allowed."""
     expected = table.get(key)
     if expected is None:
-        return [f"{key} is not in {TABLE.name}: run python -m benchmarks.gpu_static --write"]
+        return [_missing(key)]
     wrong = []
     if found["spills"]:
         wrong.append(f"{key} has {found['spills']} spills")
@@ -400,12 +446,18 @@ def print_table(table: dict[str, Any]) -> None:
         print(f"{specimen.name:34}" + "".join(f"{bound(specimen, gpu):>16.2f}" for gpu in GPUS))
 
 
+def write(table: dict[str, Any]) -> None:
+    TABLE.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="compile and compare with the table")
-    parser.add_argument("--write", action="store_true", help="compile everything and write the table")
+    parser.add_argument(
+        "--write", action="store_true", help="compile and write these rows; those of former kernels go"
+    )
     parser.add_argument(
         "--arch", choices=ARCHS, action="append", help="architecture to compile for; default all"
     )
@@ -416,15 +468,20 @@ def main() -> int:
     if not (given.check or given.write):
         print_table(table)
         return 0
+    if given.write:
+        present = set(keys())
+        table = {key: row for key, row in table.items() if key in present}
+        write(table)
     wrong, done = [], 0
     for key, found in measure(tuple(given.arch or ARCHS), given.only):
         done += 1
         if given.write:
             table[key] = found
-            TABLE.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
+            write(table)
         wrong += problems(key, found, table)
+    wrong += [line for line in strangers(table) if line not in wrong]
     print(f"{done} kernels compiled, {len(wrong)} problems", *wrong, sep="\n")
-    return 1 if wrong or not done else 0
+    return 1 if wrong or not (done or given.write) else 0
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.abs().amax(1) / 127.0 if weight.shape[1] else weight.new_zeros(len(weight))
     normal = finite & (scales >= torch.finfo(torch.float32).tiny)
     values = (weight / scales[:, None]).round().clamp(-127, 127)
-    values = values.where(normal[:, None], torch.zeros(())).to(torch.int8)
-    return values, scales.where(normal, torch.zeros(())).where(finite, torch.full((), torch.nan))
+    values = values.masked_fill(~normal[:, None], 0.0).to(torch.int8)
+    return values, scales.masked_fill(~normal, 0.0).masked_fill(~finite, torch.nan)
 
 
 def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,10 +226,10 @@ class PackedLinear:
         self.num_panels = -(-self.n // half) if gated else -(-self.n // PANEL)
         self.total = sum(n for n, _ in shapes)
         entries = self.total if dense else self.num_panels * PANEL
-        self.bias = torch.zeros(entries, device=device) if has_bias else None
+        self.bias = torch.zeros(entries, dtype=torch.float32, device=device) if has_bias else None
         self.fills = 0
         """Times the pack was written; what read it once can tell whether it still holds the same weight."""
-        self.scales = torch.zeros(entries, device=device) if weights != "model" else None
+        self.scales = torch.zeros(entries, dtype=torch.float32, device=device) if weights != "model" else None
         held = torch.int8 if weights != "model" else dtype
         self.panels: Tensor | None = None
         self.dense: Tensor | None = None
@@ -381,7 +381,7 @@ class PackedLinear:
             held = "dense" if self.panels is None else "int8"
             raise ValueError(f"the pack is {held}: only panels of the model's dtype can be transposed.")
         depth = module.panel_depth(DTYPES[self.dtype], WEIGHTS.index("model"), self.total)
-        out = torch.empty(-(-self.k // PANEL) * depth * PANEL, dtype=self.dtype)
+        out = torch.empty(-(-self.k // PANEL) * depth * PANEL, dtype=self.dtype, device=self.panels.device)
         module.transpose_panels(DTYPES[self.dtype], ptr(self.panels), self.n, self.k, self.gated, ptr(out))
         return out
 
@@ -403,18 +403,18 @@ class PackedLinear:
 
     def _panel_order(self, parts: Sequence[ResolvedLinear]) -> Tensor:
         columns = [
-            torch.zeros(p.weight.shape[0], device=p.weight.device)
+            torch.zeros(p.weight.shape[0], dtype=torch.float32, device=p.weight.device)
             if p.bias is None
             else p.bias.detach().float()
             for p in parts
         ]
         if self.panels is None:
             return torch.cat(columns)
-        out = torch.zeros(self.num_panels * PANEL)
+        out = torch.zeros(self.num_panels * PANEL, dtype=torch.float32, device="cpu")
         if self.gated:
             halves = out.view(self.num_panels, 2, PANEL // 2)
             for i, column in enumerate(columns):
-                padded = torch.zeros(self.num_panels * PANEL // 2)
+                padded = out.new_zeros(self.num_panels * PANEL // 2)
                 padded[: self.n] = column
                 halves[:, i] = padded.view(self.num_panels, PANEL // 2)
         else:

@@ -195,10 +195,10 @@ def widen(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.detach().to(torch.float32).contiguous()
 
 
-def row_scratch(module: Any, rows: int, columns: int, gradients: int) -> Tensor:
-    """Working memory of a backward that sums `gradients` vectors over rows."""
+def row_scratch(module: Any, like: Tensor, rows: int, columns: int, gradients: int) -> Tensor:
+    """Working memory, on the device of `like`, of a backward that sums `gradients` vectors over rows."""
     blocks = -(-rows // module.row_block)
-    return torch.empty(gradients * blocks * columns, dtype=torch.float32)
+    return torch.empty(gradients * blocks * columns, dtype=torch.float32, device=like.device)
 
 
 def no_tensor(like: Tensor) -> Tensor:

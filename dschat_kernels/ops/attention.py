@@ -378,7 +378,7 @@ def attention_cpu(
     )
     slots = None if slots is None else int32(slots)
     slopes = float32(alibi_slopes)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     where = (
         DTYPES[q.dtype], ptr(q), q.stride(0), ptr(out), out.stride(0), ptr(k_cache), ptr(v_cache),
         ptr(block_table), block_table.shape[1], ptr(slots), ptr(cu_seqlens), ptr(kv_lens), kv_lens.shape[0],
@@ -403,7 +403,7 @@ def _attention_cuda(q: Tensor, arguments: tuple[Any, ...], pages: int, num_split
     if num_splits == 1 or size > SCRATCH:
         kernels().attention(*arguments)
     else:
-        scratch = torch.empty(size, dtype=torch.float32)
+        scratch = torch.empty(size, dtype=torch.float32, device=q.device)
         kernels().attention_decode(*arguments, num_splits, ptr(scratch))
 
 
@@ -463,11 +463,11 @@ def _packed_backward_cpu(
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v = (packed_heads(x) for x in (dout, q, k, v))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     cu_seqlens, slopes = int32(cu_seqlens), float32(alibi_slopes)
     more: tuple[int, ...] = ()
     if runs_on_cuda():  # the softmax statistics of every query head, between its two kernels
-        stats = torch.empty(*q.shape[:2], 2, dtype=torch.float32)
+        stats = torch.empty(*q.shape[:2], 2, dtype=torch.float32, device=q.device)
         more = (q.shape[0], ptr(stats))
     kernels().attention_backward(
         DTYPES[q.dtype], ptr(dout), dout.stride(0), ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0),

@@ -93,7 +93,7 @@ LIBRARY.define(
 def _forward_cpu(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     rows, stride = as_rows(x)
     bias = widen(bias)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels().bias_act(
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
@@ -114,9 +114,9 @@ def _backward_cpu(
     dy = dy.contiguous()
     rows, stride = as_rows(x)
     n, columns = rows.shape
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dbias = torch.empty(columns if bias_grad else 0, dtype=torch.float32)
-    partial = row_scratch(module, n, columns, int(bias_grad))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dbias = torch.empty(columns if bias_grad else 0, dtype=torch.float32, device=x.device)
+    partial = row_scratch(module, x, n, columns, int(bias_grad))
     bias = widen(bias)
     module.bias_act_backward(
         DTYPES[x.dtype], ACTIVATIONS[activation], ptr(dy), ptr(rows), ptr(bias), ptr(dx), ptr(dbias),

@@ -133,7 +133,7 @@ def _forward_cpu(
 ) -> Tensor:
     _alive, gate_at, up_at, rows, columns, gate_stride, up_stride = _pointers(gate, up)
     gate_bias, up_bias = widen(gate_bias), widen(up_bias)
-    y = torch.empty(_result_shape(gate, up), dtype=gate.dtype)
+    y = torch.empty(_result_shape(gate, up), dtype=gate.dtype, device=gate.device)
     kernels().gated_act(
         DTYPES[gate.dtype], ACTIVATIONS[activation], gate_at, up_at, ptr(gate_bias), ptr(up_bias), ptr(y),
         rows, columns, gate_stride, up_stride,
@@ -155,12 +155,12 @@ def _backward_cpu(
     dy = dy.contiguous()
     _alive, gate_at, up_at, rows, columns, gate_stride, up_stride = _pointers(gate, up)
     gate_bias, up_bias = widen(gate_bias), widen(up_bias)
-    dgate = torch.empty(gate.shape, dtype=gate.dtype)
-    dup = torch.empty(0 if up is None else gate.shape, dtype=gate.dtype)
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = torch.empty(0 if up is None else gate.shape, dtype=gate.dtype, device=gate.device)
     dup_at = ptr(dgate) + columns * dgate.element_size() if up is None else ptr(dup)
-    dgate_bias = torch.empty(columns if gate_bias_grad else 0, dtype=torch.float32)
-    dup_bias = torch.empty(columns if up_bias_grad else 0, dtype=torch.float32)
-    partial = row_scratch(module, rows, columns, int(gate_bias_grad) + int(up_bias_grad))
+    dgate_bias = torch.empty(columns if gate_bias_grad else 0, dtype=torch.float32, device=gate.device)
+    dup_bias = torch.empty(columns if up_bias_grad else 0, dtype=torch.float32, device=gate.device)
+    partial = row_scratch(module, gate, rows, columns, int(gate_bias_grad) + int(up_bias_grad))
     module.gated_act_backward(
         DTYPES[gate.dtype], ACTIVATIONS[activation], ptr(dy), gate_at, up_at, ptr(gate_bias), ptr(up_bias),
         ptr(dgate), dup_at, ptr(dgate_bias), ptr(dup_bias), ptr(partial), rows, columns, gate_stride,

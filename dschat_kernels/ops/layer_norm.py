@@ -100,11 +100,10 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = kernels()
     rows, stride = as_rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     residual = None if residual is None else residual.contiguous()
-    residual_out = no_tensor(x) if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    residual_out = no_tensor(x) if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight, bias = widen(weight), widen(bias)
     module.layer_norm(
         DTYPES[x.dtype], ptr(rows), ptr(residual), ptr(weight), ptr(bias), ptr(y), ptr(residual_out),
@@ -128,10 +127,10 @@ def _backward_cpu(
     d_residual_out = None if d_residual_out is None else d_residual_out.contiguous()
     hidden = h.shape[-1]
     rows = h.numel() // hidden
-    dx = torch.empty(h.shape, dtype=h.dtype)
-    dweight = torch.empty(hidden if weight_grad else 0, dtype=torch.float32)
-    dbias = torch.empty(hidden if bias_grad else 0, dtype=torch.float32)
-    partial = row_scratch(module, rows, hidden, int(weight_grad) + int(bias_grad))
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dweight = torch.empty(hidden if weight_grad else 0, dtype=torch.float32, device=h.device)
+    dbias = torch.empty(hidden if bias_grad else 0, dtype=torch.float32, device=h.device)
+    partial = row_scratch(module, h, rows, hidden, int(weight_grad) + int(bias_grad))
     scale = widen(weight)
     module.layer_norm_backward(
         DTYPES[h.dtype], ptr(dy), ptr(d_residual_out), ptr(h), ptr(scale), ptr(mean), ptr(rstd), ptr(dx),

@@ -151,7 +151,7 @@ def int8_sums(x: Tensor, packed: PackedLinear) -> Tensor:
     """sum over groups of (scale of x) * (integers of x times integers of the weight): float32 [..., total]."""
     values, scales = quantised_rows(x.reshape(-1, packed.k))
     weight = torch.nn.functional.pad(packed.stored(), (0, -packed.k % QUANT_GROUP)).float()
-    sums = torch.zeros(len(values), len(weight))
+    sums = scales.new_zeros(len(values), len(weight))
     for g, columns in enumerate(weight.split(QUANT_GROUP, dim=1)):
         sums += scales[:, g, None] * (values[:, g].float() @ columns.t())
     return sums.view(*x.shape[:-1], len(weight))
@@ -223,7 +223,7 @@ def _native(
     float_output: bool,
 ) -> Tensor:
     rows, stride = as_rows(x)
-    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype)
+    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if float_output else x.dtype, device=x.device)
     residual = None if residual is None else residual.contiguous()
     arguments = (
         DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(panels), ptr(bias), n, k, gated, ACTIVATIONS[activation],

@@ -186,7 +186,7 @@ def _lora_linear_cpu(
     b = PackedLinear.from_weight(lora_b.detach().float())
     rows, stride = as_rows(x)
     n, k = weight.shape
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     kernels().lora_linear(
         DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(base.panels), ptr(base.bias), n, k, ptr(a.panels),
         ptr(b.panels), lora_a.shape[0], scale, ptr(y), n,
@@ -202,8 +202,8 @@ def _lora_linear_cuda(
     a, b = lora_a.detach().float().contiguous(), lora_b.detach().float().contiguous()
     rows, stride = as_rows(x)
     n, k = weight.shape
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
-    side = torch.empty(rows.shape[0], a.shape[0], dtype=torch.float32)
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    side = torch.empty(rows.shape[0], a.shape[0], dtype=torch.float32, device=x.device)
     kernels().lora_linear(
         DTYPES[x.dtype], ptr(rows), stride, rows.shape[0], ptr(weight), ptr(bias), n, k, ptr(a), ptr(b), a.shape[0],
         scale, ptr(side), ptr(y),
@@ -213,7 +213,7 @@ def _lora_linear_cuda(
 
 def _fuse_lora_cpu(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     a, b = lora_a.detach().float().contiguous(), lora_b.detach().float().contiguous()
-    out = torch.empty(weight.shape, dtype=weight.dtype)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if runs_on_cuda():
         kernels().fuse_lora(
             DTYPES[weight.dtype],
@@ -248,8 +248,8 @@ def _low_rank_grads_cpu(
     a, b_t = lora_a.detach().float().contiguous(), lora_b.detach().float().t().contiguous()
     (rows, x_stride), (grads, dy_stride) = as_rows(x), as_rows(dy)
     (tokens, k), (rank, n) = rows.shape, b_t.shape
-    d_a, d_b = torch.zeros(rank, k), torch.zeros(rank, n)
-    inner = torch.empty(2 * tokens * rank)
+    d_a, d_b = (torch.zeros(rank, size, dtype=torch.float32, device=x.device) for size in (k, n))
+    inner = torch.empty(2 * tokens * rank, dtype=torch.float32, device=x.device)
     kernels().low_rank_grads(
         DTYPES[x.dtype], ptr(rows), x_stride, ptr(grads), dy_stride, tokens, n, k, rank, ptr(a), ptr(b_t), scale,
         ptr(inner), ptr(d_a), ptr(d_b),

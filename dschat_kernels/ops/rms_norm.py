@@ -143,10 +143,10 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = kernels()
     rows, stride = as_rows(x)
-    y = torch.empty(x.shape, dtype=_result_dtype(x, weight, rounding))
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=_result_dtype(x, weight, rounding), device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     residual = None if residual is None else residual.contiguous()
-    residual_out = no_tensor(x) if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    residual_out = no_tensor(x) if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scale = _scale(weight, offset, rounding)
     module.rms_norm(
         DTYPES[x.dtype], DTYPES[y.dtype], ptr(rows), ptr(residual), ptr(scale), ptr(y), ptr(residual_out),
@@ -170,9 +170,9 @@ def _backward_cpu(
     d_residual_out = None if d_residual_out is None else d_residual_out.contiguous()
     hidden = h.shape[-1]
     rows = h.numel() // hidden
-    dx = torch.empty(h.shape, dtype=h.dtype)
-    dscale = torch.empty(hidden if weight_grad else 0, dtype=torch.float32)
-    partial = row_scratch(module, rows, hidden, int(weight_grad))
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dscale = torch.empty(hidden if weight_grad else 0, dtype=torch.float32, device=h.device)
+    partial = row_scratch(module, h, rows, hidden, int(weight_grad))
     scale = _scale(weight, offset, rounding)
     module.rms_norm_backward(
         DTYPES[h.dtype], DTYPES[dy.dtype], ptr(dy), ptr(d_residual_out), ptr(h), ptr(scale), ptr(rstd),

@@ -364,7 +364,7 @@ def _rope_cpu(
 ) -> Tensor:
     x, positions = packed_heads(x), int32(positions)
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, heads, dim = x.shape
     kernels().rope(
         DTYPES[x.dtype], ptr(x), x.stride(0), ptr(y), y.stride(0), ptr(cos), ptr(sin), ptr(positions), tokens,
@@ -405,7 +405,7 @@ def _rope_append_cpu(
     q, k, v = packed_heads(q), packed_heads(k), packed_heads(v)
     cos, sin = float32(cos), float32(sin)
     positions, slots, block_table = int32(positions), int32(slots), int32(block_table)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tokens, q_heads, dim = q.shape
     kernels().rope_append(
         DTYPES[q.dtype], ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0), ptr(out),

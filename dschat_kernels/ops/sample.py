@@ -160,7 +160,8 @@ def sample_reference(
     if logits.dtype == torch.float64:
         z = logits / (temperature or 1.0)
     else:
-        z = (logits.float() * (1.0 / torch.tensor(temperature or 1.0, device=logits.device))).double()
+        inverse = 1.0 / torch.tensor(temperature or 1.0, dtype=torch.float32, device=logits.device)
+        z = (logits.float() * inverse).double()
     status = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     status[(z == float("-inf")).all(-1)] = _ALL_MASKED
     status[(z.isnan() | (z == float("inf"))).any(-1)] = _NOT_FINITE
@@ -215,8 +216,8 @@ def _forward_cpu(
     rows, stride = as_rows(logits)
     streams = None if streams is None else streams.contiguous()
     positions = None if positions is None else positions.contiguous()
-    tokens = torch.empty(rows.shape[0], dtype=torch.int64)
-    log_probs = torch.empty(rows.shape[0], dtype=torch.float32)
+    tokens = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    log_probs = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     kernels().sample(
         DTYPES[logits.dtype], ptr(rows), rows.shape[0], rows.shape[1], stride, temperature, top_k, top_p,
         min_p, seed, ptr(streams), ptr(positions), ptr(tokens), ptr(log_probs),

@@ -223,12 +223,13 @@ def _forward_cpu(
     weight, targets = weight.contiguous(), targets.to(torch.int64).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     tokens, size = hidden.shape
-    logprob, lse = torch.empty(tokens), torch.empty(tokens)
-    entropy = torch.empty(tokens if with_entropy else 0)
+    logprob, lse, entropy = _forward_fake(
+        hidden, weight, targets, bias, temperature, logit_softcap, with_entropy
+    )
     scratch = []  # cuda: three numbers a row and chunk of the vocabulary, one a row
     if runs_on_cuda():
         chunks = -(-weight.shape[0] // kernels().vocab_chunk)
-        scratch.append(torch.empty(tokens * (3 * chunks + 1)))
+        scratch.append(torch.empty(tokens * (3 * chunks + 1), dtype=torch.float32, device=hidden.device))
     kernels().token_logprobs(
         DTYPES[hidden.dtype], ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size,
         weight.shape[0], temperature, logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if
@@ -290,13 +291,15 @@ def _backward_cpu(
     w = weight.detach().to(compute).contiguous()
     targets = targets.to(torch.int64).contiguous()
     offsets, d_logprob, d_entropy = widen(bias), widen(dlogprob), widen(dentropy)
-    dh = torch.zeros(tokens, size) if wanted[0] else None
+    dh = torch.zeros(tokens, size, dtype=torch.float32, device=h.device) if wanted[0] else None
     dw = torch.empty_like(w) if wanted[1] else None
-    db = torch.empty(vocab) if want_bias else None
+    db = torch.empty(vocab, dtype=torch.float32, device=h.device) if want_bias else None
     module, dtype = kernels(), DTYPES[compute]
     block = min(CPU_VOCAB_BLOCK, vocab)
-    panels = torch.empty(module.token_logprobs_backward_panels(dtype, size, block), dtype=compute)
-    dlogits = torch.empty(tokens, -(-block // PANEL) * PANEL, dtype=compute)
+    panels = torch.empty(
+        module.token_logprobs_backward_panels(dtype, size, block), dtype=compute, device=h.device
+    )
+    dlogits = torch.empty(tokens, -(-block // PANEL) * PANEL, dtype=compute, device=h.device)
     for first in range(0, vocab, block):
         count = min(block, vocab - first)
         rows = slice(first, first + count)
@@ -334,10 +337,10 @@ def _backward_blocks(
     (tokens, size), vocab = hidden.shape, weight.shape[0]
     h = hidden.detach().float()
     targets = targets.long()
-    dh = torch.zeros(tokens, size) if wanted[0] else None
+    dh = torch.zeros(tokens, size, dtype=torch.float32, device=h.device) if wanted[0] else None
     dw = torch.empty_like(weight) if wanted[1] else None
-    db = torch.zeros(vocab) if wanted[2] and bias is not None else None
-    rows = torch.arange(tokens)
+    db = torch.zeros(vocab, dtype=torch.float32, device=h.device) if wanted[2] and bias is not None else None
+    rows = torch.arange(tokens, device=h.device)
     for v0 in range(0, vocab, VOCAB_BLOCK):
         v1 = min(v0 + VOCAB_BLOCK, vocab)
         w = weight[v0:v1].detach().float()

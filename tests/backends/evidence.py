@@ -1,24 +1,31 @@
 """docs/gpu.md: what is known of every op on every backend, and by what evidence, from the suite's own tables.
 
-    python -m tests.backends.evidence        writes the page
+    python -m tests.backends.evidence        writes the page, and the README's paragraph on the GPU
 
 A cell is what tests/backends runs (its parameters), and what the tables of compiled resources hold (whose tests compile
-again and compare). test_evidence.py fails where the page says anything else.
+again and compare). What ran on a GPU is gpu_run.json, which has the fingerprints of the sources that ran
+(benchmarks/gpu_sources.py): an op whose source is another now has not run. test_evidence.py fails where the page or the
+README says anything else.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import gpu_sources
 from tests.backends.backends import BACKENDS, Backend
 from tests.backends.cases import CASES
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE = REPO / "docs" / "gpu.md"
+README = REPO / "README.md"
 RUN = Path(__file__).with_name("gpu_run.json")
 TIMES = REPO / "benchmarks" / "results" / "gpu-h200.json"
 CUDA_TABLE = REPO / "tests" / "cuda" / "resources.json"
@@ -44,9 +51,11 @@ From the strongest to the weakest:
   ({software}).
   A dtype without brackets passed every case of the suite; in brackets: only the shapes of `benchmarks/gpu_check.py`
   were compared with float64, by the same criterion, because a defect of the tests' own inputs, mended since, stopped
-  the cases. CUDA graphs were recorded and replayed, greedy tokens were the CPU's, and one step each of SFT, reward
-  model, PPO, GRPO, RLOO and DPO gave the CPU's numbers ({others} tests). Changed after that run, and not run on a GPU
-  since:
+  the cases. It counts as run while the code of the op's file, and of those that it includes or imports, is what it was
+  then (comments aside; `benchmarks/gpu_sources.py`); otherwise it is an **earlier version** that ran. With the kernels
+  of that day CUDA graphs were recorded and replayed, greedy tokens were the CPU's, and one step each of SFT, reward
+  model, PPO, GRPO, RLOO and DPO gave the CPU's numbers ({others} tests). What changed after that run, and has not run
+  on a GPU since:
 {changed}
 - **Compiled code executed on the CPU**: the PTX that nvcc makes of `csrc/cuda`, or Triton of its kernels, is translated
   instruction by instruction (`tests/cuda/ptx`) and runs on fibers, one a thread, with warps, barriers, shared memory,
@@ -56,10 +65,11 @@ From the strongest to the weakest:
   order; Triton's kernels in its interpreter. "Checked" is the build that sees every access: races, bounds,
   uninitialised and misaligned memory, and the traffic that the streaming kernels are held to.
 - **Compiled**: no spills, and registers, shared memory, occupancy, 128-bit accesses and matrix instructions no worse
-  than the checked-in tables. wgmma, which Triton uses on sm_90, ran on the GPU only; tcgen05 (sm_100) is compiled only.
+  than the checked-in tables. wgmma, which Triton uses on sm_90, ran on the GPU only, in earlier versions; tcgen05
+  (sm_100) is compiled only.
 
 `make test` runs what stands in front; what follows "nightly" is a test of `make test-full`, with every size, and is no
-claim that it has passed: the report of that run says so. The cells of sm_120 take few sizes there, and have all passed.
+claim that it has passed: the report of that run says so. The cells of sm_120 take few sizes there.
 """
 
 
@@ -86,27 +96,45 @@ def _compiled(op: str) -> tuple[str, str]:
     return f"{', '.join(of_cuda)} ({number} kernels)", f"{', '.join(archs)} ({len(keys)} compilations)"
 
 
-def _ran(run: dict[str, Any], kind: str, op: str) -> str:
-    """Dtypes of an op that ran on the GPU."""
+def _ran(run: dict[str, Any], kind: str, op: str) -> tuple[str, str]:
+    """Dtypes of an op that ran on the GPU, as it is and in an earlier version."""
     passed = [SHORT[d] for d in SHORT if str(d).removeprefix("torch.") in run["passed"][kind].get(op, [])]
     if "bf16" not in passed and op in run["compared_bfloat16"][kind]:
         passed.append("(bf16)")
-    return ", ".join(passed) or "-"
+    dtypes = ", ".join(passed) or "-"
+    return (dtypes, "") if op in unchanged(run, kind) else ("-", dtypes)
+
+
+@functools.cache
+def _fingerprints() -> dict[str, dict[str, str]]:
+    return gpu_sources.fingerprints()
+
+
+def unchanged(run: dict[str, Any], kind: str) -> list[str]:
+    """Ops of a backend whose source is the one that ran."""
+    now, then = _fingerprints()[kind], run["sources"][kind]
+    return [op for op in now if now[op] == then.get(op)]
 
 
 def _times() -> list[str]:
     """Times of the kernels on that GPU."""
-    report = json.loads(TIMES.read_text())
+    report, run = json.loads(TIMES.read_text()), json.loads(RUN.read_text())
     peaks, (generation,) = report["peaks"], report["generation"]
     sides = ("cuda", "triton", "torch eager")
+    same = {"torch eager": [row["op"] for row in report["kernels"]]}
+    same |= {
+        kind: [row["op"] for row in report["kernels"] if _op(row) in unchanged(run, kind)]
+        for kind in sides[:2]
+    }
     lines = [
         f"""
 ## Times on an {report["environment"]["gpu"]}
 
 `make gpu-check`, bfloat16, the widths of a Llama of 8 B parameters: median microseconds, and the share of what the run
 measured the GPU to reach ({peaks["bytes_per_s"] / 1e9:.0f} GB/s copying, {peaks["flops_per_s"] / 1e12:.0f} TFLOP/s in a
-product). One run. Since then Triton's `linear` got other tiles, timed apart on the same GPU (`benchmarks/NOTES.md`):
-1.0 to 1.8 times as fast with few rows, 1.4 to 1.6 times with many.
+product). One run. An asterisk: an earlier version of the kernel, whose time now is not known. Triton's `linear` got
+other tiles, timed apart on the same GPU (`benchmarks/NOTES.md`): 1.0 to 1.8 times as fast with few rows, 1.4 to 1.6
+times with many.
 
 | op | shape | {" | ".join(sides)} |
 |---{"|---" * len(sides)}|---|"""
@@ -114,22 +142,60 @@ product). One run. Since then Triton's `linear` got other tiles, timed apart on 
     for row in report["kernels"]:
         cells = [
             f"{row['sides'][side]['median_us']:.1f} ({100 * row['sides'][side]['share_of_peak']:.0f} %)"
+            + " \\*" * (row["op"] not in same[side])
             for side in sides
         ]
         lines.append(f"| {row['op']} | {row['shape']} | {' | '.join(cells)} |")
     speeds = ", ".join(f"{name} {cell['tokens_per_s']:.0f}" for name, cell in generation["sides"].items())
     lines.append(
         f"\nGreedy tokens a second of a random Llama of 1.5 B parameters, batch {generation['batch']}, "
-        f"{generation['prompt']} + {generation['new']} tokens, before the new tiles: {speeds}. Larger batches ran out "
-        "of memory that digests of the weights held, which is mended; they are not measured yet."
+        f"{generation['prompt']} + {generation['new']} tokens, by the kernels of that day: {speeds}. Larger batches "
+        "ran out of memory that digests of the weights held, which is mended; they are not measured yet."
     )
     return lines
+
+
+def _op(row: dict[str, Any]) -> str:
+    """The op of a row of times."""
+    return re.split("[ ,]", row["op"])[0]
+
+
+READMES = re.compile(r"(<!-- gpu run -->\n).*?(<!-- end of gpu run -->)", re.S)
+
+
+def readme() -> str:
+    """The README with its paragraph on the run on a GPU."""
+    run, report = json.loads(RUN.read_text()), json.loads(TIMES.read_text())
+    kinds = {"CUDA": "cuda", "Triton": "triton"}
+    named = {
+        title: ", ".join(f"`{op}`" for op in unchanged(run, kind) if _ran(run, kind, op)[0] != "-")
+        for title, kind in kinds.items()
+    }
+    speeds = {name: cell["tokens_per_s"] for name, cell in report["generation"][0]["sides"].items()}
+    text = (
+        f"- **On a GPU, once** ({run['gpu']}, {run['date']}): most cases of the suite passed, in float32, bfloat16 and "
+        "float16; CUDA graphs replayed; one step of SFT, reward model, PPO, GRPO, RLOO and DPO gave the CPU's numbers. "
+        f"A random Llama of 1.5 B parameters generated {speeds['triton, graphs']:.0f} tokens/s at batch 1 through "
+        f"Triton and CUDA graphs, Hugging Face's eager generate {speeds['HF eager']:.0f}. Our products and attention "
+        "were slower than cuBLAS and PyTorch's attention there. Of today's kernels "
+        + " and ".join(f"{ops or 'none'} ({title})" for title, ops in named.items())
+        + " have the source that ran; **the others have changed since and have not run on a GPU again**. What changed, "
+        "and the times, op by op: `docs/gpu.md`."
+    )
+    lines = textwrap.fill(text, 124, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    old = README.read_text()
+    assert READMES.search(old)
+    return READMES.sub(lambda m: m[1] + lines + "\n" + m[2], old)
+
+
+def _bullet(text: str) -> str:
+    return textwrap.fill(text, 120, initial_indent="  - ", subsequent_indent="    ")
 
 
 def page() -> str:
     """The whole page."""
     run = json.loads(RUN.read_text())
-    others, changed = len(run["other_tests"]), "\n".join(f"  - {c}" for c in run["changed_since"])
+    others, changed = len(run["other_tests"]), "\n".join(map(_bullet, run["changed_since"]))
     lines = [HEAD.format(**run, others=others, changed=changed)]
     for title, kind, of in (("CUDA C++", "cuda", 0), ("Triton", "triton", 1)):
         shown = [b for b in BACKENDS if b.backend == kind and b.device == "cpu"]
@@ -141,12 +207,12 @@ def page() -> str:
                    .replace("compiled code, ", "compiled code executed, ") for c in columns]  # fmt: skip
         lines += [
             f"\n## {title}\n",
-            f"| op | ran on an {run['gpu'].split()[-1]} | {' | '.join(columns)} | compiled |",
-            "|---" * (len(columns) + 3) + "|",
+            f"| op | ran on an {run['gpu'].split()[-1]} | an earlier version ran | {' | '.join(columns)} | compiled |",
+            "|---" * (len(columns) + 4) + "|",
         ]
         for name in CASES:
             op = name.strip("_")
-            cells = [_ran(run, kind, op), *map(_dtypes, shown), _compiled(op)[of]]
+            cells = [*_ran(run, kind, op), *map(_dtypes, shown), _compiled(op)[of]]
             lines.append(f"| `{op}` | {' | '.join(cells)} |")
     lines += _times()
     return "\n".join(lines) + "\n"
@@ -154,3 +220,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    README.write_text(readme())

@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_sources
 from dschat_kernels.ops import _common
+from tests.backends import evidence
 from tests.backends.backends import BACKENDS
 from tests.backends.cases import CASES
-from tests.backends.evidence import PAGE, page
+from tests.backends.evidence import PAGE, README, page, readme, unchanged
 from tests.helpers import CPU_ONLY
 
 
 def test_the_page_is_current() -> None:
     assert PAGE.read_text() == page(), "run python -m tests.backends.evidence"
+    assert README.read_text() == readme(), "run python -m tests.backends.evidence"
+
+
+def test_a_kernel_whose_source_changed_has_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the tables nor in the README, and its time gets an asterisk."""
+    run = json.loads(evidence.RUN.read_text())
+    cell = "| `rms_norm` | fp32, bf16, fp16 |  |"
+    assert "rms_norm" in unchanged(run, "cuda") and page().count(cell) == 2
+    for kind, title in (("cuda", "CUDA"), ("triton", "Triton")):
+        with monkeypatch.context() as patch:
+            changed = gpu_sources.fingerprints()
+            changed[kind]["rms_norm"] = "another"
+            patch.setattr(evidence, "_fingerprints", lambda changed=changed: changed)
+            assert page().count(cell) == 1 and page().count("| `rms_norm` | - | fp32, bf16, fp16 |") == 1
+            assert page().count("\\*") > evidence.PAGE.read_text().count("\\*")
+            (paragraph,) = re.findall(rf"([^()]*) \({title}\)", readme())
+            assert "`rms_norm`" not in paragraph and "`layer_norm`" in paragraph
+
+
+def test_every_op_has_a_fingerprint() -> None:
+    found = gpu_sources.fingerprints()
+    assert all(set(ops) == {name.strip("_") for name in CASES} for ops in found.values())
+    recorded = json.loads(evidence.RUN.read_text())["sources"]
+    assert {kind: set(ops) for kind, ops in recorded.items()} == {
+        kind: set(ops) for kind, ops in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "touched"),
+    [
+        ("csrc/cuda/row.cuh", "\n", "\n// A comment.\n\n", {}),
+        ("csrc/cuda/row.cuh", "{", "{ int more = 0;", {"cuda": {"rms_norm", "layer_norm"}}),
+        ("csrc/cuda/sample.cu", "1024", "512", {"cuda": {"sample"}}),
+        ("dschat_kernels/triton/_rows.py", "import torch\n", "import torch\n\n# A comment.\n", {}),
+        ("dschat_kernels/triton/linear.py", "\nimport torch\n", "\nimport torch\n\nMORE = 1\n",
+         {"triton": {"linear", "token_logprobs"}}),
+        ("dschat_kernels/cache.py", "\nCHUNK = ", "\nCHUNK = 2 * ",
+         {"triton": {"attention", "attention_decode", "packed_attention"}}),
+    ],
+)  # fmt: skip
+def test_a_fingerprint_is_of_the_code_that_is_reached(
+    file: str, before: str, after: str, touched: dict[str, set[str]], tmp_path: Path
+) -> None:
+    for folder in ("csrc/cuda", "dschat_kernels"):
+        shutil.copytree(gpu_sources.ROOT / folder, tmp_path / folder)
+    text = (tmp_path / file).read_text()
+    assert before in text
+    (tmp_path / file).write_text(text.replace(before, after, 1))
+    now, then = gpu_sources.fingerprints(tmp_path), gpu_sources.fingerprints()
+    changed = {kind: {op for op in ops if ops[op] != then[kind][op]} for kind, ops in now.items()}
+    assert changed == {"cuda": set(), "triton": set(), **touched}
 
 
 def test_every_op_has_a_case() -> None:

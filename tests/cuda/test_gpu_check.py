@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated import emulated_cuda
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_sources
 from benchmarks.gpu_check import DRY, Machine
 
 OPS = (
@@ -26,6 +26,7 @@ def test_the_dry_run_writes_the_whole_report(tmp_path: Path) -> None:
     assert gpu_check.main(["--dry-run", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["dry_run"] and report["failures"] == []
+    assert report["sources"] == gpu_sources.fingerprints()  # of what ran
     assert {row["op"].split(",")[0].split(" ")[0] for row in report["kernels"]} == set(OPS)
     for row in report["kernels"]:
         for side in (*report["backends"], "torch eager"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from resources import ARCHS, FIELDS, INSTRUCTIONS, TABLE, compile_source, nvcc_or_reason, sources
 
+from benchmarks.gpu_sources import cuda_code
 from dschat_kernels import build
 from dschat_kernels.cuda import CudaKernels
 
@@ -94,6 +96,24 @@ def test_the_table_has_no_spills_and_uses_the_hardware() -> None:
             products = name.startswith(("attention_tiles", "linear_tiles", "chunk_sums"))
             if products and "<float" not in name and "tensor" in row:
                 assert row["tensor"], f"{kernel} on {arch}: {row}"
+
+
+GLOBAL = re.compile(r"__global__ void ?(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\))? ?(\w+)\(")
+
+
+@pytest.mark.parametrize("name", sources(), ids=stem)
+def test_the_table_has_the_kernels_of_the_sources(name: str) -> None:
+    """Without nvcc too: those that a file defines, and none that neither it nor its headers define."""
+    code = cuda_code(ROOT, stem(name))
+    own, known = GLOBAL.findall(code[name]), GLOBAL.findall("\n".join(code.values()))
+    for arch, rows in json.loads(TABLE.read_text())["kernels"].items():
+        listed = {key.split(": ")[1].split("<")[0] for key in rows if key.startswith(f"{stem(name)}: ")}
+        assert set(own) <= listed <= set(known), f"{arch}: run python -m tests.cuda.resources"
+
+
+def test_the_table_has_no_files_that_are_gone() -> None:
+    for rows in json.loads(TABLE.read_text())["kernels"].values():
+        assert {key.split(": ")[0] for key in rows} <= {stem(name) for name in sources()}
 
 
 @needs_nvcc
