@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import math
 import os
 import platform
@@ -215,11 +216,77 @@ def read_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(path).get_text_config()
 
 
+def outline(name: str) -> Any:
+    """The language model that a configuration describes, its weights on the meta device: modules and shapes, of which
+    nothing is read. None where the configuration alone does not give it; loading then says why, or knows more.
+    """
+    import transformers
+
+    path = resolve(name)
+    adapter = Path(path, "adapter_config.json")
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return outline(base) if base else None
+    with loading("configuration of", name):
+        config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception:
+        return None
+
+
 # --------------------------------------------------------------------------------------------------- adapters
 
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")
 """Names of the linear layers that get no adapter and are not quantised."""
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The projections that may get an adapter, by their path in the model."""
+    found = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
+    return {n: m for n, m in found.items() if n.rpartition(".")[2] not in HEADS}
+
+
+def lora_modules(model: Any, targets: list[str], last: int = 0, who: str = "the model") -> list[str]:
+    """Paths of the modules that get an adapter. Raises ConfigError where the model, which is called `who`, has none
+    such.
+    """
+    linear = list(linear_modules(model))
+    names = {n.rpartition(".")[2] for n in linear}
+    unknown = [t for t in targets if t != "all-linear" and t not in names]
+    if unknown:
+        raise ConfigError(
+            f"lora_targets has {unknown[0]!r}, which {who} lacks; use all-linear, or some of "
+            f"{', '.join(sorted(names))}"
+        )
+    layers = model.config.get_text_config().num_hidden_layers
+    if last > layers:
+        raise ConfigError(
+            f"lora_last is {last}, but {who} has {layers} layers; use at most that, or 0 for all"
+        )
+    chosen = [n for n in linear if "all-linear" in targets or n.rpartition(".")[2] in targets]
+    if last:
+        # The layer's number is the first one in a module's name: model.layers.7.mlp.up_proj,
+        # transformer.h.7.attn.
+        numbers = {n: int(found.group(1)) for n in chosen if (found := re.search(r"\.(\d+)\.", n))}
+        chosen = [n for n in chosen if numbers.get(n, -1) >= layers - last]
+    if not chosen:
+        raise ConfigError(
+            f"lora_targets is {targets} and lora_last {last}, which leaves no module; use all-linear, or some of "
+            f"{', '.join(sorted(names))}"
+        )
+    return chosen
+
+
+def check_lora(config: StageConfig, name: str, who: str = "the model") -> None:
+    """Raise ConfigError, before weights are read, where model `name` has no module for the adapter that is asked for."""
+    model = outline(name)
+    if model is not None:
+        lora_modules(model, config.lora_targets, config.lora_last, who)
 
 
 def add_lora(
@@ -232,26 +299,7 @@ def add_lora(
     """
     import peft
 
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    linear = [n for n in linear if n.rpartition(".")[2] not in HEADS]
-    names = {n.rpartition(".")[2] for n in linear}
-    unknown = [t for t in targets if t != "all-linear" and t not in names]
-    if unknown:
-        raise ConfigError(
-            f"lora_targets has {unknown[0]!r}, which the model lacks; use all-linear, or some of "
-            f"{', '.join(sorted(names))}"
-        )
-    layers = model.config.get_text_config().num_hidden_layers
-    if last > layers:
-        raise ConfigError(
-            f"lora_last is {last}, but the model has {layers} layers; use at most that, or 0 for all"
-        )
-    chosen = [n for n in linear if "all-linear" in targets or n.rpartition(".")[2] in targets]
-    if last:
-        # The layer's number is the first one in a module's name: model.layers.7.mlp.up_proj,
-        # transformer.h.7.attn.
-        numbers = {n: int(found.group(1)) for n in chosen if (found := re.search(r"\.(\d+)\.", n))}
-        chosen = [n for n in chosen if numbers.get(n, -1) >= layers - last]
+    chosen = lora_modules(model, targets, last)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha or 2 * r,
