@@ -283,7 +283,7 @@ def lora_modules(model: Any, targets: list[str], last: int = 0, who: str = "the 
 
 
 def check_lora(config: StageConfig, name: str, who: str = "the model") -> None:
-    """Raise ConfigError, before weights are read, where model `name` has no module for the adapter that is asked for."""
+    """Raise ConfigError, before weights are read, where model `name` has no module for the adapter asked for."""
     model = outline(name)
     if model is not None:
         lora_modules(model, config.lora_targets, config.lora_last, who)

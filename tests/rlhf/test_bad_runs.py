@@ -143,7 +143,10 @@ def test_what_a_critic_starts_from(base: dict[str, Any], tmp_path: Path) -> None
     small.save_pretrained(other)
     for keys in ({"critic": str(other)}, {"reward": ["mine:f", str(other)]}):
         said = refused(base, "ppo", lora_r=4, lora_targets=["q_proj"], **keys)
-        assert "lora_targets has 'q_proj', which the critic's model lacks; use all-linear, or some of c_attn" in said
+        assert (
+            "lora_targets has 'q_proj', which the critic's model lacks; use all-linear, or some of c_attn"
+            in said
+        )
 
 
 def test_an_outline_reads_and_draws_nothing(base: dict[str, Any]) -> None:
@@ -151,4 +154,6 @@ def test_an_outline_reads_and_draws_nothing(base: dict[str, Any]) -> None:
 
     before = torch.get_rng_state()
     found = models.outline(base["model"])
-    assert {p.device.type for p in found.parameters()} == {"meta"} and torch.equal(before, torch.get_rng_state())
+    assert {p.device.type for p in found.parameters()} == {"meta"} and torch.equal(
+        before, torch.get_rng_state()
+    )
