@@ -12,8 +12,10 @@ What DeepSpeed-Chat's own engine got wrong here is listed with our tests in test
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,6 +155,14 @@ def deepspeed(device: torch.device | None = None) -> Any:
     # lock of one, or of one that was killed. PyTorch's gloo does that work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def settle_deepspeed() -> None:
+    """Before transformers saves a model: it then imports DeepSpeed, where that is installed, which says on standard
+    output what device it has chosen. Imported here it is quiet, and takes the same."""
+    if "deepspeed" not in sys.modules and importlib.util.find_spec("deepspeed") is not None:
+        with contextlib.suppress(ImportError):  # transformers then raises its own
+            deepspeed(None if torch.cuda.is_available() else torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ whole weights

