@@ -145,7 +145,8 @@ def load_policy(name: str, dtype: torch.dtype) -> Any:
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             import peft
 
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+            with answering_peft():
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return no_dropout(model)
@@ -155,7 +156,7 @@ def load_adapter(model: Any, name: str) -> Any:
     """The model with a PEFT adapter on top, not merged; in eval mode."""
     import peft
 
-    with loading("adapter", name):
+    with loading("adapter", name), answering_peft():
         return no_dropout(peft.PeftModel.from_pretrained(model, resolve(name)))
 
 
@@ -172,9 +173,10 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "r
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             import peft
 
-            model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, num_labels=1
-            )
+            with answering_peft():
+                model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+                    path, dtype=dtype, num_labels=1
+                )
             return no_dropout(model.merge_and_unload())
         verbosity = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity_error()  # the head is expected to be new
@@ -244,6 +246,21 @@ HEADS = ("lm_head", "embed_out", "score", "classifier")
 """Names of the linear layers that get no adapter and are not quantised."""
 
 
+@contextlib.contextmanager
+def answering_peft() -> Iterator[None]:
+    """Around everything that makes a PEFT model: PEFT asks the base by a name that transformers deprecates with a
+    warning, `is_gradient_checkpointing`. Inside, that is the name which it has now."""
+    import transformers
+
+    base = transformers.PreTrainedModel
+    before = base.is_gradient_checkpointing
+    base.is_gradient_checkpointing = base.is_activation_checkpointing
+    try:
+        yield
+    finally:
+        base.is_gradient_checkpointing = before
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The projections that may get an adapter, by their path in the model."""
     found = {
@@ -309,7 +326,7 @@ def add_lora(
         task_type=task,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
-    with devices.seeded(seed, next(model.parameters()).device):
+    with devices.seeded(seed, next(model.parameters()).device), answering_peft():
         return no_dropout(peft.get_peft_model(model, config))
 
 
@@ -330,7 +347,7 @@ def checkpointed(model: Any, on: bool) -> Any:
     """The model, its layers computed again in the backward if `on`."""
     if on:
         base = model.get_base_model() if is_peft(model) else model
-        base.gradient_checkpointing_enable()
+        base.activation_checkpointing_enable()
     return model
 
 

@@ -272,3 +272,20 @@ def test_saving_says_nothing(tmp_path, stories_dir):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "" and (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_nothing_deprecated_is_asked_for(tmp_path, stories_dir, stories_tokenizer, new_stories_model):
+    """Making, writing and reading adapters and checkpointed layers; transformers is as it was afterwards."""
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.is_gradient_checkpointing
+    scorer = models.load_scorer(str(stories_dir), F32)
+    for model, task in ((new_stories_model(), "CAUSAL_LM"), (scorer, "SEQ_CLS")):
+        model = models.checkpointed(models.add_lora(model, 2, 0.0, ["q_proj"], task, 0), True)
+        assert model.get_base_model().is_activation_checkpointing
+        models.save_model(model, stories_tokenizer, tmp_path / task, merge=False)
+    models.load_policy(str(tmp_path / "CAUSAL_LM" / "adapter"), F32)
+    models.load_scorer(str(tmp_path / "SEQ_CLS" / "adapter"), F32)
+    models.load_adapter(new_stories_model(), str(tmp_path / "CAUSAL_LM" / "adapter"))
+    assert PreTrainedModel.is_gradient_checkpointing is before
