@@ -1021,17 +1021,19 @@ COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 # ---------------------------------------------------------------------------------------- reading and writing
 
 
-def resolve(cls: type[Config], key: str, value: Any, where: str) -> tuple[str, Any] | None:
-    """The field of `cls` that `key` means and its value there; None for what is ignored. Raises ConfigError for
-    an unknown or refused key.
+def resolve(
+    cls: type[Config], key: str, value: Any, where: str, processes: int | None = None
+) -> tuple[str, Any] | None:
+    """The field of `cls` that `key` means and its value there; None for what is ignored. processes: how many the run
+    is for; None: as the environment says. Raises ConfigError for an unknown or refused key.
     """
     known = field_types(cls)
     name = key.replace("-", "_")
     flag = FLAGS.get(name)
     if name in known:
-        return name, deepspeed_chat.translate(flag, value) if flag is not None else value
+        return name, deepspeed_chat.translate(flag, value, processes) if flag is not None else value
     if flag is not None and flag.to in known:
-        return flag.to, deepspeed_chat.translate(flag, value)
+        return flag.to, deepspeed_chat.translate(flag, value, processes)
     if flag is not None and (flag.note or deepspeed_chat.text_of(value) in flag.harmless):
         warnings.warn(f"{key} has no effect: {flag.note or 'that is so here anyway'}", stacklevel=4)
         return None
@@ -1042,10 +1044,12 @@ def resolve(cls: type[Config], key: str, value: Any, where: str) -> tuple[str, A
     raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
 
 
-def _rename(cls: type[Config], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rename(
+    cls: type[Config], values: Mapping[str, Any], where: str, processes: int | None
+) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in values.items():
-        found = resolve(cls, str(key), value, where)
+        found = resolve(cls, str(key), value, where, processes)
         if found is None:
             continue
         name, own = found
@@ -1055,20 +1059,22 @@ def _rename(cls: type[Config], values: Mapping[str, Any], where: str) -> dict[st
     return out
 
 
-def build(cls: type[C], values: Mapping[str, Any], where: str = "the arguments") -> C:
+def build(
+    cls: type[C], values: Mapping[str, Any], where: str = "the arguments", processes: int | None = None
+) -> C:
     """A config from a mapping, with the unknown-key, alias and type rules. For TrainConfig, shared keys flow
-    into the stages.
+    into the stages. processes: as in `load`.
     """
-    values = _rename(cls, values, where)
+    values = _rename(cls, values, where, processes)
     if issubclass(cls, TrainConfig):
-        values = _spread(values, where)
+        values = _spread(values, where, processes)
     try:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {where})") from None if "(in " not in str(error) else error
 
 
-def _spread(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _spread(values: dict[str, Any], where: str, processes: int | None) -> dict[str, Any]:
     """Fill each stage of a pipeline: shared keys, output folders, and the model that the stage before
     wrote.
     """
@@ -1090,13 +1096,13 @@ def _spread(values: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{stage} in {where} is {raw!r}, but it must hold the keys of that stage")
-        own = _rename(cls, raw, f"{stage} of {where}")
+        own = _rename(cls, raw, f"{stage} of {where}", processes)
         wired: dict[str, Any] = {"output_dir": folder[stage]}
         if stage != "sft" and values.get("sft") is not None:
             wired["model"] = written["sft"]
         if stage == "ppo" and values.get("reward") is not None:
             wired["reward"] = [written["reward"]]
-        out[stage] = build(cls, {**shared, **wired, **own}, f"{stage} of {where}")
+        out[stage] = build(cls, {**shared, **wired, **own}, f"{stage} of {where}", processes)
     return out
 
 
@@ -1128,15 +1134,23 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None = None) -> C:
+def load(
+    cls: type[C],
+    path: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    processes: int | None = None,
+) -> C:
     """A config from a file with `flags` laid over it; a flag `ppo.kl_coef` reaches into a stage of a
     pipeline.
+
+    processes: how many the run is for, which numbers "per device" are multiplied by; None: as the environment says.
     """
     values = read_yaml(path) if path else {}
     where = path or "the arguments"
     if not flags:
-        return build(cls, values, where)
-    values = _rename(cls, values, where)
+        return build(cls, values, where, processes)
+    values = _rename(cls, values, where, processes)
     given: dict[str, str] = {}
     for flag, value in flags.items():
         if "." in flag:
@@ -1150,12 +1164,13 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
                 raise ConfigError(
                     f"--{flag} names a stage {stage!r}, but the stages of dschat {cls.command} are: {stages}"
                 )
-            found = resolve(inner, key, value, f"the flags of {stage}")
+            found = resolve(inner, key, value, f"the flags of {stage}", processes)
             if found is not None:
                 section = values.get(stage) or {}
-                values[stage] = {**_rename(inner, section, f"{stage} of {where}"), found[0]: found[1]}
+                section = _rename(inner, section, f"{stage} of {where}", processes)
+                values[stage] = {**section, found[0]: found[1]}
         else:
-            found = resolve(cls, flag, value, "the flags")
+            found = resolve(cls, flag, value, "the flags", processes)
             if found is not None:
                 if found[0] in given:
                     raise ConfigError(
@@ -1163,7 +1178,7 @@ def load(cls: type[C], path: str | None = None, flags: Mapping[str, Any] | None 
                     )
                 given[found[0]] = flag
                 values[found[0]] = found[1]
-    return build(cls, values, f"{path} and the flags" if path else "the flags")
+    return build(cls, values, f"{path} and the flags" if path else "the flags", processes)
 
 
 def _is_list(cls: type[Config], key: str) -> bool:

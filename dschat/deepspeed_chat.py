@@ -111,11 +111,11 @@ def text_of(value: Any) -> str | None:
     return "none" if value is None else str(value).lower()
 
 
-def translate(flag: Flag, value: Any) -> Any:
-    """The value of a flag under its name here."""
+def translate(flag: Flag, value: Any, processes: int | None = None) -> Any:
+    """The value of a flag under its name here. processes: of the run; None: as the environment says."""
     text = text_of(value)
     if flag.each and text is not None and text.isdigit():
-        return int(text) * int(os.environ.get("WORLD_SIZE", "1"))
+        return int(text) * (processes or int(os.environ.get("WORLD_SIZE", "1")))
     if callable(flag.values):
         single = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
         return flag.values(single) if isinstance(single, str) else value

@@ -8,11 +8,9 @@ that matrix products are taken to reach.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 from . import config as configs
 from .config import ConfigError, PlanConfig, PPOConfig
@@ -22,51 +20,50 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder: what its parameters and its cache are counted by. mlp: matrices of an MLP (3 when gated)."""
+    """A decoder: what its weights and its cache are counted by, norms and biases apart (a thousandth).
+
+    kv: numbers that a token's keys have in a layer. matrices: weights that a token is multiplied with, the head apart.
+    sides: inputs and outputs of all of them, which an adapter has for each rank. head: weights of the head.
+    embeddings: of all tables, the head among them where it is one.
+    """
 
     layers: int
     hidden: int
-    intermediate: int
-    vocab: int
-    heads: int
-    kv_heads: int
-    mlp: int = 2
-    tied: bool = True
-
-    @property
-    def matrices(self) -> int:
-        """Weights that a token is multiplied with, the head apart."""
-        kv = self.hidden * self.kv_heads // self.heads
-        return self.layers * (
-            2 * self.hidden * self.hidden + 2 * self.hidden * kv + self.mlp * self.hidden * self.intermediate
-        )
+    kv: int
+    matrices: int
+    sides: int
+    head: int
+    embeddings: int
 
     @property
     def parameters(self) -> int:
-        """Weights, without norms and biases (a thousandth)."""
-        return self.matrices + self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.matrices + self.embeddings
 
     def cache_bytes(self, tokens: int, size: int) -> int:
         """Keys and values of some tokens."""
-        return 2 * self.layers * self.hidden * self.kv_heads // self.heads * tokens * size
+        return 2 * self.layers * self.kv * tokens * size
 
     def lora(self, rank: int) -> int:
         """Weights of an adapter on every projection."""
-        kv = self.hidden * self.kv_heads // self.heads
-        sides = (
-            2 * (self.hidden + self.hidden)
-            + 2 * (self.hidden + kv)
-            + self.mlp * (self.hidden + self.intermediate)
-        )
-        return self.layers * rank * sides
+        return rank * self.sides
+
+
+def _published(
+    layers: int, hidden: int, intermediate: int, vocab: int, kv: int, mlp: int = 2, tied: bool = True
+) -> Shape:
+    """The shape of OPT and Llama from their numbers. mlp: matrices of an MLP, 3 where it is gated."""
+    matrices = 2 * hidden * hidden + 2 * hidden * kv + mlp * hidden * intermediate
+    sides = 2 * (hidden + hidden) + 2 * (hidden + kv) + mlp * (hidden + intermediate)
+    head = vocab * hidden
+    return Shape(layers, hidden, kv, layers * matrices, layers * sides, head, head if tied else 2 * head)
 
 
 PUBLISHED = {
-    "facebook/opt-350m": Shape(24, 1024, 4096, 50272, 16, 16),
-    "facebook/opt-1.3b": Shape(24, 2048, 8192, 50272, 32, 32),
-    "facebook/opt-6.7b": Shape(32, 4096, 16384, 50272, 32, 32),
-    "facebook/opt-13b": Shape(40, 5120, 20480, 50272, 40, 40),
-    "meta-llama/Llama-2-7b-hf": Shape(32, 4096, 11008, 32000, 32, 32, mlp=3, tied=False),
+    "facebook/opt-350m": _published(24, 1024, 4096, 50272, 1024),
+    "facebook/opt-1.3b": _published(24, 2048, 8192, 50272, 2048),
+    "facebook/opt-6.7b": _published(32, 4096, 16384, 50272, 4096),
+    "facebook/opt-13b": _published(40, 5120, 20480, 50272, 5120),
+    "meta-llama/Llama-2-7b-hf": _published(32, 4096, 11008, 32000, 4096, mlp=3, tied=False),
 }
 """The models of DeepSpeed-Chat's recipes, from their published configurations."""
 
@@ -75,21 +72,43 @@ def shape_of(name: str) -> Shape:
     """Of a published model, or of a folder with a config.json. Raises ConfigError for what is neither."""
     if name in PUBLISHED:
         return PUBLISHED[name]
-    file = Path(name).expanduser() / "config.json"
-    if not file.is_file():
+    if not Path(name).expanduser().joinpath("config.json").is_file():
         raise ConfigError(
             f"the shape of {name} is not known; give a model folder, or one of {', '.join(PUBLISHED)}"
         )
-    c = json.loads(file.read_text(encoding="utf-8"))
-    try:
-        heads = c["num_attention_heads"]
-        return Shape(
-            c["num_hidden_layers"], c["hidden_size"], c.get("intermediate_size") or c["ffn_dim"], c["vocab_size"],
-            heads, c.get("num_key_value_heads") or heads, 3 if c.get("hidden_act") == "silu" else 2,
-            bool(c.get("tie_word_embeddings", True)),
-        )  # fmt: skip
-    except KeyError as error:
-        raise ConfigError(f"{file} has no {error}, so the model's shape is not known") from None
+    from .rlhf import models  # PyTorch, which the published shapes do without
+
+    model = models.outline(name)
+    if model is None:
+        raise ConfigError(
+            f"{name}/config.json is of no language model that transformers can build, see dschat verify"
+        )
+    model.config.pad_token_id = None  # some forwards look for it in the ids, which have no values here
+    return measured(model)
+
+
+def measured(model: Any) -> Shape:
+    """The shape of a Hugging Face model, by its modules; its weights may be on the meta device."""
+    import torch
+    from torch import nn
+
+    from .rlhf.models import linear_modules
+
+    linear: list[torch.Tensor] = [m.weight for m in linear_modules(model).values()]  # type: ignore[misc]
+    head: torch.Tensor = model.get_output_embeddings().weight
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    token = torch.zeros(1, 1, dtype=torch.long, device=head.device)
+    keys = model(input_ids=token, use_cache=True).past_key_values.layers[0].keys  # as the cache keeps them
+    config = model.config.get_text_config()
+    return Shape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        kv=keys.numel(),
+        matrices=sum(w.numel() for w in linear),
+        sides=sum(sum(w.shape) for w in linear),
+        head=head.numel(),
+        embeddings=sum(w.numel() for w in {id(w): w for w in (*tables, head)}.values()),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,8 +135,7 @@ class Estimate:
 
 def plan(config: PlanConfig) -> tuple[PPOConfig, Estimate]:
     """The recipe as it is with that many processes, and its estimate."""
-    with mock.patch.dict(os.environ, {"WORLD_SIZE": str(config.gpus)}):  # per_device_... are multiplied by it
-        recipe = configs.load(PPOConfig, config.recipe)
+    recipe = configs.load(PPOConfig, config.recipe, processes=config.gpus)
     return recipe, estimate(recipe, config)
 
 
@@ -156,7 +174,7 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
 
     peak, bandwidth = machine.tflops * 1e12 * machine.efficiency, machine.bandwidth * GB
     tokens = rows * length
-    weights = policy.matrices + policy.vocab * policy.hidden
+    weights = policy.matrices + policy.head
     step = max(weights * size / bandwidth, 2 * weights * own / peak)
     cache = policy.cache_bytes(own * (run.max_prompt_length + run.max_new_tokens // 2), size) / bandwidth
     passes = 3 + again  # forward, backward twice it, and where layers are computed again the forward

@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dschat import planning
 from dschat.cli import main
 from dschat.config import ConfigError, PlanConfig
+from dschat.rlhf import models
+from tests.tiny_models import build
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "deepspeed_chat").glob("*.yaml"))
@@ -28,6 +31,25 @@ RECIPES = sorted((ROOT / "recipes" / "deepspeed_chat").glob("*.yaml"))
 def test_parameters_are_counted(name, billions):
     """Against 12 h^2 a layer (Llama: 4 h^2 + 3 h f) and the embeddings."""
     assert planning.shape_of(name).parameters == pytest.approx(billions * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma", "opt", "gpt2", "phi3", "falcon", "falcon-new", "opt-350m", "llama-bias"]
+)
+def test_a_model_is_counted_by_its_modules(name, tmp_path):
+    """Gated with gelu (Gemma), plain with relu (OPT), in one piece, of one key head, of heads wider than a share of the
+    hidden size, with a narrow embedding: as many numbers as the real model, its adapter and its cache have."""
+    model = build(name)
+    model.config.save_pretrained(tmp_path)
+    shape = planning.shape_of(str(tmp_path))
+    assert shape.parameters == sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    tokens = 5
+    cache = model(input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    assert shape.cache_bytes(tokens, 4) == 4 * sum(
+        x.numel() for e in cache.layers for x in (e.keys, e.values)
+    )
+    adapted = models.add_lora(model, 3, 0.0, ["all-linear"], "CAUSAL_LM", 0)
+    assert shape.lora(3) == sum(p.numel() for p in models.trainable(adapted))
 
 
 def test_a_models_own_weights_are_counted():

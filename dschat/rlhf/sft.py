@@ -36,6 +36,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
     with Run(config, "sft") as run, interruptible(run):
         if run.result is not None:
             return run.result
+        if model is None and config.lora_r:
+            models.check_lora(config, config.model)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")

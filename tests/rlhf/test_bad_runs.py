@@ -11,10 +11,13 @@ import pytest
 
 from dschat import config as C
 from dschat import launch
-from dschat.rlhf import grpo, models, ppo, run, sft
+from dschat.rlhf import dpo, grpo, models, ppo, reward, rloo, run, sft
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad_input.md"
-TRAINERS = {"sft": sft.train, "ppo": ppo.train, "grpo": grpo.train}
+TRAINERS = {
+    "sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train, "grpo": grpo.train,
+    "rloo": rloo.train,
+}  # fmt: skip
 
 
 def rows() -> dict[str, str]:
@@ -35,7 +38,7 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(base: dict[str, Any], command: str, **keys: Any) -> str:
     """The sentence that a run is refused with; it leaves no trace."""
     with pytest.raises(C.ConfigError) as error:
-        more = {} if command == "sft" else {"reward": ["mine:f"]}
+        more = {"reward": ["mine:f"]} if command in ("ppo", "grpo", "rloo") else {}
         TRAINERS[command](C.COMMANDS[command](**{**base, **more, **keys}))
     assert not Path(base["output_dir"]).exists() and "\n" not in str(error.value)
     return str(error.value)
@@ -72,6 +75,9 @@ CASES: dict[str, Any] = {
     "prompts that leave no room for the answers": ("grpo", {"max_new_tokens": 510}),
     "one answer a prompt, in GRPO": ("grpo", {"samples_per_prompt": 1}),
     "`unsup_coef` without `unsup_data`": ("ppo", {"unsup_coef": 1.0}),
+    "`lora_targets` that name no module of the model": ("sft", {"lora_r": 4, "lora_targets": ["c_attn"]}),
+    "`lora_targets` that the critic's model lacks": ("ppo", {"lora_r": 0, "lora_targets": ["c_attn"]}),
+    "`lora_last` above the model's layers": ("grpo", {"lora_r": 4, "lora_last": 6}),
     "`launch` of what runs in one process": launched,
 }  # fmt: skip
 
@@ -103,4 +109,51 @@ def test_a_critic_with_another_tokenizer(base: dict[str, Any], tmp_path: Path) -
     )
     assert "has another tokenizer than the policy, but log-probs" in refused(
         base, "grpo", reference=str(other)
+    )
+
+
+@pytest.mark.parametrize("command", TRAINERS)
+def test_adapters_are_looked_at_in_every_stage(base: dict[str, Any], command: str) -> None:
+    """What was given, and all names that the model has."""
+    said = refused(base, command, lora_r=4, lora_targets=["q_proj", "gate"])
+    assert said == (
+        "lora_targets has 'gate', which the model lacks; use all-linear, or some of down_proj, gate_proj, k_proj, "
+        "o_proj, q_proj, up_proj, v_proj"
+    )
+
+
+def test_adapters_of_a_model_that_is_an_adapter(base: dict[str, Any], tmp_path: Path) -> None:
+    """Its base has the modules."""
+    import peft
+
+    where = tmp_path / "adapter"
+    peft.LoraConfig(base_model_name_or_path=base["model"], target_modules=["q_proj"]).save_pretrained(where)
+    assert "lora_targets has 'fc1', which the model lacks" in refused(
+        base | {"model": str(where)}, "sft", lora_r=4, lora_targets=["fc1"]
+    )
+
+
+def test_what_a_critic_starts_from(base: dict[str, Any], tmp_path: Path) -> None:
+    """Its own model, else the first reward model, else the policy's: the one that lacks the modules is refused."""
+    import transformers
+
+    other = tmp_path / "gpt2"
+    transformers.AutoTokenizer.from_pretrained(base["model"]).save_pretrained(other)
+    small = transformers.GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2)
+    small.save_pretrained(other)
+    for keys in ({"critic": str(other)}, {"reward": ["mine:f", str(other)]}):
+        said = refused(base, "ppo", lora_r=4, lora_targets=["q_proj"], **keys)
+        assert (
+            "lora_targets has 'q_proj', which the critic's model lacks; use all-linear, or some of c_attn"
+            in said
+        )
+
+
+def test_an_outline_reads_and_draws_nothing(base: dict[str, Any]) -> None:
+    import torch
+
+    before = torch.get_rng_state()
+    found = models.outline(base["model"])
+    assert {p.device.type for p in found.parameters()} == {"meta"} and torch.equal(
+        before, torch.get_rng_state()
     )

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from dschat.config import ConfigError
 from dschat.rlhf import data, models
 
 F32 = torch.float32
+ROOT = Path(__file__).parents[2]
 
 
 def batch(tokenizer, extra_left: int = 0) -> data.Sequences:
@@ -257,3 +261,31 @@ def test_pick_dtype(monkeypatch):
         monkeypatch.setattr(models.Path, "read_text", lambda self, f=flags: f)
         monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
         assert models.pick_dtype("auto") == expected
+
+
+def test_saving_says_nothing(tmp_path, stories_dir):
+    """In a process that has not imported DeepSpeed, which transformers does when it saves: standard output is ours."""
+    code = (
+        "from dschat.rlhf import models; import torch; "
+        f"policy = models.load_policy({str(stories_dir)!r}, torch.float32); "
+        f"models.save_model(policy, models.load_tokenizer({str(stories_dir)!r}), {str(tmp_path)!r}, True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_nothing_deprecated_is_asked_for(tmp_path, stories_dir, stories_tokenizer, new_stories_model):
+    """Making, writing and reading adapters and checkpointed layers; transformers is as it was afterwards."""
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.is_gradient_checkpointing
+    scorer = models.load_scorer(str(stories_dir), F32)
+    for model, task in ((new_stories_model(), "CAUSAL_LM"), (scorer, "SEQ_CLS")):
+        model = models.checkpointed(models.add_lora(model, 2, 0.0, ["q_proj"], task, 0), True)
+        assert model.get_base_model().is_activation_checkpointing
+        models.save_model(model, stories_tokenizer, tmp_path / task, merge=False)
+    models.load_policy(str(tmp_path / "CAUSAL_LM" / "adapter"), F32)
+    models.load_scorer(str(tmp_path / "SEQ_CLS" / "adapter"), F32)
+    models.load_adapter(new_stories_model(), str(tmp_path / "CAUSAL_LM" / "adapter"))
+    assert PreTrainedModel.is_gradient_checkpointing is before
