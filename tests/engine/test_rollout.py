@@ -294,7 +294,9 @@ def test_little_memory_means_fewer_rows_and_the_same_tokens(
         buffers = step_bytes(engine.decoder, 64, 0)
         need = slot * (2 + (n > 1)) + 2 * row + buffers
         monkeypatch.setattr(module, "available_memory", lambda need=need: int(need / 0.75) + 9)
-        assert engine.generate(*left(PROMPTS), sampling).stats.slots == plenty.stats.slots  # it has that cache
+        assert (
+            engine.generate(*left(PROMPTS), sampling).stats.slots == plenty.stats.slots
+        )  # it has that cache
         engine.release()
         tight = engine.generate(*left(PROMPTS), sampling)
         assert tight.stats.slots == 2 < plenty.stats.slots
