@@ -33,19 +33,25 @@ RECIPES = ROOT / "recipes" / "deepspeed_chat"
 STORIES = ROOT / "tests" / "data" / "stories260k"
 
 
+HEADS = {"facebook/opt-350m": 16, "facebook/opt-1.3b": 32, "facebook/opt-6.7b": 32, "facebook/opt-13b": 40,
+         "meta-llama/Llama-2-7b-hf": 32}  # fmt: skip
+INTERMEDIATE = {"meta-llama/Llama-2-7b-hf": 11008}
+"""Where it is not four times the width."""
+
+
 def shape(name: str, width: int) -> Any:
     """The configuration of a published model with two layers, its widths divided by `width`."""
-    s = PUBLISHED[name]
-    heads = max(2, s.heads // width)
-    common = {"num_hidden_layers": 2, "hidden_size": s.hidden // width, "num_attention_heads": heads,
-              "vocab_size": s.vocab if width == 1 else 512, "max_position_embeddings": 2048,
-              "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}  # fmt: skip
+    hidden, vocab = PUBLISHED[name].hidden, PUBLISHED[name].head // PUBLISHED[name].hidden
+    intermediate = INTERMEDIATE.get(name, 4 * hidden) // width
+    common = {"num_hidden_layers": 2, "hidden_size": hidden // width,
+              "num_attention_heads": max(2, HEADS[name] // width), "vocab_size": vocab if width == 1 else 512,
+              "max_position_embeddings": 2048, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}  # fmt: skip
     if "opt" not in name:
-        return LlamaConfig(**common, intermediate_size=s.intermediate // width, tie_word_embeddings=False)
+        return LlamaConfig(**common, intermediate_size=intermediate, tie_word_embeddings=False)
     small = name.endswith("350m")
     return OPTConfig(
-        **common, ffn_dim=s.intermediate // width, do_layer_norm_before=not small,
-        word_embed_proj_dim=(s.hidden // 2 if small else s.hidden) // width,
+        **common, ffn_dim=intermediate, do_layer_norm_before=not small,
+        word_embed_proj_dim=(hidden // 2 if small else hidden) // width,
     )  # fmt: skip
 
 
