@@ -1,7 +1,8 @@
 """CPU memory for what a decode step reads once: weights, keys and values, in huge pages where the system has them.
 
 With pages of 4 KiB every 64th line that is read waits for the page tables first (in a virtual machine for two sets of
-them), and neither a prefetch nor the reads around it hide that: products of 16 rows then take a third longer.
+them), and neither a prefetch nor the reads around it hide that: products of 16 rows then take a fifth longer
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ class _Block:
 
     def __init__(self, size: int) -> None:
         self.size, self.used = size, 0
-        memory = mmap.mmap(
-            -1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )  # shared memory has no such pages
+        # Private: memory that processes can share, Python's default, has no such pages.
+        memory = mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)

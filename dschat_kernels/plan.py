@@ -685,6 +685,7 @@ class Decoder:
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}: draw at least 1 token.")
+        check_draw(**vars(draw), rows=len(slots))
         native_steps = type(self.executor) is NativeExecutor and self.executor.trace is None
         if not native_steps or len(slots) > self.max_tokens:
             logits = self.step(tokens, cache, slots, keep=False)
@@ -696,7 +697,6 @@ class Decoder:
         places = np.asarray(slots, dtype=np.int64)
         lens = np.ones(len(places), dtype=np.int64)
         ids = self._check_step(tokens, cache, places, lens, "last")
-        check_draw(**vars(draw), rows=len(places))
         longest = int(cache._lengths[places].max()) + steps
         check_length(self.limit, longest)
         cache.prepare_append(places, lens * steps)

@@ -29,9 +29,8 @@ class Sharing:
         check_teams(size, parallel.world())
         self.size = size
         if size > 1:
-            parallel.group(
-                size
-            )  # made by all processes together: a team without a prompt would not come to it
+            # Made by all processes together; a team without a prompt would not come to it later.
+            parallel.group(size)
 
     @property
     def teams(self) -> int:

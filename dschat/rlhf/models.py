@@ -232,11 +232,12 @@ def outline(name: str) -> Any:
         return outline(base) if base else None
     with loading("configuration of", name):
         config = transformers.AutoConfig.from_pretrained(path)
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception:
-        return None
+        try:
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(config)
+        except (ValueError, ImportError, RuntimeError):
+            # No language model, one of a package that is missing, or one that computes with values when it is made.
+            return None
 
 
 # --------------------------------------------------------------------------------------------------- adapters
