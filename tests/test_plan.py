@@ -132,18 +132,23 @@ def test_one_logit_a_row_wherever_a_pass_ends(limit: int) -> None:
 @pytest.mark.parametrize("name", ["stories", *CONFIGS])
 @torch.no_grad()
 def test_logits_are_as_exact_as_hf(name: str, dtype: torch.dtype) -> None:
+    """By the tokens' largest errors, their root mean square and median, and by the mean of all: the one largest error
+    belongs to a token that magnifies rounding tenfold and is a throw of the dice, for HF as for us."""
     model = model_of(name, dtype)
     decoder = decoder_of(model)
-    rows = rows_of(decoder, (29, 60))
+    rows = rows_of(decoder, (29, 60) * 6)
     ours = prefill(decoder, rows)
     hf = torch.cat([model(r[None]).logits[0].float() for r in rows])
     wide = copy.deepcopy(model).double()
     exact = torch.cat([walk(decoder_spec(wide), r) for r in rows])
-    error, own = (float((x.double() - exact).abs().max()) for x in (ours, hf))
+    errors, own = ((x.double() - exact).abs() for x in (ours, hf))
+    largest, own_largest = errors.amax(1), own.amax(1)
     floor = (2 if dtype == torch.float32 else 0.5) * torch.finfo(dtype).eps * float(exact.abs().max())
-    assert error <= 2 * own + floor
-    error, own = (float((x.double() - exact).abs().mean()) for x in (ours, hf))
-    assert error <= 1.5 * own + floor / 8
+    assert (
+        float(largest.square().mean().sqrt()) <= 1.5 * float(own_largest.square().mean().sqrt()) + floor / 4
+    )
+    assert float(largest.median()) <= 1.25 * float(own_largest.median()) + floor / 8
+    assert float(errors.mean()) <= 1.25 * float(own.mean()) + floor / 16
 
 
 def test_rollout_dtype_other_than_the_models() -> None:
