@@ -482,7 +482,10 @@ def _convert(
     if stream:
         stats.kept = len(records)
         stats.notes.append("streamed, the next row in the place of one that does not fit")
-        return StreamedExamples(records, encoding, bad_rows)
+        streamed = StreamedExamples(records, encoding, bad_rows)
+        if records:
+            streamed[0]  # whether any row fits is known before the run begins
+        return streamed
     outcomes: list[Outcome] | None = None
     if cache and records and encoding.settings is not None:
         key = token_cache.key_of((r.columns for r in records), encoding.settings)

@@ -133,12 +133,11 @@ def test_empty_answers(base, command, silent):
 @pytest.mark.parametrize("command", TRAINERS)
 def test_all_prompts_too_long(base, command, tmp_path):
     for stream in (False, True):
-        base["output_dir"] = str(
-            tmp_path / f"stream-{stream}"
-        )  # what is streamed is known when the run has begun
+        base["output_dir"] = str(tmp_path / f"stream-{stream}")
         with pytest.raises(
             data.DataError, match=r"over max_prompt_length 2; raise it, or set overlong to cut"
         ):
             run(base, command, equal, max_prompt_length=2, stream=stream)
+        assert not Path(base["output_dir"]).exists()
     base["output_dir"] = str(tmp_path / "cut")
     assert len(run(base, command, equal, max_prompt_length=2, overlong="cut")) == 2
