@@ -405,9 +405,14 @@ class HybridEngine:
     # -------------------------------------------------------------------------------------------------- report
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights and of the packs kept beside them."""
+        """Bytes of the weights (of this process's part), of the packs kept beside them, and of the cache that is kept
+        for the next rollout."""
+        kept = [k.bytes for k in (self.graphs, self._kept) if k is not None]
+        return {"weights": self._weight_bytes(), "packs": self.decoder.packed_bytes, "cache": sum(kept)}
+
+    def _weight_bytes(self) -> int:
         weights = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
-        return {"weights": sum(weights.values()), "packs": self.decoder.packed_bytes}
+        return sum(weights.values())
 
 
 def _check_exact(rollout_weights: str) -> None:

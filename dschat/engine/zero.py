@@ -497,11 +497,9 @@ class ZeroEngine(HybridEngine):
         decoder.gather = gather_modules if self.settings.stage == 3 else None
         return decoder
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of this process's part of the weights, and of the packs."""
+    def _weight_bytes(self) -> int:
         parts = {id(p): held(p) for p in self.model.parameters()}
-        weights = sum(t.numel() * t.element_size() for t in parts.values())
-        return {"weights": weights, "packs": self.decoder.packed_bytes}
+        return sum(t.numel() * t.element_size() for t in parts.values())
 
 
 def make_engine(
