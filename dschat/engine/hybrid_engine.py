@@ -388,12 +388,13 @@ class HybridEngine:
         Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that. A norm that is nan or
         infinite steps nothing: the gradients are dropped and the weights stay as they are.
         """
-        norm = self.ready(max_grad_norm)
+        self.ready(max_grad_norm)
         self.apply()
-        return norm
+        return self.stepper.norm
 
     def ready(self, max_grad_norm: float | None = None) -> float:
-        """The first half of `step`: gradients put together, clipped, and their norm before that."""
+        """The first half of `step`, which changes no weight: gradients put together, clipped, and their norm before
+        that (through DeepSpeed a bound on it)."""
         return self.stepper.ready(max_grad_norm)
 
     def apply(self, skip: bool = False) -> None:

@@ -349,6 +349,9 @@ class Trainer:
         overflow |= self._overflow(norms, experience, rows, step)
         self.engine.apply(skip=overflow)
         self.extra_step(skip=overflow)
+        for name, stepper in self.steppers().items():
+            if f"{name}/grad_norm" in norms:
+                norms[f"{name}/grad_norm"] = stepper.norm
         return {} if overflow else norms
 
     def _overflow(
