@@ -49,20 +49,26 @@ class Shape:
 
 
 def _published(
-    layers: int, hidden: int, intermediate: int, vocab: int, kv: int, mlp: int = 2, tied: bool = True
-) -> Shape:
-    """The shape of OPT and Llama from their numbers. mlp: matrices of an MLP, 3 where it is gated."""
-    matrices = 2 * hidden * hidden + 2 * hidden * kv + mlp * hidden * intermediate
-    sides = 2 * (hidden + hidden) + 2 * (hidden + kv) + mlp * (hidden + intermediate)
-    head = vocab * hidden
-    return Shape(layers, hidden, kv, layers * matrices, layers * sides, head, head if tied else 2 * head)
+    layers: int, hidden: int, intermediate: int, vocab: int, kv: int, mlp: int = 2, tied: bool = True,
+    positions: int = 0, embedded: int = 0,
+) -> Shape:  # fmt: skip
+    """The shape of OPT and Llama from their numbers. mlp: matrices of an MLP, 3 where it is gated. positions: rows of
+    a table of them. embedded: width of the embedding, which a matrix brings to the hidden size and another back; 0:
+    the hidden size."""
+    matrices = layers * (2 * hidden * hidden + 2 * hidden * kv + mlp * hidden * intermediate)
+    sides = layers * (2 * (hidden + hidden) + 2 * (hidden + kv) + mlp * (hidden + intermediate))
+    if embedded:
+        matrices, sides = matrices + 2 * embedded * hidden, sides + 2 * (embedded + hidden)
+    head = vocab * (embedded or hidden)
+    tables = (head if tied else 2 * head) + positions * hidden
+    return Shape(layers, hidden, kv, matrices, sides, head, tables)
 
 
 PUBLISHED = {
-    "facebook/opt-350m": _published(24, 1024, 4096, 50272, 1024),
-    "facebook/opt-1.3b": _published(24, 2048, 8192, 50272, 2048),
-    "facebook/opt-6.7b": _published(32, 4096, 16384, 50272, 4096),
-    "facebook/opt-13b": _published(40, 5120, 20480, 50272, 5120),
+    "facebook/opt-350m": _published(24, 1024, 4096, 50272, 1024, positions=2050, embedded=512),
+    "facebook/opt-1.3b": _published(24, 2048, 8192, 50272, 2048, positions=2050),
+    "facebook/opt-6.7b": _published(32, 4096, 16384, 50272, 4096, positions=2050),
+    "facebook/opt-13b": _published(40, 5120, 20480, 50272, 5120, positions=2050),
     "meta-llama/Llama-2-7b-hf": _published(32, 4096, 11008, 32000, 4096, mlp=3, tied=False),
 }
 """The models of DeepSpeed-Chat's recipes, from their published configurations."""

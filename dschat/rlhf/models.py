@@ -222,6 +222,9 @@ def read_config(name: str) -> Any:
 def heads_of(config: Any) -> tuple[int, int]:
     """(attention heads, key and value heads) by a configuration."""
     heads = int(config.num_attention_heads)
+    if hasattr(config, "multi_query"):  # Falcon: its own name, and one head whatever that says, by these two
+        one = config.multi_query and not config.new_decoder_architecture
+        return heads, 1 if one else int(config.num_kv_heads)
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
