@@ -231,13 +231,15 @@ def evidence_table(results: Sequence[dict[str, Any]]) -> str:
              f"**{over['mean']:+.2f}** ({over['low']:+.2f} to {over['high']:+.2f})",
              ", ".join(f"{run['change']:+.2f}" for run in runs), f"{kl:.1f}", f"{short:.0f} -> {long:.0f}"]
         )  # fmt: skip
-    sizes = {(r["runs"][0]["held_out"]["prompts"], r["runs"][0]["config"]["eval_samples"]) for r in results}
-    asked = " or ".join(f"{prompts} prompts, {answers} answers each" for prompts, answers in sorted(sizes))
+    prompts, answers = (
+        "-".join(str(n) for n in sorted({r["runs"][0][part][key] for r in results}))
+        for part, key in (("held_out", "prompts"), ("config", "eval_samples"))
+    )
     return "\n".join(
         [
             *table(head, lines),
             "",
-            f"Held-out: {asked}. Each seed is one observation of Student's interval; its own, a paired bootstrap over "
+            f"Mean rewards of {prompts} held-out prompts, {answers} answers each. Each seed is one observation of Student's interval; its own, a paired bootstrap over "
             f"prompts, is in benchmarks/results.{_reward_model(results)}",
         ]
     )
