@@ -239,9 +239,9 @@ def evidence_table(results: Sequence[dict[str, Any]]) -> str:
         [
             *table(head, lines),
             "",
-            f"Mean rewards of {prompts} held-out prompts, {answers} answers each. Each seed is one observation of Student's interval; "
-            "its own, a paired bootstrap over "
-            f"prompts, is in benchmarks/results.{_reward_model(results)}",
+            f"Mean rewards of {prompts} held-out prompts, {answers} answers each. Each seed is one observation of "
+            "Student's interval; its own, a paired bootstrap over prompts, is in benchmarks/results."
+            f"{_reward_model(results)}",
         ]
     )
 
