@@ -28,7 +28,7 @@ from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import MAX_HEAD_DIM
 from .ops.sample import check_draw, raise_for_bad_rows
-from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
+from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digests, resolve_linear
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,7 @@ class Group:
     gated: bool = False
     packed: PackedLinear | None = None
     key: Any = None
+    versions: Any = None
 
     def resolve(self, name: str) -> list[ResolvedLinear]:
         """What the projections compute at this moment."""
@@ -259,16 +260,40 @@ class _Digests:
         self.stats = stats
         self.known: dict[Any, int] = {}
 
-    def of(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    def of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """What changes when any of the tensors changes."""
-        key = []
-        for t in tensors:
-            place = (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
-            if place not in self.known:
-                self.known[place] = digest(t)
-                self.stats.bytes_hashed += t.numel() * t.element_size()
-            key.append((self.known[place], tuple(t.shape), t.dtype))
-        return tuple(key)
+        self.read(tensors)
+        return tuple((self.known[_place(t)], tuple(t.shape), t.dtype) for t in tensors)
+
+    def read(self, tensors: Iterable[Tensor]) -> None:
+        """Makes those digests that are not known yet, all in one call."""
+        unknown = {place: t for t in tensors if (place := _place(t)) not in self.known}
+        self.learn(list(unknown.values()), digests(list(unknown.values())))
+
+    def learn(self, tensors: Sequence[Tensor], found: Sequence[int]) -> None:
+        """Digests that somebody made."""
+        for tensor, value in zip(tensors, found, strict=True):
+            self.known[_place(tensor)] = value
+            self.stats.bytes_hashed += tensor.numel() * tensor.element_size()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _key(parts: Sequence[ResolvedLinear], known: _Digests) -> tuple[Any, ...]:
+    """What changes when what the parts compute does."""
+    return (
+        known.of([t for p in parts for t in p.tensors()]),
+        tuple(tuple(u.scale for u in p.updates) for p in parts),
+        tuple(p.bias is None for p in parts),
+    )
+
+
+def _versions(parts: Sequence[ResolvedLinear]) -> tuple[Any, ...]:
+    """What the usual ways of writing to a part's tensors change; others leave it as it is."""
+    tensors = [t for p in parts for t in p.tensors()]
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class Decoder:
@@ -370,7 +395,8 @@ class Decoder:
         """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
         call.
 
-        Reads every weight once to see what changed; a changed one is read once more and written once.
+        Reads every weight once to see by its digest what changed. One whose version counter moved is packed in the
+        same reading; one that was written behind the counter's back (by `.data`, a fused optimizer) is read once more.
 
         Raises:
             Unsupported: a projection can no longer be packed (an adapter of another kind), has another shape,
@@ -380,11 +406,12 @@ class Decoder:
         stats = RefreshStats()
         with torch.no_grad():
             if self.gather is None:
-                self._check_shapes()
-                self._check_devices({name: group.resolve(name) for name, group in self.groups.items()})
-                digests = _Digests(stats)
-                self._refresh_part(list(self.groups), list(self.norms), digests, stats)
-                self._refresh_tables(digests, stats)
+                parts = self._resolve(self.groups)
+                self._check_shapes(parts)
+                self._check_devices(parts)
+                known = _Digests(stats)
+                self._refresh_part(parts, list(self.norms), known, stats)
+                self._refresh_tables(known, stats)
             else:
                 self._refresh_sharded(self.gather, stats)
         if stats.changed:
@@ -426,23 +453,40 @@ class Decoder:
         modules: list[Any] = [m for m in (self.spec.embed, self.spec.positions) if m is not None]
         return [m.weight.detach() for m in modules]
 
-    def _check_shapes(self) -> None:
+    def _resolve(self, names: Iterable[str]) -> dict[str, list[ResolvedLinear]]:
+        return {name: self.groups[name].resolve(name) for name in names}
+
+    def _check_shapes(self, parts: Mapping[str, Sequence[ResolvedLinear]]) -> None:
         """Raises Unsupported for a projection of another shape than its pack."""
         for name, group in self.groups.items():
-            shapes = [tuple(p.weight.shape) for p in group.resolve(name)]
+            shapes = [tuple(p.weight.shape) for p in parts[name]]
             if group.packed is not None and shapes != group.packed.shapes:
                 raise Unsupported(
                     f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
                 )
 
     def _refresh_part(
-        self, groups: Sequence[str], norms: Sequence[str], digests: _Digests, stats: RefreshStats
+        self,
+        parts: Mapping[str, list[ResolvedLinear]],
+        norms: Sequence[str],
+        known: _Digests,
+        stats: RefreshStats,
     ) -> None:
-        for name in groups:
-            self._refresh_group(self.groups[name], self.groups[name].resolve(name), digests, stats)
+        written = {
+            name: self.groups[name].key is None or _versions(own) != self.groups[name].versions
+            for name, own in parts.items()
+        }
+        known.read(
+            [
+                t for name, own in parts.items() for p in own for t in p.tensors()[written[name] :]
+            ]  # weights first
+            + [t for name in norms for t in self.norms[name].spec.sources()]
+        )
+        for name, own in parts.items():
+            self._refresh_group(self.groups[name], own, written[name], known, stats)
         for name in norms:
             norm = self.norms[name]
-            key = digests.of(norm.spec.sources())
+            key = known.of(norm.spec.sources())
             stats.total += 1
             if key != self._norm_keys.get(name):
                 norm.fill(self.device)
@@ -461,38 +505,36 @@ class Decoder:
         for groups, norms in parts.values():
             modules = [s.module for name in groups for s in self.groups[name].specs]
             with gather(modules + [self.norms[name].spec.module for name in norms]):
-                self._refresh_part(groups, norms, _Digests(stats), stats)
+                self._refresh_part(self._resolve(groups), norms, _Digests(stats), stats)
         with gather([m for m in (self.spec.embed, self.spec.positions) if m is not None]):
             self._refresh_tables(_Digests(stats), stats)
 
     def _refresh_group(
-        self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
+        self, group: Group, parts: list[ResolvedLinear], written: bool, known: _Digests, stats: RefreshStats
     ) -> None:
-        key = (
-            digests.of(t for p in parts for t in p.tensors()),
-            tuple(tuple(u.scale for u in p.updates) for p in parts),
-            tuple(p.bias is None for p in parts),
-        )
+        """written: pack first and digest meanwhile, for the weights have most likely changed."""
         stats.total += 1
-        if key == group.key:
+        before = group.key
+        if not written and _key(parts, known) == before:
             return
+        group.key = None  # a fill that fails leaves no pack that counts as good
         if group.packed is not None and group.packed.fits(parts):
-            group.key = None  # a fill that fails leaves no pack that counts as good
-            group.packed.fill(parts)
+            found = group.packed.fill(parts, digest=written)
+            known.learn([p.weight for p in parts][: len(found)], found)
         else:
             dense = True if self.backend in ("triton", "cuda") else None
             group.packed = PackedLinear.from_parts(
                 parts, self.dtype, gated=group.gated, weights=self.weights, dense=dense
             )
-        group.key = key
-        stats.changed += 1
+        group.key, group.versions = _key(parts, known), _versions(parts)
+        stats.changed += group.key != before
         stats.bytes_packed += group.packed.nbytes
 
-    def _refresh_tables(self, digests: _Digests, stats: RefreshStats) -> None:
+    def _refresh_tables(self, known: _Digests, stats: RefreshStats) -> None:
         """Embedding and learned positions are used where they are (copied only when the dtypes differ)."""
         tables = self._tables()
         in_place = self.gather is None and all(t.dtype == self.dtype and t.is_contiguous() for t in tables)
-        key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else digests.of(tables)
+        key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else known.of(tables)
         stats.total += 1
         if key == self._table_key:
             return
