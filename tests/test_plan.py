@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dschat_kernels.cache import OutOfPages
+from dschat_kernels.executors import NativeExecutor, PythonExecutor
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.models.spec import Unsupported
-from dschat_kernels.plan import Decoder, NativeExecutor, PythonExecutor
+from dschat_kernels.plan import Decoder
 from tests.helpers import cuda_refusal
 from tests.spec_walk import walk
 from tests.test_packing import lora

@@ -66,9 +66,9 @@ constexpr const char* kBf16Products = "dot";
 constexpr const char* kBf16Products = "float32";
 #endif
 
-// What plan.py hands over of a step: tokens, rows, the addresses of token_ids, positions, slot_of_token, cu_seqlens,
-// kv_lens and slots, block_table and its stride, k_cache, v_cache and the bytes of a layer of each, selected and the
-// address of selected_tokens.
+// What executors.py hands over of a step: tokens, rows, the addresses of token_ids, positions, slot_of_token,
+// cu_seqlens, kv_lens and slots, block_table and its stride, k_cache, v_cache and the bytes of a layer of each, selected
+// and the address of selected_tokens.
 using Tables = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                           int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
 

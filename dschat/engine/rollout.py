@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from dschat_kernels.cache import PAGE, PagedKVCache, padded_head_dim, pages_for
+from dschat_kernels.executors import Draw
 from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.kept_cache import KeptCache
 from dschat_kernels.limits import available_memory
-from dschat_kernels.plan import Decoder, Draw
+from dschat_kernels.plan import Decoder
 
 from ..device import synchronize
 

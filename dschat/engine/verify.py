@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.cache import PagedKVCache
+from dschat_kernels.executors import PythonExecutor, StepTables
 from dschat_kernels.models import DecoderSpec, decoder_spec
 from dschat_kernels.ops._common import resolve_backend
 from dschat_kernels.packing import fused_weight, is_lora
 from dschat_kernels.patch import is_patched, patch
-from dschat_kernels.plan import Decoder, OpCall, PythonExecutor, StepTables
+from dschat_kernels.plan import Decoder, OpCall
 
 from .hybrid_engine import HybridEngine
 from .packed import pack_rows
