@@ -65,6 +65,18 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device is {name!r}, but it must be auto, cpu, cuda or cuda:N, such as cuda:0")
 
 
+def scale_rules(settings: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
+    """(name, whether its value can be, what it must be) of every setting of float16's loss scale."""
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "loss_scale": (lambda v: 0 <= v < math.inf, "0 (dynamic) or more"),
+        "initial_scale_power": (lambda v: 0 <= v <= 32, "from 0 to 32"),
+        "loss_scale_window": (lambda v: v >= 1, "1 or more"),
+        "hysteresis": (lambda v: v >= 1, "1 or more"),
+        "min_loss_scale": (lambda v: 0 < v < math.inf, "greater than 0"),
+    }
+    return [(name, good(settings[name]), rule) for name, (good, rule) in rules.items()]
+
+
 # -------------------------------------------------------------------------------------------------- the types
 
 
@@ -377,11 +389,8 @@ class StageConfig(Config):
                 "base_weights is int8 with DeepSpeed, which shards no integers; leave zero_stage and deepspeed out, or "
                 "set base_weights to model"
             )
-        for key in ("loss_scale_window", "hysteresis"):
-            self.require(getattr(self, key) >= 1, key, "1 or more")
-        self.require(0 <= self.loss_scale < float("inf"), "loss_scale", "0 (dynamic) or more")
-        self.require(0 <= self.initial_scale_power <= 32, "initial_scale_power", "from 0 to 32")
-        self.require(0 < self.min_loss_scale < float("inf"), "min_loss_scale", "greater than 0")
+        for key, good, rule in scale_rules(vars(self)):
+            self.require(good, key, rule)
 
     def _check_data(self) -> None:
         self.require(0 <= self.eval_split < 1, "eval_split", "at least 0 and below 1")

@@ -40,12 +40,16 @@ class KeptCache:
         held = self.cache
         return held is not None and held.num_slots >= num_slots and held.max_length >= max_tokens
 
+    @property
+    def bytes(self) -> int:
+        """Memory that the cache takes."""
+        return 0 if self.cache is None else self.cache.num_pages * self.cache.bytes_per_page
+
     def release(self) -> None:
         """Gives up the cache, for instance to train in its memory."""
         self.cache = None
 
     def trim(self, most: int) -> None:
         """Gives up a cache of more than `most` bytes."""
-        held = self.cache
-        if held is not None and held.num_pages * held.bytes_per_page > most:
+        if self.bytes > most:
             self.release()

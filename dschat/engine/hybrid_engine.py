@@ -388,12 +388,13 @@ class HybridEngine:
         Gradients are clipped to `max_grad_norm` (None: not). Returns their norm before that. A norm that is nan or
         infinite steps nothing: the gradients are dropped and the weights stay as they are.
         """
-        norm = self.ready(max_grad_norm)
+        self.ready(max_grad_norm)
         self.apply()
-        return norm
+        return self.stepper.norm
 
     def ready(self, max_grad_norm: float | None = None) -> float:
-        """The first half of `step`: gradients put together, clipped, and their norm before that."""
+        """The first half of `step`, which changes no weight: gradients put together, clipped, and their norm before
+        that (through DeepSpeed a bound on it)."""
         return self.stepper.ready(max_grad_norm)
 
     def apply(self, skip: bool = False) -> None:
@@ -405,9 +406,14 @@ class HybridEngine:
     # -------------------------------------------------------------------------------------------------- report
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights and of the packs kept beside them."""
+        """Bytes of the weights (of this process's part), of the packs kept beside them, and of the cache that is kept
+        for the next rollout."""
+        kept = [k.bytes for k in (self.graphs, self._kept) if k is not None]
+        return {"weights": self._weight_bytes(), "packs": self.decoder.packed_bytes, "cache": sum(kept)}
+
+    def _weight_bytes(self) -> int:
         weights = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
-        return {"weights": sum(weights.values()), "packs": self.decoder.packed_bytes}
+        return sum(weights.values())
 
 
 def _check_exact(rollout_weights: str) -> None:

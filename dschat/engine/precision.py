@@ -8,13 +8,14 @@ and the scale falls.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..config import scale_rules
 
 
 @dataclass
@@ -40,13 +41,7 @@ class LossScale:
     """Steps left out so far."""
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("loss_scale", 0 <= self.loss_scale < math.inf, "0 (dynamic) or more"),
-            ("initial_scale_power", 0 <= self.initial_scale_power <= 32, "from 0 to 32"),
-            ("loss_scale_window", self.loss_scale_window >= 1, "1 or more"),
-            ("hysteresis", self.hysteresis >= 1, "1 or more"),
-            ("min_loss_scale", 0 < self.min_loss_scale < math.inf, "greater than 0"),
-        ):
+        for name, good, rule in scale_rules(vars(self)):
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be {rule}")
         self.value = self.loss_scale or 2.0**self.initial_scale_power

@@ -77,6 +77,11 @@ class SamplingConfig:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     @property
+    def draw_settings(self) -> dict[str, Any]:
+        """What decides a draw beside a row's random numbers, as `ops.sample` names it."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+
+    @property
     def logprob_temperature(self) -> float:
         """The temperature of the reported log-probs: that of the sampling, 1 for greedy."""
         return self.temperature or 1.0
@@ -343,8 +348,8 @@ class RolloutRun:
     def _replay(self, graphs: DecodeGraphs, last: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """The next token of each active row and its log-prob, [1, rows], by CUDA graphs; None where these cannot be
         had."""
-        rows, s = self.active_rows, self.sampling
-        settings = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+        rows = self.active_rows
+        settings = self.sampling.draw_settings
         drawn = graphs.step(last, self.active_slots, self.streams[rows], self.counts[rows], settings)
         if drawn is None:
             self.graphs = None
@@ -354,9 +359,8 @@ class RolloutRun:
 
     def _draw(self, rows: list[int]) -> Draw:
         """How rows draw the next of their tokens."""
-        s = self.sampling
         streams, positions = (torch.from_numpy(numbers[rows]) for numbers in (self.streams, self.counts))
-        return Draw(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, streams, positions)
+        return Draw(**self.sampling.draw_settings, streams=streams, positions=positions)
 
     def _accept(self, rows: list[int], slots: list[int], logits: Tensor) -> None:
         """Draws one token for each row; rows that are done leave, the others stay or become active."""

@@ -34,8 +34,8 @@ class Stepper:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def ready(self, max_grad_norm: float | None = None) -> float:
-        """Gradients put together and clipped to `max_grad_norm` (None: not); their norm before that, of all processes.
-        `apply` steps with them."""
+        """Gradients put together and clipped to `max_grad_norm` (None: not); their norm before that, of all processes
+        (through DeepSpeed a bound on it). Nothing is changed before `apply`, which steps with them."""
         if self.optimizer is None:
             raise ValueError(
                 "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."
@@ -67,9 +67,9 @@ class Stepper:
 
     def step(self, max_grad_norm: float | None = None) -> float:
         """`ready` and `apply`; returns the norm."""
-        norm = self.ready(max_grad_norm)
+        self.ready(max_grad_norm)
         self.apply()
-        return norm
+        return self.norm
 
     def state(self) -> dict[str, Any]:
         """The loss scale as a checkpoint keeps it; {} where there is none."""

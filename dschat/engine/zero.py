@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import warnings
@@ -284,8 +285,11 @@ class ZeroStepper(Stepper):
         parallel.start(device, alone=True)
         self.settings, self.norm = settings, 0.0
         self._limit: float | None = None
-        self._gradients = False
+        self._backwards, self._bound = 0, 0.0
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.register_hook(self._look)
         self.dtype = parameters[0].dtype
         own = ZeroOptimizer(self, optimizer)
         with warnings.catch_warnings():
@@ -316,7 +320,7 @@ class ZeroStepper(Stepper):
         self.norm = clip(found, self._limit)
 
     def backward(self, loss: Tensor) -> None:
-        self._gradients = True
+        self._backwards += 1
         handed = self.engine(loss)
         if self.settings.stage == 3 and self.inner.micro_step_id == 0:
             # DeepSpeed overwrites with the first gradient of a step and adds the others, counting backwards; a
@@ -325,26 +329,44 @@ class ZeroStepper(Stepper):
             self.inner.micro_step_id = 1
         self.engine.backward(handed)
 
+    def _look(self, gradient: Tensor) -> None:
+        self._squares += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double() ** 2
+
     def ready(self, max_grad_norm: float | None = None) -> float:
-        """DeepSpeed clips and steps at once, and leaves out a step whose gradients are not finite. Without a backward
-        since the last step there is nothing to step with, which DeepSpeed takes for granted and torch's optimizers
-        pass over: so does this."""
+        """Whether `apply` will have gradients to step with: a bound on their norm, nan or infinite where they are.
+
+        DeepSpeed puts gradients together, finds their norm and steps at once, so `norm` is known after `apply`. A sum
+        of K gradients is at most sqrt(K) times as long as the root of their squares' sum: where that is finite, no
+        process finds an overflow later. Without a backward since the last step there is nothing to step with, which
+        DeepSpeed takes for granted and torch's optimizers pass over: so does this."""
         check_max_grad_norm(max_grad_norm)
-        if not self._gradients:
-            self.norm = 0.0
-            return self.norm
-        self._gradients = False
-        self._limit = max_grad_norm
-        if self.settings.stage:
-            self.inner.clip_grad = max_grad_norm or 0.0
-        self.engine.step()
-        if self.settings.stage:
-            overflow = bool(getattr(self.inner, "overflow", False))
-            self.norm = float("nan") if overflow else float(self.engine.get_global_grad_norm())
+        self._limit, self._bound = max_grad_norm, 0.0
+        if self._backwards:
+            together = 2 * self._backwards * parallel.world()  # 2: a head that is the embedding too
+            squares = together * parallel.total({"squares": float(self._squares)})["squares"]
+            self._bound = math.sqrt(squares) if squares < torch.finfo(torch.float32).max else math.nan
+        self.norm = self._bound
         return self.norm
 
     def apply(self, skip: bool = False) -> None:
-        """`ready` has stepped."""
+        """DeepSpeed clips and steps, and leaves out a step whose gradients are not finite. Its stage 0 leaves out none
+        of a float32 model, which is not let that far."""
+        assert not skip, "nothing is skipped for another's sake without a loss scale"
+        if not self._backwards:
+            return
+        self._backwards = 0
+        self._squares.zero_()
+        if self.settings.stage == 0 and self.dtype == torch.float32 and not math.isfinite(self._bound):
+            for p in self.optimizer.parameters:
+                p.grad = None
+            return
+        if self.settings.stage:
+            self.inner.clip_grad = self._limit or 0.0
+        self.engine.step()
+        if getattr(self.inner, "overflow", False):
+            self.norm = math.nan
+        elif self.settings.stage:
+            self.norm = float(self.engine.get_global_grad_norm())
 
 
 class ZeroOptimizer:
@@ -497,11 +519,9 @@ class ZeroEngine(HybridEngine):
         decoder.gather = gather_modules if self.settings.stage == 3 else None
         return decoder
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of this process's part of the weights, and of the packs."""
+    def _weight_bytes(self) -> int:
         parts = {id(p): held(p) for p in self.model.parameters()}
-        weights = sum(t.numel() * t.element_size() for t in parts.values())
-        return {"weights": weights, "packs": self.decoder.packed_bytes}
+        return sum(t.numel() * t.element_size() for t in parts.values())
 
 
 def make_engine(

@@ -17,7 +17,7 @@ from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_stepper
 from . import data, models
-from .rewards import RewardFunction, Rewards, is_function_name, load_sources, other_tokenizer
+from .rewards import RewardFunction, Rewards, load_sources
 from .run import derive_seed, make_optimizer
 
 
@@ -89,16 +89,6 @@ class AdapterOff:
         self.scorer.forget()
         with self.scorer.model.disable_adapter():
             return self.scorer.rate(batch)
-
-
-def check_critic(config: PPOConfig, tokenizer: Any) -> None:
-    """Raise ConfigError, before weights are read, where the model that the critic starts from has no module for its
-    adapter. tokenizer: the policy's.
-    """
-    if config.critic_update != "lora":
-        return
-    same = (n for n in config.reward if not is_function_name(n) and other_tokenizer(n, tokenizer) is None)
-    models.check_lora(config, config.critic or next(same, config.model), "the critic's model")
 
 
 def build_rewards_and_critic(

@@ -111,6 +111,19 @@ def require_file(source: str) -> None:
     raise DataError(f"data file {source} does not exist; {hint}")
 
 
+def require_source(source: str) -> None:
+    """Raise DataError for what is no file, and cannot be the name of a hub data set."""
+    plain = source.removesuffix(".gz")
+    if os.path.isdir(source):
+        there = sorted(f for f in os.listdir(source) if f.removesuffix(".gz").endswith(FILE_ENDINGS))
+        raise DataError(
+            f"{source} is a folder; name a file in it"
+            + (f", such as {os.path.join(source, there[0])}" if there else "")
+        )
+    if plain.endswith(FILE_ENDINGS) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        require_file(source)
+
+
 def parse_line(line: str | bytes, where: str) -> Record | DataError:
     """A row of a .jsonl file."""
     try:
@@ -126,18 +139,11 @@ def parse_line(line: str | bytes, where: str) -> Record | DataError:
 
 def read_source(source: str) -> Iterator[Record | DataError]:
     """The rows of one file or hub data set, with DataError in the place of a bad one."""
-    plain = source[:-3] if source.endswith(".gz") else source
-    if os.path.isdir(source):
-        there = sorted(f for f in os.listdir(source) if f.removesuffix(".gz").endswith(FILE_ENDINGS))
-        raise DataError(
-            f"{source} is a folder; name a file in it"
-            + (f", such as {os.path.join(source, there[0])}" if there else "")
-        )
+    require_source(source)
     if not os.path.exists(source):
-        if plain.endswith(FILE_ENDINGS) or source.count("/") != 1 or source.startswith((".", "/", "~")):
-            require_file(source)
         yield from _read_hub(source)
         return
+    plain = source.removesuffix(".gz")
     if plain.endswith(".parquet"):
         import pyarrow.parquet
 
@@ -476,7 +482,10 @@ def _convert(
     if stream:
         stats.kept = len(records)
         stats.notes.append("streamed, the next row in the place of one that does not fit")
-        return StreamedExamples(records, encoding, bad_rows)
+        streamed = StreamedExamples(records, encoding, bad_rows)
+        if records:
+            streamed[0]  # whether any row fits is known before the run begins
+        return streamed
     outcomes: list[Outcome] | None = None
     if cache and records and encoding.settings is not None:
         key = token_cache.key_of((r.columns for r in records), encoding.settings)

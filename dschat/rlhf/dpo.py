@@ -30,7 +30,6 @@ from ..engine.hybrid_engine import HybridEngine
 from ..engine.zero import make_engine
 from . import data, losses, models, sources
 from .checkpoint import atomic_folder
-from .rewards import require_same_tokenizer
 from .run import (
     Run,
     float16_result,
@@ -38,7 +37,6 @@ from .run import (
     learning_rate,
     make_loss_scale,
     make_optimizer,
-    require_data,
     rollout_dtype,
     set_lr,
 )  # fmt: skip
@@ -49,19 +47,14 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
     model, tokenizer: use these instead of loading `config.model`. Writes `model/` and, with LoRA, `adapter/`.
     """
-    require_data(config)
-    with Run(config, "dpo") as run, interruptible(run):
+    with Run(config, "dpo", model, tokenizer) as run, interruptible(run):
         if run.result is not None:
             return run.result
-        if model is None and config.lora_r:
-            models.check_lora(config, config.model)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        if config.reference:
-            require_same_tokenizer(config.reference, tokenizer)
         policy = devices.place(model or models.load_policy(config.model, run.dtype), run.device)
         reference = Reference(config, policy, encoder.pad_id)
         policy = models.make_trainable(policy, config, "CAUSAL_LM")

@@ -219,6 +219,12 @@ def read_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(path).get_text_config()
 
 
+def heads_of(config: Any) -> tuple[int, int]:
+    """(attention heads, key and value heads) by a configuration."""
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
 def outline(name: str) -> Any:
     """The language model that a configuration describes, its weights on the meta device: modules and shapes, of which
     nothing is read. None where the configuration alone does not give it; loading then says why, or knows more.

@@ -26,18 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dschat_kernels.sharding import check_heads
-
 from .. import device as devices
 from .. import parallel
-from ..config import ConfigError, OnlineConfig, PPOConfig
+from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
-from ..engine.sharing import check_teams
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_engine
 from . import data, environments, evaluate, losses, models, report, sources
-from .critic import check_critic
+from .checks import require_rewards
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
 from .metrics import Metrics, read_lines
@@ -48,7 +45,6 @@ from .rewards import (
     Rewards,
     load_sources,
     prompt_text,
-    require_same_tokenizer,
 )  # fmt: skip
 from .run import (
     Run,
@@ -59,7 +55,6 @@ from .run import (
     learning_rate,
     make_loss_scale,
     make_optimizer,
-    require_data,
     rollout_dtype,
     set_lr,
 )  # fmt: skip
@@ -354,6 +349,9 @@ class Trainer:
         overflow |= self._overflow(norms, experience, rows, step)
         self.engine.apply(skip=overflow)
         self.extra_step(skip=overflow)
+        for name, stepper in self.steppers().items():
+            if f"{name}/grad_norm" in norms:
+                norms[f"{name}/grad_norm"] = stepper.norm
         return {} if overflow else norms
 
     def _overflow(
@@ -497,24 +495,18 @@ def train(
     model, tokenizer: use these instead of loading `config.model`. rewards: functions beside those that the
     config names.
     """
-    require_data(config)
-    if not config.reward and not rewards and not config.environment:
-        raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
+    require_rewards(config, rewards)
     name = config.command.upper()
-    with Run(config, config.command) as run, interruptible(run):
+    with Run(config, config.command, model, tokenizer) as run, interruptible(run):
         if run.result is not None:
             return run.result
-        _check_teams(config)
-        if model is None and config.lora_r:
-            models.check_lora(config, config.model)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
-        if isinstance(config, PPOConfig):
-            check_critic(config, tokenizer)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
         if model is None:
-            _check_model(config, [train_set, eval_set])
+            found = models.read_config(config.model)
+            _check_room(config, [train_set, eval_set], getattr(found, "max_position_embeddings", None))
 
         trainer = assemble(config, build, encoder, run.dtype, model, rewards, run.zero)
         engine = trainer.engine
@@ -575,10 +567,6 @@ def assemble(
     zero: ZeroSettings | None = None,
 ) -> Trainer:
     """The trainer of a config as it is before its first step: models loaded, adapters and optimizers made."""
-    if config.reference:
-        require_same_tokenizer(config.reference, encoder.tokenizer)
-    if critic := getattr(config, "critic", ""):
-        require_same_tokenizer(critic, encoder.tokenizer, "critic", "the critic reads the policy's tokens")
     device = devices.use(config.device)
     policy = devices.place(model or models.load_policy(config.model, dtype), device)
     reference = None
@@ -600,21 +588,6 @@ def assemble(
     return build(config, engine, encoder, reference, rewards, dtype, zero)
 
 
-def _check_model(config: OnlineConfig, sets: Sequence[Sequence[data.Example]]) -> None:
-    """Refuses, before weights are read, what the model's configuration does not allow: prompts that leave no room in
-    its context, and an inference_tp_size that does not divide its heads. The engine looks again, at the model."""
-    found = models.read_config(config.model)
-    if found is None:
-        return
-    _check_room(config, sets, getattr(found, "max_position_embeddings", None))
-    if config.inference_tp_size > 1:
-        heads = found.num_attention_heads
-        try:
-            check_heads(heads, getattr(found, "num_key_value_heads", None) or heads, config.inference_tp_size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-
 def _check_room(config: OnlineConfig, sets: Sequence[Sequence[data.Example]], context: int | None) -> None:
     """Refuses prompts that leave no room for an answer in a context; None: nobody knows one."""
     lengths = [len(e.prompt_ids) for examples in sets for e in examples] if not config.stream else []
@@ -627,13 +600,6 @@ def _check_room(config: OnlineConfig, sets: Sequence[Sequence[data.Example]], co
         f"a prompt has {longest} tokens and max_new_tokens is {config.max_new_tokens}, more than the model's "
         f"context of {context}; lower {advice}"
     )
-
-
-def _check_teams(config: OnlineConfig) -> None:
-    try:
-        check_teams(config.inference_tp_size, parallel.world())
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 @contextlib.contextmanager

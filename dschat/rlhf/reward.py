@@ -24,7 +24,6 @@ from .run import (
     learning_rate,
     make_loss_scale,
     make_optimizer,
-    require_data,
     set_lr,
 )  # fmt: skip
 
@@ -37,12 +36,9 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
     model: a sequence classifier with one label to use instead of loading `config.model`. Writes `model/` and,
     with LoRA, `adapter/`.
     """
-    require_data(config)
-    with Run(config, "reward") as run, interruptible(run):
+    with Run(config, "reward", model, tokenizer) as run, interruptible(run):
         if run.result is not None:
             return run.result
-        if model is None and config.lora_r:
-            models.check_lora(config, config.model)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")

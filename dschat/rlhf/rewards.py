@@ -11,6 +11,7 @@ that completion.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -60,11 +61,9 @@ def load_function(source: str, key: str = "reward") -> RewardFunction:
     module_name, _, function_name = source.rpartition(":")
     try:
         if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
-            if spec is None or spec.loader is None or not os.path.isfile(module_name):
+            if not os.path.isfile(module_name):
                 raise ConfigError(f"{key} {source} names the file {module_name}, which does not exist")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            module = _import_file(os.path.realpath(module_name), os.stat(module_name).st_mtime_ns)
         else:
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
@@ -81,6 +80,17 @@ def load_function(source: str, key: str = "reward") -> RewardFunction:
             f"{key} {source}: {module_name} has no {kind} {function_name}; it has {', '.join(there)}"
         )
     return function
+
+
+@functools.cache
+def _import_file(path: str, written: int) -> Any:
+    """The module in a file, which runs once, as every module does: who looks ahead and who uses it get the same.
+    written: when the file was, so that another one in its place is imported too."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def call_function(

@@ -37,7 +37,7 @@ from ..config import ConfigError, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, data, models, trackers
+from . import checkpoint, checks, data, models, trackers
 from .metrics import Metrics, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
@@ -142,10 +142,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 class Run:
     """Open a run's folder; use as a context manager. `result` is not None when the run is finished
-    already.
+    already. Raises ConfigError where the run cannot start, as far as that is known before weights are read.
+
+    model, tokenizer: those that the run was given. made: what earlier stages are still to write (see checks.Made).
     """
 
-    def __init__(self, config: StageConfig, stage: str) -> None:
+    def __init__(
+        self, config: StageConfig, stage: str, model: Any = None, tokenizer: Any = None,
+        made: checks.Made | None = None,
+    ) -> None:  # fmt: skip
+        require_data(config)
         self.device = devices.use(config.device)
         self.dtype = models.pick_dtype(config.dtype, self.device)
         parallel.start(self.device)
@@ -165,6 +171,8 @@ class Run:
         """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
         self._open()
+        if self.result is None:
+            checks.check_stage(config, made or {}, model, tokenizer)
         parallel.barrier()  # every process has looked at the folder before the lead writes into it
 
     def _open(self) -> None:

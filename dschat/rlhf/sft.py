@@ -22,7 +22,6 @@ from .run import (
     learning_rate,
     make_loss_scale,
     make_optimizer,
-    require_data,
     set_lr,
 )  # fmt: skip
 
@@ -32,12 +31,9 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
     model, tokenizer: use these instead of loading `config.model`. Writes `model/` and, with LoRA, `adapter/`.
     """
-    require_data(config)
-    with Run(config, "sft") as run, interruptible(run):
+    with Run(config, "sft", model, tokenizer) as run, interruptible(run):
         if run.result is not None:
             return run.result
-        if model is None and config.lora_r:
-            models.check_lora(config, config.model)
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")

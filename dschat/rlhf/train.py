@@ -10,10 +10,12 @@ from typing import Any
 from .. import config as configs
 from .. import device as devices
 from .. import parallel
-from ..config import TrainConfig
+from ..config import OnlineConfig, TrainConfig
 from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
+from .checks import origin, require_rewards
 from .metrics import read_lines
+from .run import Run
 
 TRAINERS: dict[str, Callable[..., dict[str, Any]]] = {
     "sft": sft.train,
@@ -30,9 +32,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     results: dict[str, Any] = {}
+    made: dict[str, str] = {}
     stages = {name: found for name in configs.STAGES if (found := getattr(config, name)) is not None}
     for settings in stages.values():
-        devices.resolve(settings.device)  # a stage that cannot run ends the pipeline before it begins
+        devices.resolve(settings.device)  # before any process group is joined for another one
+    for stage, settings in stages.items():  # a stage that cannot run ends the pipeline before it begins
+        if isinstance(settings, OnlineConfig):
+            require_rewards(settings)
+        if Run(settings, stage, made=made).result is None:
+            made[settings.output_dir] = origin(settings.model, made)
     for stage, settings in stages.items():
         results[stage] = TRAINERS[stage](settings)
     if parallel.lead():

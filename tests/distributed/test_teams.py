@@ -100,7 +100,7 @@ def test_a_run_is_refused_before_a_model_is_loaded(folder: Path, monkeypatch, tm
     with pytest.raises(C.ConfigError, match="inference_tp_size is 2 and there is 1 process: set it to 1"):
         run(inference_tp_size=2)
     monkeypatch.setattr("dschat.engine.sharing.check_teams", lambda *_: None)
-    monkeypatch.setattr("dschat.rlhf.online.check_teams", lambda *_: None)
+    monkeypatch.setattr("dschat.rlhf.checks.check_teams", lambda *_: None)
     with pytest.raises(
         C.ConfigError, match=r"has 8 attention heads, which 3 processes .* inference_tp_size to 2"
     ):

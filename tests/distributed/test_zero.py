@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,33 @@ def test_a_deepspeed_file_is_passed_through(tmp_path: Path):
     assert (
         config["bf16"] == {"enabled": True} and "optimizer" not in config and "train_batch_size" not in config
     )
+
+
+@pytest.mark.parametrize("kind", ["full", "full-bf16", "lora"])
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, True), (3, False)])
+def test_a_gradient_that_is_not_finite_steps_nothing(kind, stage, offload):
+    """`ready` says so and changes nothing, `apply` leaves weights and state as they were; the next step is a step. For
+    a gradient whose square overflows, which some of DeepSpeed's norms are finite for, `ready` does not vouch."""
+    own = worker.engine(kind, ZeroSettings(stage, offload), 1e-2)
+    trained = [p for p in own.model.parameters() if p.requires_grad]
+
+    def weights() -> list[torch.Tensor]:
+        with module.whole(trained):
+            return [p.detach().clone() for p in trained]
+
+    rollout, before = own.generate(*worker.prompts(), worker.SAMPLING), weights()
+    for factor in (float("nan"), float("inf")):
+        own.backward(own.logprobs(rollout).sum() * factor)
+        assert not math.isfinite(own.ready(0.5)), factor
+        assert all(torch.equal(a, b) for a, b in zip(weights(), before, strict=True)), factor
+        own.apply()
+        assert not math.isfinite(own.stepper.norm), factor
+        assert all(torch.equal(a, b) for a, b in zip(weights(), before, strict=True)), factor
+        assert own.epoch == 0 and not own.optimizer.state_dict()["state"]
+    own.backward(own.logprobs(rollout).mean())
+    bound = own.ready(0.5)
+    own.apply()
+    assert 0 < own.stepper.norm <= bound < math.inf and own.epoch == 1
+    assert not all(torch.equal(a, b) for a, b in zip(weights(), before, strict=True))
+    own.backward(own.logprobs(rollout).sum() * 1e30)
+    assert not math.isfinite(own.ready(0.5))

@@ -242,6 +242,9 @@ def test_flip_memory_and_helpers() -> None:
     memory = engine.memory()
     assert memory["weights"] == weights and weights / 2 < memory["packs"] < 2 * weights
     assert rollout.stats.packed_bytes == memory["packs"]
+    assert rollout.stats.cache_bytes == memory["cache"] > 0
+    engine.release()
+    assert engine.memory() == memory | {"cache": 0}
     assert greedy(SAMPLING) == replace(SAMPLING, temperature=0.0, n=1)
 
 

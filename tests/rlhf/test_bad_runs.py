@@ -11,7 +11,8 @@ import pytest
 
 from dschat import config as C
 from dschat import launch
-from dschat.rlhf import dpo, grpo, models, ppo, reward, rloo, run, sft
+from dschat.rlhf import data, dpo, grpo, models, ppo, reward, rloo, run, sft
+from dschat.rlhf import train as pipeline
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad_input.md"
 TRAINERS = {
@@ -27,6 +28,8 @@ def rows() -> dict[str, str]:
 
 
 ROWS = rows()
+NUMBER = "dschat.rlhf.verifiers:number"
+"""A reward function that is there."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(base: dict[str, Any], command: str, **keys: Any) -> str:
     """The sentence that a run is refused with; it leaves no trace."""
     with pytest.raises(C.ConfigError) as error:
-        more = {"reward": ["mine:f"]} if command in ("ppo", "grpo", "rloo") else {}
+        more = {"reward": [NUMBER]} if command in ("ppo", "grpo", "rloo") else {}
         TRAINERS[command](C.COMMANDS[command](**{**base, **more, **keys}))
     assert not Path(base["output_dir"]).exists() and "\n" not in str(error.value)
     return str(error.value)
@@ -57,7 +60,7 @@ def launched(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def wide(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("dschat.rlhf.online.check_teams", lambda *_: None)
+    monkeypatch.setattr("dschat.rlhf.checks.check_teams", lambda *_: None)
     return refused(base, "ppo", inference_tp_size=3)
 
 
@@ -141,7 +144,7 @@ def test_what_a_critic_starts_from(base: dict[str, Any], tmp_path: Path) -> None
     transformers.AutoTokenizer.from_pretrained(base["model"]).save_pretrained(other)
     small = transformers.GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2)
     small.save_pretrained(other)
-    for keys in ({"critic": str(other)}, {"reward": ["mine:f", str(other)]}):
+    for keys in ({"critic": str(other)}, {"reward": [NUMBER, str(other)]}):
         said = refused(base, "ppo", lora_r=4, lora_targets=["q_proj"], **keys)
         assert (
             "lora_targets has 'q_proj', which the critic's model lacks; use all-linear, or some of c_attn"
@@ -157,3 +160,36 @@ def test_an_outline_reads_and_draws_nothing(base: dict[str, Any]) -> None:
     assert {p.device.type for p in found.parameters()} == {"meta"} and torch.equal(
         before, torch.get_rng_state()
     )
+
+
+def test_a_pipeline_is_refused_before_its_first_stage(base: dict[str, Any], tmp_path: Path) -> None:
+    """What can be known of a later stage before weights are read, also of models that earlier stages are to write."""
+    import transformers
+
+    other = tmp_path / "gpt2"
+    transformers.AutoTokenizer.from_pretrained(base["model"]).save_pretrained(other)
+    transformers.GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2).save_pretrained(other)
+    stages: dict[str, dict[str, Any]] = {"sft": {}, "reward": {}, "ppo": {}}
+    lacks = r"lora_targets has 'c_attn', which the model lacks; use all-linear, or some of down_proj"
+    bad = {"lora_r": 4, "lora_targets": ["c_attn"]}
+    for given, said in (
+        ({"reward": bad}, lacks),
+        ({"ppo": bad}, lacks),
+        (
+            {"reward": {"model": str(other)}, "ppo": {"lora_targets": ["q_proj"]}},
+            "'q_proj', which the critic's model lacks",
+        ),
+        ({"ppo": {"lora_r": 4, "lora_last": 6}}, "lora_last is 6, but the model has 5 layers"),
+        ({"ppo": {"data": [str(tmp_path / "none.jsonl")]}}, r"none\.jsonl does not exist"),
+        ({"ppo": {"reward": [f"{NUMBER}s"]}}, "has no function numbers; it has"),
+        ({"ppo": {"critic": str(tmp_path / "none")}}, "does not exist; give a folder"),
+        ({"ppo": {"inference_tp_size": 2}}, "there is 1 process: set it to 1"),
+    ):
+        keys = base | {name: stages[name] | given.get(name, {}) for name in stages}
+        with pytest.raises((C.ConfigError, data.DataError), match=said):
+            pipeline.train(C.build(C.TrainConfig, keys))
+        assert not Path(base["output_dir"]).exists(), given
+    keys = base | {"sft": {}, "ppo": {"reward": []}}
+    with pytest.raises(C.ConfigError, match="reward is empty"):
+        pipeline.train(C.build(C.TrainConfig, keys))
+    assert not Path(base["output_dir"]).exists()

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_rlhf import numbers
 
 from dschat import config as C
-from dschat.rlhf import data, grpo, ppo, rloo, sft
+from dschat.engine.zero import held
+from dschat.rlhf import data, grpo, online, ppo, rloo, sft
 
 TRAINERS = {"grpo": grpo.train, "rloo": rloo.train, "ppo": ppo.train}
 SMALL = {
@@ -133,12 +135,31 @@ def test_empty_answers(base, command, silent):
 @pytest.mark.parametrize("command", TRAINERS)
 def test_all_prompts_too_long(base, command, tmp_path):
     for stream in (False, True):
-        base["output_dir"] = str(
-            tmp_path / f"stream-{stream}"
-        )  # what is streamed is known when the run has begun
+        base["output_dir"] = str(tmp_path / f"stream-{stream}")
         with pytest.raises(
             data.DataError, match=r"over max_prompt_length 2; raise it, or set overlong to cut"
         ):
             run(base, command, equal, max_prompt_length=2, stream=stream)
+        assert not Path(base["output_dir"]).exists()
     base["output_dir"] = str(tmp_path / "cut")
     assert len(run(base, command, equal, max_prompt_length=2, overlong="cut")) == 2
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 3])
+def test_the_critic_waits_for_the_policys_gradient(base, monkeypatch, stage):
+    """Losses that are finite, and a gradient of the policy's that is not: the run stops before either has stepped, and
+    what it keeps are the weights that the batch met."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = online.Trainer._policy_loss
+
+    def loss(self: Any, *args: Any) -> Any:
+        if not seen:
+            trained = [p for part in self.modules().values() for p in part.parameters() if p.requires_grad]
+            seen.extend((held(p), held(p).detach().clone()) for p in trained)
+        total, found = real(self, *args)
+        return total + (total * 0.0).sqrt(), found  # 0, and its gradient 0 / 0
+
+    monkeypatch.setattr(online.Trainer, "_policy_loss", loss)
+    with pytest.raises(C.ConfigError, match=r"policy/grad_norm is nan at step 1 .*failed-step-000001"):
+        run(base, "ppo", equal, critic_update="all", zero_stage=stage)
+    assert len(seen) > 40 and all(torch.equal(now, before) for now, before in seen)

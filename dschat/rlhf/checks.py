@@ -1,0 +1,103 @@
+"""What is known to stop a stage before weights are read: from its settings, the models' configurations and outlines,
+and the names of its files. `Run` looks when it is made, and a pipeline makes the runs of all its stages before the
+first begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dschat_kernels.sharding import check_heads
+
+from .. import parallel
+from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, StageConfig
+from ..engine.sharing import check_teams
+from . import data, models
+from .rewards import (
+    RewardFunction,
+    is_function_name,
+    load_function,
+    other_tokenizer,
+    require_same_tokenizer,
+)  # fmt: skip
+
+Made = Mapping[str, str]
+"""Folder of a stage that is still to run -> the model that it starts from, whose modules and tokenizer its own has."""
+
+
+def origin(name: str, made: Made) -> str:
+    """The model to look at in the place of one that a stage is still to write: the one it starts from."""
+    path = Path(name).expanduser().resolve()
+    for folder, start in made.items():
+        where = Path(folder).expanduser().resolve()
+        if path in (where, where / "model", where / "adapter"):
+            return start
+    return name
+
+
+def require_rewards(config: OnlineConfig, functions: Sequence[RewardFunction] = ()) -> None:
+    """Raise ConfigError when nothing scores the answers. functions: given beside those that the config names."""
+    if not config.reward and not functions and not config.environment:
+        raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
+
+
+def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: Any = None) -> None:
+    """Raise ConfigError for what stops a stage for certain. model, tokenizer: those that it was given, which nothing
+    is looked up for."""
+    for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
+        data.require_source(source)
+    name = origin(config.model, made)
+    if model is None:
+        models.resolve(name)
+        if config.lora_r:
+            models.check_lora(config, name)
+    known = [tokenizer]
+
+    def own_tokenizer() -> Any:
+        known[0] = known[0] or models.load_tokenizer(name)
+        return known[0]
+
+    if isinstance(config, (DPOConfig, OnlineConfig)) and config.reference:
+        require_same_tokenizer(origin(config.reference, made), own_tokenizer())
+    if isinstance(config, OnlineConfig):
+        _check_sharing(config, None if model is not None else name)
+        _check_rewards(config, partial(origin, made=made), own_tokenizer)
+
+
+def _check_sharing(config: OnlineConfig, name: str | None) -> None:
+    """inference_tp_size divides the processes, and the heads of model `name` (None: the engine will see)."""
+    try:
+        check_teams(config.inference_tp_size, parallel.world())
+        found = models.read_config(name) if name and config.inference_tp_size > 1 else None
+        if found is not None:
+            check_heads(*models.heads_of(found), config.inference_tp_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_rewards(
+    config: OnlineConfig, origin_of: Callable[[str], str], own_tokenizer: Callable[[], Any]
+) -> None:
+    """Reward models are there, the critic's model can be what it is to be, and functions can be imported."""
+    scorers = [origin_of(name) for name in config.reward if not is_function_name(name)]
+    for name in scorers:
+        models.resolve(name)
+    if isinstance(config, PPOConfig):
+        critic = origin_of(config.critic) if config.critic else ""
+        if critic:
+            why = "the critic reads the policy's tokens"
+            require_same_tokenizer(critic, own_tokenizer(), "critic", why)
+        if config.critic_update == "lora":
+            same = (n for n in scorers if other_tokenizer(n, own_tokenizer()) is None)
+            start = critic or next(same, origin_of(config.model))
+            models.check_lora(config, start, "the critic's model")
+    if config.environment:
+        from .environments import load_environment  # imports Run
+
+        load_environment(config.environment)
+    for name in config.reward:
+        if is_function_name(name):
+            load_function(name)
