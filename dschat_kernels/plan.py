@@ -363,7 +363,7 @@ class Decoder:
         self.groups = {n: Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
-        self.embed_table = self.position_table = torch.empty(0)
+        self.embed_table = self.position_table = torch.empty(0, device="cpu")
         self._tables_copied = False  # they are the decoder's own, not the model's
         self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi, device=self.device)
         self.ropes: list[tuple[Tensor, Tensor]] = []
@@ -542,7 +542,7 @@ class Decoder:
         if not in_place:  # into the copies of last time, where there are some
             tables = [_refill(h, t.contiguous(), self.dtype) for h, t in zip(held, tables, strict=False)]
         self.embed_table, *rest = tables
-        self.position_table = rest[0] if rest else torch.empty(0)
+        self.position_table = rest[0] if rest else torch.empty(0, device="cpu")
         self._tables_copied = not in_place
         self._table_key = key
         stats.changed += 1
@@ -566,7 +566,7 @@ class Decoder:
     def embed_scale(self) -> float:
         """What embeddings are multiplied by: rounded as the embedding module itself rounds it."""
         scale = self.spec.embed_scale
-        return float(torch.tensor(scale).to(self.dtype)) if self.spec.scale_in_embed else scale
+        return float(torch.tensor(scale, device="cpu").to(self.dtype)) if self.spec.scale_in_embed else scale
 
     # ------------------------------------------------------------------------------------------------ steps
 

@@ -149,7 +149,7 @@ class Rollout:
 
     def select(self, rows: Tensor | Sequence[int] | slice) -> Rollout:
         """The rollout of some rows."""
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.prompt_ids.device)
         return replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
 
 

@@ -181,7 +181,9 @@ class _Verifier:
         if prompts is None:
             generator = torch.Generator().manual_seed(seed)
             lengths = [n for n in (23, 9, 17, 1, *((150, 70) if deep else ())) if n + new <= spec.context]
-            prompts = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in lengths]
+            prompts = [
+                torch.randint(spec.vocab_size, (n,), generator=generator, device="cpu") for n in lengths
+            ]
         self.device = self.engine.decoder.device
         self.prompts = [p.cpu() for p in prompts]
         if not self.prompts:
@@ -458,8 +460,8 @@ def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(ids, mask), int64 and bool [rows, longest], zeros on the left."""
     width = max(len(p) for p in prompts)
     ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
-    lengths = torch.tensor([len(p) for p in prompts])
-    return ids, torch.arange(width)[None] >= width - lengths[:, None]
+    lengths = torch.tensor([len(p) for p in prompts], device="cpu")
+    return ids, torch.arange(width, device="cpu")[None] >= width - lengths[:, None]
 
 
 @torch.no_grad()
