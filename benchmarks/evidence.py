@@ -77,6 +77,12 @@ def prepare(folder: Path, model: str, steps: int) -> None:
     pipeline.train(configs.build(configs.TrainConfig, keys))
 
 
+def reward_model(folder: Path) -> dict[str, float]:
+    """How well the reward model that `prepare` trained judges held-out pairs, beside "the longer answer wins"."""
+    found = json.loads((folder / "start" / "reward" / "result.json").read_text(encoding="utf-8"))
+    return {name: found[f"eval_{name}"] for name in ("accuracy", "longer_wins", "pairs")}
+
+
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean change over the seeds, and Student's 95 % interval where there are several."""
     changes = [r["held_out"]["change"] for r in runs]
@@ -128,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "kind": "evidence",
             "name": name,
             "over_seeds": over_seeds(runs),
+            "reward_model": reward_model(args.output_dir) if name in AGAINST_MODEL else None,
             "runs": [
                 {"seed": c.seed, "held_out": r["held_out"], "seconds": r["seconds"], "config": c.to_dict()}
                 for c, r in zip(planned, runs, strict=True)

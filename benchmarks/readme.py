@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,39 +208,67 @@ def ppo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def evidence_table(result: dict[str, Any]) -> str:
-    """Held-out scores before and after, seed by seed, and what the seeds say together."""
-    head = ["seed", "before", "after", "change, 95 %", "KL, nats", "tokens an answer"]
+def evidence_table(results: Sequence[dict[str, Any]]) -> str:
+    """Held-out scores before and after, a line a claim: means over its seeds, and every seed's change."""
+    head = [
+        "claim",
+        "before",
+        "after",
+        "change over the seeds, 95 %",
+        "each seed",
+        "KL, nats",
+        "tokens an answer",
+    ]
     lines = []
-    for run in result["runs"]:
-        h = run["held_out"]
+    for result in results:
+        runs, over = [r["held_out"] for r in result["runs"]], result["over_seeds"]
+        before, after, kl, short, long = (
+            statistics.fmean(run[key] for run in runs)
+            for key in ("before", "after", "kl", "length_before", "length_after")
+        )
         lines.append(
-            [f"{run['seed']}", f"{h['before']:.2f}", f"{h['after']:.2f}",
-             f"{h['change']:+.2f} ({h['low']:+.2f} to {h['high']:+.2f})", f"{h['kl']:.1f}",
-             f"{h['length_before']:.0f} -> {h['length_after']:.0f}"]
+            [result["name"], f"{before:.2f}", f"{after:.2f}",
+             f"**{over['mean']:+.2f}** ({over['low']:+.2f} to {over['high']:+.2f})",
+             ", ".join(f"{run['change']:+.2f}" for run in runs), f"{kl:.1f}", f"{short:.0f} -> {long:.0f}"]
         )  # fmt: skip
-    over, config = result["over_seeds"], result["runs"][0]["config"]
+    prompts, answers = (
+        "-".join(str(n) for n in sorted({r["runs"][0][part][key] for r in results}))
+        for part, key in (("held_out", "prompts"), ("config", "eval_samples"))
+    )
     return "\n".join(
         [
             *table(head, lines),
             "",
-            f"**{result['name'].upper()}: {over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f}) over "
-            f"{over['seeds']} seeds.** {result['runs'][0]['held_out']['prompts']} held-out prompts, "
-            f"{config['eval_samples']} answers each, {config['max_steps']} steps. A seed's interval is a paired "
-            "bootstrap over prompts; the one over seeds is Student's, each seed one observation.",
+            f"Mean rewards of {prompts} held-out prompts, {answers} answers each. Each seed is one observation of "
+            "Student's interval; its own, a paired bootstrap over prompts, is in benchmarks/results."
+            f"{_reward_model(results)}",
         ]
     )
 
 
+def _reward_model(results: Sequence[dict[str, Any]]) -> str:
+    judge = next((r["reward_model"] for r in results if r.get("reward_model")), None)
+    if judge is None:
+        return ""
+    longer = max(judge["longer_wins"], 1 - judge["longer_wins"])
+    return (
+        f" The reward model's accuracy on {judge['pairs']} held-out pairs is {100 * judge['accuracy']:.0f} %; going by "
+        f"length alone gives {100 * longer:.0f} %."
+    )
+
+
 def render(name: str) -> str:
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    result = json.loads(path.read_text())
+    folder = ROOT / "benchmarks" / "results"
+    if name == "evidence":
+        kept = (folder / f"evidence-{claim}.json" for claim in CLAIMS)
+        return evidence_table([json.loads(path.read_text()) for path in kept if path.exists()]) + "\n"
+    result = json.loads((folder / f"{name}.json").read_text())
     kind = result.get("kind", "ppo" if "sides" in result else "generate")
     return TABLES[kind](result) + "\n"
 
 
+CLAIMS = ("ppo", "grpo", "rloo", "format", "svamp")
 TABLES = {
-    "evidence": evidence_table,
     "generate": generate_table,
     "growth": growth_table,
     "ppo": ppo_table,

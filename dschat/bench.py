@@ -260,7 +260,9 @@ def generate(
 
 
 def _random_prompts(engine: HybridEngine, batch: int, prompt: int) -> Tensor:
-    return torch.randint(engine.spec.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        engine.spec.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
 
 
 def _measure(

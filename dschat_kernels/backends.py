@@ -138,7 +138,7 @@ def read_bandwidth(repeats: int = 5, device: Any = None) -> float:
         source = torch.ones(2**29, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         return 2 * source.numel() / min(_gpu_seconds(lambda: target.copy_(source), repeats))
-    data = torch.ones(64 * 2**20)
+    data = torch.ones(64 * 2**20, device="cpu")
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def matmul_peak(dtype: Any = None, repeats: int = 3, device: Any = None) -> floa
             best = max(best, 2 * size**3 / min(_gpu_seconds(partial(torch.mm, a, b), repeats)))
         return best
     for size in (1024, 2048):
-        a, b = (torch.rand(size, size).to(dtype or torch.float32) for _ in range(2))
+        a, b = (torch.rand(size, size, device="cpu").to(dtype or torch.float32) for _ in range(2))
         for _ in range(repeats + 1):
             start = time.perf_counter()
             torch.mm(a, b)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from .cache import PagedKVCache
+from .executors import PythonExecutor, StepTensors
 from .kept_cache import KeptCache
 from .ops._common import capturing, say_once
 from .ops.sample import raise_for_bad_rows, sample
-from .plan import Decoder, PythonExecutor, StepTensors, check_length
+from .plan import Decoder, check_length
 
 
 class GraphDevice(Protocol):

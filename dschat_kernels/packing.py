@@ -29,6 +29,8 @@ WEIGHTS = ("model", "int8", "int8_dynamic")
 activations they meet are quantised too (`quantised_rows`). Their places are their numbers in the binding."""
 QUANT_GROUP = 64
 """Neighbouring activations that share a scale (csrc/cpu/gemm_int8.h)."""
+DIGEST_BLOCK = 2**16
+"""Bytes that the native `digest` hashes by themselves where the tensor is no matrix."""
 DIGEST_PIECE = 2**24
 """Words of 4 bytes that `digest` takes at a time without native kernels."""
 
@@ -53,7 +55,7 @@ class ResolvedLinear:
     scales: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Everything the projection is computed from."""
+        """Everything the projection is computed from, the weight first."""
         found = [self.weight] + [t for t in (self.bias, self.scales) if t is not None]
         return found + [t for u in self.updates for t in (u.a, u.b)]
 
@@ -117,12 +119,34 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
 
 def digest(tensor: Tensor) -> int:
     """64-bit digest of a tensor's bytes; changing any one 4-byte word of it always changes the digest."""
-    data = tensor.detach()
-    if not data.is_contiguous():
-        data = data.t() if data.dim() == 2 and data.t().is_contiguous() else data.contiguous()
+    return digests([tensor])[0]
+
+
+def digests(tensors: Sequence[Tensor]) -> list[int]:
+    """`digest` of each tensor; on the CPU all in one native call."""
     module: Any = native()
-    if module is not None and data.device.type == "cpu":
-        return int(module.digest(ptr(data), data.numel() * data.element_size()))
+    held = [_in_one_piece(t.detach()) for t in tensors]
+    here = [t for t in held if module is not None and t.device.type == "cpu"]
+    found = iter(module.digest([_buffer(t, module.digest_rows) for t in here]) if here else ())
+    return [
+        int(next(found)) if module is not None and t.device.type == "cpu" else _torch_digest(t) for t in held
+    ]
+
+
+def _in_one_piece(data: Tensor) -> Tensor:
+    if data.is_contiguous():
+        return data
+    return data.t() if data.dim() == 2 and data.t().is_contiguous() else data.contiguous()
+
+
+def _buffer(data: Tensor, rows: int) -> tuple[int, int, int]:
+    """Address, bytes and the bytes of a block. A matrix's block is `rows` of its rows, as packing comes by them."""
+    size = data.element_size()
+    block = rows * data.shape[1] * size if data.dim() == 2 and data.shape[1] else DIGEST_BLOCK
+    return ptr(data), data.numel() * size, block
+
+
+def _torch_digest(data: Tensor) -> int:
     flat = data.reshape(-1).view(torch.uint8)
     words = (nn.functional.pad(flat, (0, -len(flat) % 4)) if len(flat) % 4 else flat).view(torch.int32)
     if data.device.type in triton.DEVICES and triton.installed():
@@ -286,8 +310,12 @@ class PackedLinear:
         shapes = [tuple(p.weight.shape) for p in parts]
         return shapes == self.shapes and (self.bias is not None or all(p.bias is None for p in parts))
 
-    def fill(self, parts: Sequence[ResolvedLinear]) -> None:
+    def fill(self, parts: Sequence[ResolvedLinear], digest: bool = False) -> list[int]:
         """Writes the parts' present values into the pack, in place: pointers to it stay good.
+
+        Returns:
+            With `digest`, those of the parts' weights where they come with packing (the weights are then read once);
+            else nothing.
 
         Raises:
             ValueError: shapes or biases the pack has no place for. TypeError: a dtype that cannot be packed.
@@ -317,10 +345,10 @@ class PackedLinear:
                 values, scales = zip(*(quantise(fused_weight(p, torch.float32)) for p in parts), strict=True)
                 torch.cat(values, out=self.dense)
                 torch.cat(scales, out=self.scales)
-        else:
-            self._pack(parts, self.panels)
+            return []
+        return self._pack(parts, self.panels, digest)
 
-    def _pack(self, parts: Sequence[ResolvedLinear], panels: Tensor) -> None:
+    def _pack(self, parts: Sequence[ResolvedLinear], panels: Tensor, digest: bool) -> list[int]:
         module: Any = native()
         keep: list[Tensor] = []  # temporaries stay alive until the kernel has read them
         matrices = []
@@ -334,10 +362,11 @@ class PackedLinear:
                 updates.append((ptr(a), ptr(b), a.shape[0], update.scale))
             keep.append(weight)
             matrices.append((ptr(weight), *weight.shape, *weight.stride(), updates))
-        module.pack_linear(
+        found: list[int] = module.pack_linear(
             DTYPES[keep[-1].dtype], DTYPES[self.dtype], matrices, self.gated, WEIGHTS.index(self.weights), ptr(panels),
-            ptr(self.scales),
+            ptr(self.scales), digest and direct,
         )  # fmt: skip
+        return found
 
     def to_dense(self) -> Tensor:
         """The fused matrix [n, k] (a gated pair: [2 n, k], gate first) that the pack stands for, bit for

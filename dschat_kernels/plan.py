@@ -1,9 +1,7 @@
-"""From a DecoderSpec to tokens: packs, a flat plan of op calls on buffers, and the step that walks it.
+"""From a DecoderSpec to tokens: packs, a flat plan of op calls on buffers, and the steps of ragged rows.
 
-A `Plan` is a list of `OpCall`s on named buffers. Two executors walk it: `NativeExecutor` hands the whole list
-to the CPU kernels, which run a step in one parallel region; `PythonExecutor` calls the ops one by one, on any
-backend and device. Both can report every call (`trace`), which is how a divergence is found, and both give the
-same bits on the cpu backend. `graphs.DecodeGraphs` replays what the latter launches on a GPU.
+A `Plan` is a list of `OpCall`s on named buffers. `executors.py` has who walks it: one call of the CPU kernels, or the
+ops one by one on any backend and device. `graphs.DecodeGraphs` replays what the latter launches on a GPU.
 
 `Decoder` is what the engine and the patch use: it keeps the packs in step with the model's weights
 (`refresh`) and advances ragged rows over a paged cache (`step`). Rows carry no padding.
@@ -14,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,16 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from .cache import PagedKVCache, pages_for
+from .executors import Draw, Drawn, NativeExecutor, PythonExecutor, StepTables
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
-from .ops._common import ACTIVATIONS, implementation, native, ptr, resolve_backend
 from .ops._common import DTYPES as OP_DTYPES
-from .ops.attention import attention
+from .ops._common import native, ptr, resolve_backend
 from .ops.layer_norm import layer_norm
-from .ops.linear import linear
 from .ops.rms_norm import rms_norm
-from .ops.rope_append import MAX_HEAD_DIM, rope_append
-from .ops.sample import check_draw, raise_for_bad_rows, sample
-from .packing import DTYPES, WEIGHTS, PackedLinear, ResolvedLinear, check_weights, digest, resolve_linear
+from .ops.rope_append import MAX_HEAD_DIM
+from .ops.sample import check_draw, raise_for_bad_rows
+from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digests, resolve_linear
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,6 @@ class OpCall:
     layer: int = 0
     scale: float = 1.0
     column: int = 0
-
-
-Trace = Callable[[OpCall, Tensor], None]
-"""Called with every call of the plan and its output, which the next step overwrites."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +235,7 @@ class Group:
     gated: bool = False
     packed: PackedLinear | None = None
     key: Any = None
+    versions: Any = None
 
     def resolve(self, name: str) -> list[ResolvedLinear]:
         """What the projections compute at this moment."""
@@ -266,94 +260,40 @@ class _Digests:
         self.stats = stats
         self.known: dict[Any, int] = {}
 
-    def of(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    def of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """What changes when any of the tensors changes."""
-        key = []
-        for t in tensors:
-            place = (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
-            if place not in self.known:
-                self.known[place] = digest(t)
-                self.stats.bytes_hashed += t.numel() * t.element_size()
-            key.append((self.known[place], tuple(t.shape), t.dtype))
-        return tuple(key)
+        self.read(tensors)
+        return tuple((self.known[_place(t)], tuple(t.shape), t.dtype) for t in tensors)
+
+    def read(self, tensors: Iterable[Tensor]) -> None:
+        """Makes those digests that are not known yet, all in one call."""
+        unknown = {place: t for t in tensors if (place := _place(t)) not in self.known}
+        self.learn(list(unknown.values()), digests(list(unknown.values())))
+
+    def learn(self, tensors: Sequence[Tensor], found: Sequence[int]) -> None:
+        """Digests that somebody made."""
+        for tensor, value in zip(tensors, found, strict=True):
+            self.known[_place(tensor)] = value
+            self.stats.bytes_hashed += tensor.numel() * tensor.element_size()
 
 
-@dataclass
-class StepTables:
-    """The token and row tables of one step (int32 but for ids): what varies while the plan stays."""
-
-    token_ids: np.ndarray
-    positions: np.ndarray
-    slot_of_token: np.ndarray
-    cu_seqlens: np.ndarray
-    kv_lens: np.ndarray
-    slots: np.ndarray
-    selected: np.ndarray
-
-    def on(self, device: torch.device) -> StepTensors:
-        """The same on a device, in one copy for each width of integers."""
-        short = [self.positions, self.slot_of_token, self.cu_seqlens, self.kv_lens, self.slots]
-        positions, slot_of_token, cu_seqlens, kv_lens, slots = _tensors(short, device)
-        token_ids, selected = _tensors([self.token_ids, self.selected], device)
-        decode = len(self.token_ids) == len(self.slots)
-        return StepTensors(token_ids, positions, slot_of_token, cu_seqlens, kv_lens, slots, selected, decode)
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-@dataclass(frozen=True)
-class StepTensors:
-    """The tables of a step on the decoder's device. decode: every row has one token."""
-
-    token_ids: Tensor
-    positions: Tensor
-    slot_of_token: Tensor
-    cu_seqlens: Tensor
-    kv_lens: Tensor
-    slots: Tensor
-    selected: Tensor
-    decode: bool
+def _key(parts: Sequence[ResolvedLinear], known: _Digests) -> tuple[Any, ...]:
+    """What changes when what the parts compute does."""
+    return (
+        known.of([t for p in parts for t in p.tensors()]),
+        tuple(tuple(u.scale for u in p.updates) for p in parts),
+        tuple(p.bias is None for p in parts),
+    )
 
 
-@dataclass(frozen=True)
-class Draw:
-    """How rows draw their next tokens: the arguments of `ops.sample`, on the CPU."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    streams: Tensor | None = None
-    positions: Tensor | None = None
-
-    def sample(self, logits: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs of one step's logits, on the CPU."""
-        streams, positions = (
-            None if t is None else t.to(logits.device) for t in (self.streams, self.positions)
-        )
-        on_device = replace(self, streams=streams, positions=positions)
-        tokens, log_probs = sample(logits, **vars(on_device), backend=backend)
-        return tokens.cpu(), log_probs.cpu()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Tokens int64 [steps, rows] and their log-probs float32 [steps, rows] on the CPU, and the seconds of sampling."""
-
-    tokens: Tensor
-    log_probs: Tensor
-    sampling: float
-
-
-def _tensors(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Vectors of one dtype on `device`: parts of one copy, each at a multiple of 16 bytes, as kernels want it."""
-    if device.type == "cpu":
-        return [torch.from_numpy(a) for a in arrays]
-    places = np.cumsum([0] + [-(-len(a) // 4) * 4 for a in arrays])
-    together = np.zeros(places[-1], dtype=arrays[0].dtype)
-    for a, place in zip(arrays, places.tolist(), strict=False):
-        together[place : place + len(a)] = a
-    moved = torch.from_numpy(together).to(device)
-    return [moved[place : place + len(a)] for a, place in zip(arrays, places.tolist(), strict=False)]
+def _versions(parts: Sequence[ResolvedLinear]) -> tuple[Any, ...]:
+    """What the usual ways of writing to a part's tensors change; others leave it as it is."""
+    tensors = [t for p in parts for t in p.tensors()]
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class Decoder:
@@ -423,7 +363,7 @@ class Decoder:
         self.groups = {n: Group(specs, gated) for n, specs, gated in _named_groups(spec)}
         self._norm_keys: dict[str, Any] = {}
         self._table_key: Any = None
-        self.embed_table = self.position_table = torch.empty(0)
+        self.embed_table = self.position_table = torch.empty(0, device="cpu")
         self._tables_copied = False  # they are the decoder's own, not the model's
         self.alibi = None if spec.alibi is None else torch.tensor(spec.alibi, device=self.device)
         self.ropes: list[tuple[Tensor, Tensor]] = []
@@ -455,7 +395,8 @@ class Decoder:
         """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
         call.
 
-        Reads every weight once to see what changed; a changed one is read once more and written once.
+        Reads every weight once to see by its digest what changed. One whose version counter moved is packed in the
+        same reading; one that was written behind the counter's back (by `.data`, a fused optimizer) is read once more.
 
         Raises:
             Unsupported: a projection can no longer be packed (an adapter of another kind), has another shape,
@@ -465,11 +406,12 @@ class Decoder:
         stats = RefreshStats()
         with torch.no_grad():
             if self.gather is None:
-                self._check_shapes()
-                self._check_devices({name: group.resolve(name) for name, group in self.groups.items()})
-                digests = _Digests(stats)
-                self._refresh_part(list(self.groups), list(self.norms), digests, stats)
-                self._refresh_tables(digests, stats)
+                parts = self._resolve(self.groups)
+                self._check_shapes(parts)
+                self._check_devices(parts)
+                known = _Digests(stats)
+                self._refresh_part(parts, list(self.norms), known, stats)
+                self._refresh_tables(known, stats)
             else:
                 self._refresh_sharded(self.gather, stats)
         if stats.changed:
@@ -511,23 +453,40 @@ class Decoder:
         modules: list[Any] = [m for m in (self.spec.embed, self.spec.positions) if m is not None]
         return [m.weight.detach() for m in modules]
 
-    def _check_shapes(self) -> None:
+    def _resolve(self, names: Iterable[str]) -> dict[str, list[ResolvedLinear]]:
+        return {name: self.groups[name].resolve(name) for name in names}
+
+    def _check_shapes(self, parts: Mapping[str, Sequence[ResolvedLinear]]) -> None:
         """Raises Unsupported for a projection of another shape than its pack."""
         for name, group in self.groups.items():
-            shapes = [tuple(p.weight.shape) for p in group.resolve(name)]
+            shapes = [tuple(p.weight.shape) for p in parts[name]]
             if group.packed is not None and shapes != group.packed.shapes:
                 raise Unsupported(
                     f"{name} has shapes {shapes} and had {group.packed.shapes}: make a new decoder."
                 )
 
     def _refresh_part(
-        self, groups: Sequence[str], norms: Sequence[str], digests: _Digests, stats: RefreshStats
+        self,
+        parts: Mapping[str, list[ResolvedLinear]],
+        norms: Sequence[str],
+        known: _Digests,
+        stats: RefreshStats,
     ) -> None:
-        for name in groups:
-            self._refresh_group(self.groups[name], self.groups[name].resolve(name), digests, stats)
+        written = {
+            name: self.groups[name].key is None or _versions(own) != self.groups[name].versions
+            for name, own in parts.items()
+        }
+        known.read(
+            [
+                t for name, own in parts.items() for p in own for t in p.tensors()[written[name] :]
+            ]  # weights first
+            + [t for name in norms for t in self.norms[name].spec.sources()]
+        )
+        for name, own in parts.items():
+            self._refresh_group(self.groups[name], own, written[name], known, stats)
         for name in norms:
             norm = self.norms[name]
-            key = digests.of(norm.spec.sources())
+            key = known.of(norm.spec.sources())
             stats.total += 1
             if key != self._norm_keys.get(name):
                 norm.fill(self.device)
@@ -546,38 +505,36 @@ class Decoder:
         for groups, norms in parts.values():
             modules = [s.module for name in groups for s in self.groups[name].specs]
             with gather(modules + [self.norms[name].spec.module for name in norms]):
-                self._refresh_part(groups, norms, _Digests(stats), stats)
+                self._refresh_part(self._resolve(groups), norms, _Digests(stats), stats)
         with gather([m for m in (self.spec.embed, self.spec.positions) if m is not None]):
             self._refresh_tables(_Digests(stats), stats)
 
     def _refresh_group(
-        self, group: Group, parts: list[ResolvedLinear], digests: _Digests, stats: RefreshStats
+        self, group: Group, parts: list[ResolvedLinear], written: bool, known: _Digests, stats: RefreshStats
     ) -> None:
-        key = (
-            digests.of(t for p in parts for t in p.tensors()),
-            tuple(tuple(u.scale for u in p.updates) for p in parts),
-            tuple(p.bias is None for p in parts),
-        )
+        """written: pack first and digest meanwhile, for the weights have most likely changed."""
         stats.total += 1
-        if key == group.key:
+        before = group.key
+        if not written and _key(parts, known) == before:
             return
+        group.key = None  # a fill that fails leaves no pack that counts as good
         if group.packed is not None and group.packed.fits(parts):
-            group.key = None  # a fill that fails leaves no pack that counts as good
-            group.packed.fill(parts)
+            found = group.packed.fill(parts, digest=written)
+            known.learn([p.weight for p in parts][: len(found)], found)
         else:
             dense = True if self.backend in ("triton", "cuda") else None
             group.packed = PackedLinear.from_parts(
                 parts, self.dtype, gated=group.gated, weights=self.weights, dense=dense
             )
-        group.key = key
-        stats.changed += 1
+        group.key, group.versions = _key(parts, known), _versions(parts)
+        stats.changed += group.key != before
         stats.bytes_packed += group.packed.nbytes
 
-    def _refresh_tables(self, digests: _Digests, stats: RefreshStats) -> None:
+    def _refresh_tables(self, known: _Digests, stats: RefreshStats) -> None:
         """Embedding and learned positions are used where they are (copied only when the dtypes differ)."""
         tables = self._tables()
         in_place = self.gather is None and all(t.dtype == self.dtype and t.is_contiguous() for t in tables)
-        key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else digests.of(tables)
+        key = tuple((t.data_ptr(), tuple(t.shape)) for t in tables) if in_place else known.of(tables)
         stats.total += 1
         if key == self._table_key:
             return
@@ -585,7 +542,7 @@ class Decoder:
         if not in_place:  # into the copies of last time, where there are some
             tables = [_refill(h, t.contiguous(), self.dtype) for h, t in zip(held, tables, strict=False)]
         self.embed_table, *rest = tables
-        self.position_table = rest[0] if rest else torch.empty(0)
+        self.position_table = rest[0] if rest else torch.empty(0, device="cpu")
         self._tables_copied = not in_place
         self._table_key = key
         stats.changed += 1
@@ -609,7 +566,7 @@ class Decoder:
     def embed_scale(self) -> float:
         """What embeddings are multiplied by: rounded as the embedding module itself rounds it."""
         scale = self.spec.embed_scale
-        return float(torch.tensor(scale).to(self.dtype)) if self.spec.scale_in_embed else scale
+        return float(torch.tensor(scale, device="cpu").to(self.dtype)) if self.spec.scale_in_embed else scale
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -824,270 +781,6 @@ def _named_groups(spec: DecoderSpec) -> Iterable[tuple[str, list[LinearSpec], bo
         else:
             yield f"layers.{i}.up", [layer.up], False
         yield f"layers.{i}.down", [layer.down], False
-
-
-class NativeExecutor:
-    """Walks the plan in one call of the CPU kernels.
-
-    With `trace` every call runs by itself and is reported with its output, which changes no bits.
-    """
-
-    def __init__(self, decoder: Decoder, trace: Trace | None = None):
-        self.decoder = decoder
-        self.trace = trace
-        self.names = list(decoder.plan.widths)
-        self.buffers: dict[str, Tensor] = {}
-        self.plan: Any = None
-        self.capacity = {"tokens": 0, "selected": 0}
-
-    def rebind(self) -> None:
-        """Pointers changed: build the native plan anew before the next step."""
-        self.plan = None
-
-    def run(self, t: StepTables, cache: PagedKVCache, keep: bool = True) -> Tensor:
-        """The last output of the plan, float32 logits [selected, vocab] where the model has a head. Without `keep`
-        it is the buffer itself, which the next run overwrites: a copy's fresh pages cost more than sampling it."""
-        self._reserve(len(t.token_ids), len(t.selected))
-        calls = self.decoder.plan.calls
-        if self.trace is not None:
-            self._run_traced(t, cache)
-        else:
-            if self.plan is None:
-                self.plan = self._build(calls)
-            self._execute(self.plan, len(t.token_ids), t, cache)
-        out = self.buffers[calls[-1].out][: len(t.selected)]
-        return out.clone() if keep else out
-
-    def _run_traced(self, t: StepTables, cache: PagedKVCache) -> None:
-        assert self.trace is not None
-        rows = len(t.token_ids)
-        for call in self.decoder.plan.calls:
-            self._execute(self._build([call]), rows, t, cache)
-            if call.op == "select_rows":
-                rows = len(t.selected)
-            self.trace(call, self.buffers[call.out][:rows])
-
-    def decode(
-        self, t: StepTables, cache: PagedKVCache, draw: Draw, steps: int, ends: Sequence[int]
-    ) -> Drawn:
-        """See `Decoder.decode`; t: of the first step."""
-        rows = len(t.slots)
-        self._reserve(rows, rows)
-        if self.plan is None:
-            self.plan = self._build(self.decoder.plan.calls)
-        vocab = self.decoder.plan.widths[self.decoder.plan.calls[-1].out]
-        tokens = torch.empty(steps, rows, dtype=torch.int64, device="cpu")
-        log_probs = torch.empty(steps, rows, dtype=torch.float32, device="cpu")
-        streams, positions = (None if n is None else n.contiguous() for n in (draw.streams, draw.positions))
-        if positions is None:
-            positions = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        done, sampling = self.plan.decode(
-            self._inputs(rows, t, cache), steps, vocab, draw.temperature, draw.top_k, draw.top_p, draw.min_p,
-            draw.seed, ptr(streams), ptr(positions), list(ends), ptr(tokens), ptr(log_probs),
-        )  # fmt: skip
-        return Drawn(tokens[:done], log_probs[:done], sampling)
-
-    def _execute(self, plan: Any, rows: int, t: StepTables, cache: PagedKVCache) -> None:
-        plan.run(self._inputs(rows, t, cache), -1)
-
-    @staticmethod
-    def _inputs(rows: int, t: StepTables, cache: PagedKVCache) -> tuple[int, ...]:
-        """What the native plan reads of a step (csrc/bindings/decoder.h: Tables)."""
-        table = cache.block_table
-        return (
-            rows, len(t.slots), t.token_ids.ctypes.data, t.positions.ctypes.data, t.slot_of_token.ctypes.data,
-            t.cu_seqlens.ctypes.data, t.kv_lens.ctypes.data, t.slots.ctypes.data, ptr(table), table.stride(0),
-            ptr(cache.k), ptr(cache.v), cache.k.stride(0) * cache.k.element_size(),
-            cache.v.stride(0) * cache.v.element_size(), len(t.selected), t.selected.ctypes.data,
-        )  # fmt: skip
-
-    def _reserve(self, tokens: int, selected: int) -> None:
-        if tokens <= self.capacity["tokens"] and selected <= self.capacity["selected"]:
-            return
-        tokens, selected = max(tokens, self.capacity["tokens"]), max(selected, self.capacity["selected"])
-        self.capacity = {"tokens": tokens, "selected": selected}
-        for name, width in self.decoder.plan.widths.items():
-            rows = max(1, selected if name in ("sel", "projected", "logits") else tokens)
-            dtype = torch.float32 if name == "logits" else self.decoder.dtype
-            if name not in self.buffers or self.buffers[name].shape[0] < rows:
-                self.buffers[name] = torch.zeros(rows, width, dtype=dtype, device="cpu")
-        self.plan = None
-
-    def _build(self, calls: Sequence[OpCall]) -> Any:
-        d, spec = self.decoder, self.decoder.spec
-        module: Any = native()
-        plan = module.StepPlan(DTYPES[d.dtype], spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        index = {name: i for i, name in enumerate(self.names)}
-        for name, i in index.items():
-            plan.set_buffer(i, ptr(self.buffers[name]), self.buffers[name].stride(0))
-        for call in calls:
-            self._add(plan, call, index)
-        return plan
-
-    def _add(self, plan: Any, c: OpCall, index: dict[str, int]) -> None:
-        d, spec = self.decoder, self.decoder.spec
-        if c.op == "embed":
-            plan.embed(index[c.out], ptr(d.embed_table), d.embed_table.shape[1])
-        elif c.op == "add_positions":
-            table = d.position_table
-            plan.add_positions(index[c.out], ptr(table), table.shape[1], spec.position_offset)
-        elif c.op == "norm":
-            n = d.norms[c.weights]
-            plan.norm(
-                n.spec.kind == "rms", index[c.input], index[c.out], ptr(n.scale), ptr(n.shift), n.width,
-                n.spec.eps, 0 if n.spec.rounding == "llama" else 1,
-            )  # fmt: skip
-        elif c.op == "linear":
-            p = d.packed(c.weights)
-            plan.linear(
-                index[c.input], index[c.out], index[c.residual] if c.residual else -1,
-                WEIGHTS.index(p.weights), ptr(p.panels), ptr(p.scales), ptr(p.bias), p.n, p.k, p.gated,
-                ACTIVATIONS[c.activation], c.out == "logits",
-            )  # fmt: skip
-        elif c.op == "scale":
-            plan.scale(index[c.input], index[c.out], d.plan.widths[c.out], factor(d, c))
-        elif c.op == "add":
-            plan.add(index[c.input], index[c.out], index[c.residual], d.plan.widths[c.out], c.scale)
-        elif c.op == "softcap":
-            plan.softcap(index[c.out], d.plan.widths[c.out], c.scale)
-        elif c.op == "head_norm":
-            n = d.norms[c.weights]
-            plan.head_norm(
-                n.spec.kind == "rms", index[c.out], c.column, n.spec.groups, ptr(n.scale), ptr(n.shift), n.stride,
-                n.width, n.spec.eps, 0 if n.spec.rounding == "llama" else 1,
-            )  # fmt: skip
-        elif c.op == "rope_append":
-            rope = spec.layers[c.layer].rope
-            cos, sin = d.rope_of(c.layer) or (None, None)
-            rotary_dim, interleaved = (rope.rotary_dim, rope.style == "interleaved") if rope else (0, False)
-            plan.rope_append(index[c.input], c.layer, ptr(cos), ptr(sin), rotary_dim, interleaved)
-        elif c.op == "attention":
-            layer = spec.layers[c.layer]
-            plan.attention(
-                index[c.input], index[c.out], c.layer, layer.scale, layer.window or 0, spec.attn_softcap or 0.0,
-                ptr(d.alibi),
-            )  # fmt: skip
-        else:
-            plan.select_rows(index[c.input], index[c.out], d.plan.widths[c.out])
-
-
-class PythonExecutor:
-    """Walks the plan op by op on the decoder's backend and device. `trace` receives every call and its output.
-
-    On the triton and cuda backends the ops over the cache are called without their own checks, which would wait for
-    the GPU at every call: `Decoder.step` has checked the same tables on the CPU.
-    """
-
-    def __init__(self, decoder: Decoder, trace: Trace | None = None):
-        self.decoder = decoder
-        self.trace = trace
-        self.checked = decoder.backend in ("reference", "cpu")
-
-    def rebind(self) -> None:
-        """Nothing is bound: tensors are looked up at every call."""
-
-    def run(self, t: StepTables, cache: PagedKVCache, keep: bool = True) -> Tensor:
-        """The last output of the plan, float32 logits [selected, vocab] where the model has a head. Nothing is
-        overwritten, `keep` or not."""
-        cache.sync()
-        return self.walk(t.on(self.decoder.device), cache)
-
-    @torch.no_grad()
-    def walk(self, t: StepTensors, cache: PagedKVCache) -> Tensor:
-        """`run` on tables that are there already, with a cache that is in sync."""
-        buffers: dict[str, Tensor] = {}
-        for call in self.decoder.plan.calls:
-            buffers[call.out] = self.execute(call, buffers, t, cache)
-            if self.trace is not None:
-                self.trace(call, buffers[call.out])
-        return buffers[self.decoder.plan.calls[-1].out]
-
-    def execute(
-        self, c: OpCall, buffers: Mapping[str, Tensor], t: StepTensors, cache: PagedKVCache
-    ) -> Tensor:
-        """The output of one call; `buffers` hold its inputs and stay as they are."""
-        d, spec, backend = self.decoder, self.decoder.spec, self.decoder.backend
-        if c.op == "embed":
-            return d.embed_table[t.token_ids]
-        x = buffers[c.input]
-        if c.op == "add_positions":
-            return x + d.position_table[t.positions.long() + spec.position_offset]
-        if c.op == "select_rows":
-            return x[t.selected]
-        if c.op == "norm":
-            return d.norms[c.weights].apply(x, backend)
-        if c.op == "scale":
-            return x * factor(d, c)
-        if c.op == "add":
-            return buffers[c.residual] + x * c.scale
-        if c.op == "softcap":
-            return softcap(x, c.scale, backend)
-        if c.op == "head_norm":
-            norm = d.norms[c.weights]
-            end = c.column + norm.spec.groups * norm.width
-            y = norm.apply(x[:, c.column : end], backend)
-            return torch.cat([x[:, : c.column], y, x[:, end:]], dim=1)
-        if c.op == "linear":
-            return linear(
-                x, d.packed(c.weights), activation=c.activation,
-                residual=buffers[c.residual] if c.residual else None, float_output=c.out == "logits",
-                backend=backend,
-            )  # fmt: skip
-        if c.op == "rope_append":
-            return self._rope_append(c, x, t, cache)
-        return self._attention(c, x, t, cache)
-
-    def _attention(self, c: OpCall, x: Tensor, t: StepTensors, cache: PagedKVCache) -> Tensor:
-        d, spec = self.decoder, self.decoder.spec
-        layer, dim = spec.layers[c.layer], spec.head_dim
-        q = x[:, : spec.num_heads * dim].reshape(-1, spec.num_heads, dim)
-        where = (q, cache.k[c.layer], cache.v[c.layer], cache.block_table, t.cu_seqlens, t.kv_lens)
-        if self.checked:
-            out = attention(
-                *where, scale=layer.scale, window=layer.window, softcap=spec.attn_softcap, alibi_slopes=d.alibi,
-                slots=t.slots, backend=d.backend,
-            )  # fmt: skip
-        else:
-            how = (t.slots, float(layer.scale), layer.window, spec.attn_softcap, d.alibi)
-            if t.decode:
-                out = implementation("attention_decode", d.backend, q, cache.k)(*where, *how, 0)
-            else:
-                out = implementation("attention", d.backend, q, cache.k)(*where, *how)
-        return out.reshape(len(x), -1)
-
-    def _rope_append(self, c: OpCall, x: Tensor, t: StepTensors, cache: PagedKVCache) -> Tensor:
-        d, spec = self.decoder, self.decoder.spec
-        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        q, k, v = x.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
-        cos, sin = d.rope_of(c.layer) or (None, None)
-        rope = spec.layers[c.layer].rope
-        arguments = (
-            q, k, v, cos, sin, t.positions, t.slot_of_token, cache.k[c.layer], cache.v[c.layer], cache.block_table
-        )  # fmt: skip
-        if self.checked:
-            rotary: dict[str, Any] = (
-                {} if rope is None else {"style": rope.style, "rotary_dim": rope.rotary_dim}
-            )
-            q = rope_append(*arguments, backend=d.backend, **rotary)
-        else:
-            style, rotary_dim = ("half", 0) if rope is None else (rope.style, rope.rotary_dim)
-            q = implementation("rope_append", d.backend, q, cache.k)(*arguments, rotary_dim, style)
-        return torch.cat([q.reshape(len(x), heads * dim), x[:, heads * dim :]], dim=1)
-
-
-def factor(decoder: Decoder, call: OpCall) -> float:
-    """The number of a `scale` call."""
-    return decoder.embed_scale if call.weights == "embed" else call.scale
-
-
-def softcap(x: Tensor, cap: float, backend: str | None) -> Tensor:
-    """cap * tanh(x / cap) of float32 x; on the cpu backend with the tanh of its kernels."""
-    module: Any = native() if backend == "cpu" else None
-    if module is None:
-        return cap * torch.tanh(x / cap)
-    y = (x / cap).contiguous()
-    module.vector_function(1, ptr(y), ptr(y), y.numel())  # csrc/cpu/vector_math.h: tanh
-    return y.mul_(cap)
 
 
 def apply_norm(norm: NormSpec, x: Tensor, backend: str | None = None) -> Tensor:

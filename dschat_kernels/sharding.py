@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .cache import PagedKVCache
+from .executors import PythonExecutor, StepTensors
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
-from .plan import Decoder, OpCall, PythonExecutor, StepTensors
+from .plan import Decoder, OpCall
 
 Gather = Callable[[Tensor, Sequence[int]], Tensor]
 """gather(own, widths): the columns of all parts side by side; part i gives widths[i] of them."""

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dschat_kernels.executors import Draw
 from dschat_kernels.ops.sample import sample
-from dschat_kernels.plan import Decoder, Draw
+from dschat_kernels.plan import Decoder
 from tests.test_plan import NAMES, decoder_of, model_of, rows_of
 
 STEPS = 9

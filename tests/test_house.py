@@ -200,6 +200,24 @@ def test_no_pickle_is_loaded(path: Path) -> None:
             assert safe, f"line {node.lineno} loads a pickle"
 
 
+FACTORIES = {
+    f"torch.{name}"
+    for name in (
+        "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm",
+        "tensor", "zeros",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_new_tensors_name_their_device(path: Path) -> None:
+    """Else they would be where torch.set_default_device says, which is nobody's business here."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES:
+            given = {word.arg for word in node.keywords}
+            assert given & {"device", None}, f"line {node.lineno}: {ast.unparse(node)} names no device"
+
+
 # ---------------------------------------------------------------------------------------------- dependencies
 
 

@@ -18,7 +18,7 @@ from dschat import HybridEngine, SamplingConfig
 from dschat_kernels import packing
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.models.spec import LinearSpec, Unsupported
-from dschat_kernels.packing import PackedLinear, ResolvedLinear, digest, resolve_linear
+from dschat_kernels.packing import WEIGHTS, PackedLinear, ResolvedLinear, digest, resolve_linear
 from tests.tiny_models import build
 
 
@@ -146,6 +146,43 @@ def test_refill_keeps_the_place() -> None:
     packed.fill([ResolvedLinear(weight, None, ())])
     assert packed.panels.data_ptr() == place
     assert torch.equal(packed.to_dense(), weight)
+
+
+@given(
+    shapes=st.sampled_from([[(64, 50)], [(1, 3)], [(16, 32), (48, 32), (5, 32)], [(33, 17)], [(576, 576)]]),
+    dtypes=st.sampled_from([(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2]),
+    weights=st.sampled_from(WEIGHTS),
+    gated=st.booleans(),
+    rank=st.sampled_from([0, 1, 8]),
+)
+def test_packing_gives_the_digests_of_the_weights(
+    shapes: list[tuple[int, int]],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    weights: str,
+    gated: bool,
+    rank: int,
+) -> None:
+    shapes = [shapes[-1]] * 2 if gated else shapes
+    parts = []
+    for n, k in shapes:
+        updates = (packing.LoraUpdate(torch.randn(rank, k), torch.randn(n, rank), 0.5),) if rank else ()
+        parts.append(ResolvedLinear(torch.randn(n, k).to(dtypes[0]), None, updates))
+    packed = PackedLinear(shapes, dtypes[1], gated=gated, weights=weights)
+    assert packed.fill(parts, digest=True) == packing.digests([p.weight for p in parts])
+    first = packed.to_dense()
+    assert packed.fill(parts) == []
+    assert torch.equal(packed.to_dense(), first)
+
+
+def test_packing_gives_no_digests_of_what_it_does_not_read_row_by_row() -> None:
+    uneven = [ResolvedLinear(torch.randn(n, 8), None, ()) for n in (17, 16)]
+    transposed = [ResolvedLinear(torch.randn(8, 32).t(), None, ())]
+    strided = [ResolvedLinear(torch.randn(32, 16)[:, :8], None, ())]
+    half = [ResolvedLinear(torch.randn(32, 8).half(), None, ())]
+    for parts in (uneven, transposed, strided, half):
+        packed = PackedLinear([tuple(p.weight.shape) for p in parts], torch.float32)  # type: ignore[misc]
+        assert packed.fill(parts, digest=True) == []
+        assert torch.equal(packed.to_dense(), torch.cat([p.weight.float() for p in parts]))
 
 
 def test_bad_parts_get_a_sentence() -> None:

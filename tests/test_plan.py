@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dschat_kernels.cache import OutOfPages
+from dschat_kernels.executors import NativeExecutor, PythonExecutor
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.models.spec import Unsupported
-from dschat_kernels.plan import Decoder, NativeExecutor, PythonExecutor
+from dschat_kernels.plan import Decoder
 from tests.helpers import cuda_refusal
 from tests.spec_walk import walk
 from tests.test_packing import lora
@@ -314,6 +315,34 @@ def test_refresh_sees_every_kind_of_change_and_nothing_else() -> None:
     assert q._version == version  # a fused step goes past the version counter
     assert changes(decoder, model) == total - 1
     assert pointers == {n: g.packed.panels.data_ptr() for n, g in decoder.groups.items()}  # type: ignore[union-attr]
+
+
+def test_what_was_written_is_packed_in_the_reading_that_tells_whether_it_changed() -> None:
+    model = build("llama")
+    decoder = decoder_of(model)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    fills = {name: group.packed.fills for name, group in decoder.groups.items()}  # type: ignore[union-attr]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1)
+    epoch = decoder.epoch
+    stats = decoder.refresh()
+    assert (stats.changed, decoder.epoch, stats.bytes_hashed) == (0, epoch, size)
+    assert all(g.packed.fills == fills[name] + 1 for name, g in decoder.groups.items())  # type: ignore[union-attr]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert decoder.refresh().bytes_hashed == size
+    assert changes(decoder, model) == 0
+    q = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        q.add_(1)
+    q.data.sub_(1)
+    q.data.add_(2)
+    assert changes(decoder, model) == 1
+    with torch.inference_mode():
+        model.model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.ones(48, 56), requires_grad=False)
+    assert changes(decoder, model) == 1
 
 
 def test_refresh_of_tied_head_and_embedding() -> None:

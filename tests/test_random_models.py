@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 import dschat_kernels as dk
 from dschat.engine.packed import PackedModel, pack_rows
+from dschat_kernels.executors import PythonExecutor
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.ops.sample import sample
-from dschat_kernels.plan import Decoder, PythonExecutor
+from dschat_kernels.plan import Decoder
 from tests.test_forward import compare, gradients, loss_of
 from tests.tiny_models import CONFIGS, randomise
 

@@ -66,9 +66,9 @@ constexpr const char* kBf16Products = "dot";
 constexpr const char* kBf16Products = "float32";
 #endif
 
-// What plan.py hands over of a step: tokens, rows, the addresses of token_ids, positions, slot_of_token, cu_seqlens,
-// kv_lens and slots, block_table and its stride, k_cache, v_cache and the bytes of a layer of each, selected and the
-// address of selected_tokens.
+// What executors.py hands over of a step: tokens, rows, the addresses of token_ids, positions, slot_of_token,
+// cu_seqlens, kv_lens and slots, block_table and its stride, k_cache, v_cache and the bytes of a layer of each, selected
+// and the address of selected_tokens.
 using Tables = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                           int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
 
@@ -98,15 +98,27 @@ inline void bind_decoder(pybind11::module_& m) {
   m.attr("depth_pairs") = kDepthPairs;
   m.def("panel_depth",
         [](int dtype, int weights, int64_t k) { return padded_depth(DType(dtype), Weights(weights), k); });
+  // Returns the digests of the parts' weights as "digest" makes them, where they come with packing; else none.
   m.def(
       "pack_linear",
       [](int source, int target, const std::vector<Matrix>& parts, bool gated, int weights, uintptr_t panels,
-         uintptr_t scales) {
+         uintptr_t scales, bool digest) {
         Matrices matrices(parts);
+        const DenseMatrix* dense = matrices.dense.data();
+        const int count = int(matrices.dense.size());
+        std::vector<std::vector<uint64_t>> blocks;
+        std::vector<uint64_t*> places;
+        if (digest && digests_while_packing(dense, count, gated))
+          for (int i = 0; i < count; ++i)
+            places.push_back(blocks.emplace_back(size_t((dense[i].n + kDigestRows - 1) / kDigestRows)).data());
         parallel([&](const Team& team) {
-          pack_linear(team, DType(source), DType(target), matrices.dense.data(), int(matrices.dense.size()), gated,
-                      Weights(weights), reinterpret_cast<void*>(panels), reinterpret_cast<float*>(scales));
+          pack_linear(team, DType(source), DType(target), dense, count, gated, Weights(weights),
+                      reinterpret_cast<void*>(panels), reinterpret_cast<float*>(scales),
+                      places.empty() ? nullptr : places.data());
         });
+        std::vector<uint64_t> digests;
+        for (const auto& part : blocks) digests.push_back(finish_digest(part.data(), int64_t(part.size())));
+        return digests;
       },
       release());
 
@@ -120,16 +132,28 @@ inline void bind_decoder(pybind11::module_& m) {
       },
       release());
 
+  m.attr("digest_rows") = kDigestRows;
+  // (address, bytes, bytes of a block) of each buffer
   m.def(
       "digest",
-      [](uintptr_t data, int64_t bytes) {
-        std::vector<uint64_t> blocks(size_t((bytes + kDigestBlock - 1) / kDigestBlock));
+      [](const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& of) {
+        std::vector<DigestBuffer> buffers;
+        int64_t total = 0;
+        for (const auto& [data, bytes, block] : of) {
+          buffers.push_back({reinterpret_cast<const void*>(data), bytes, block});
+          total += buffers.back().blocks();
+        }
+        std::vector<uint64_t> blocks(size_t(total), 0);
         parallel([&](const Team& team) {
-          digest_blocks(team, reinterpret_cast<const void*>(data), bytes, blocks.data());
+          digest_buffers(team, buffers.data(), int64_t(buffers.size()), blocks.data());
         });
-        uint64_t h = 0;
-        for (uint64_t b : blocks) h = (h ^ b) * 0x9E3779B97F4A7C15ull + 1;
-        return h;
+        std::vector<uint64_t> digests;
+        const uint64_t* at = blocks.data();
+        for (const DigestBuffer& buffer : buffers) {
+          digests.push_back(finish_digest(at, buffer.blocks()));
+          at += buffer.blocks();
+        }
+        return digests;
       },
       release());
 

@@ -65,15 +65,27 @@ struct DenseMatrix {
 //
 // int8 panels have the layout that rows of dtype `target` meet. Each row of the float32 sum is quantised by itself
 // (quantise.h), its scale goes to `scales` [panels * 32], which is null for other weights.
+//
+// digests: null, or the block digests of each part's weight as digest_buffers makes them of blocks of kDigestRows rows,
+// taken while the rows are in the cache for packing; only where digests_while_packing holds.
 void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
-                 Weights weights, void* panels, float* scales);
+                 Weights weights, void* panels, float* scales, uint64_t* const* digests = nullptr);
+
+// Whether rows are contiguous and no block of kDigestRows of them is cut by a panel's halves.
+bool digests_while_packing(const DenseMatrix* parts, int num_parts, bool gated);
 
 // The same sum as a plain row-major [n, k] matrix of dtype `target` (fuse_lora).
 void fuse_lora(const Team& team, DType source, DType target, const DenseMatrix& w, void* out);
 
-// 64-bit digest of a buffer; changing any one 4-byte word always changes it. Reads memory once. Every thread
-// writes its partial digest to partial[rank]; combine with finish_digest.
-constexpr int64_t kDigestBlock = 1 << 20;  // bytes; blocks are hashed independently, so threads do not matter
-void digest_blocks(const Team& team, const void* data, int64_t bytes, uint64_t* block_digests);
+// 64-bit digests of buffers; changing any one 4-byte word always changes a buffer's. Blocks are hashed independently, so
+// threads do not matter; finish_digest makes one digest of a buffer's blocks. Memory is read once.
+struct DigestBuffer {
+  const void* data;
+  int64_t bytes, block;  // block: bytes, a multiple of 4 where there are several
+  int64_t blocks() const { return (bytes + block - 1) / block; }
+};
+constexpr int64_t kDigestRows = 16;  // rows of a block where the buffer is a matrix: half a panel's
+void digest_buffers(const Team& team, const DigestBuffer* buffers, int64_t count, uint64_t* block_digests);
+uint64_t finish_digest(const uint64_t* block_digests, int64_t count);
 
 }  // namespace dschat

@@ -1,7 +1,7 @@
 // A decoder step as a flat list of kernel calls on preallocated buffers, run in one parallel region.
 //
-// The planner (dschat_kernels/plan.py) builds the list once a pack; a step only sets the token and row tables. The
-// buffers may be moved (they grow with the number of tokens) without touching the list: calls name them by index.
+// The executor (dschat_kernels/executors.py) builds the list once a pack; a step only sets the token and row tables.
+// The buffers may be moved (they grow with the number of tokens) without touching the list: calls name them by index.
 #pragma once
 
 #include <cstdint>

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from dschat_kernels.cache import PAGE, PagedKVCache, padded_head_dim, pages_for
+from dschat_kernels.executors import Draw
 from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.kept_cache import KeptCache
 from dschat_kernels.limits import available_memory
-from dschat_kernels.plan import Decoder, Draw
+from dschat_kernels.plan import Decoder
 
 from ..device import synchronize
 
@@ -148,7 +149,7 @@ class Rollout:
 
     def select(self, rows: Tensor | Sequence[int] | slice) -> Rollout:
         """The rollout of some rows."""
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.prompt_ids.device)
         return replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
 
 

@@ -74,7 +74,7 @@ class Sharing:
         counts = self.counts(prompts)
         if self.teams == 1 or max(counts) <= reserved:
             return None
-        ends = torch.tensor(counts).cumsum(0).tolist()
+        ends = torch.tensor(counts, device="cpu").cumsum(0).tolist()
         waiting = [range(min(end - n + reserved, end), end) for n, end in zip(counts, ends, strict=True)]
         return Queue(self, waiting)
 
@@ -88,7 +88,9 @@ class Sharing:
         each = parallel.gather(torch.tensor([len(own)], device=device), [1] * parallel.world()).tolist()
         numbers = parallel.gather(torch.tensor(own, dtype=torch.int64, device=device), each)
         order = numbers.argsort()
-        assert torch.equal(numbers[order].cpu(), torch.arange(prompts)), "every prompt is generated once"
+        assert torch.equal(numbers[order].cpu(), torch.arange(prompts, device="cpu")), (
+            "every prompt is generated once"
+        )
         rows = (order[:, None] * samples + torch.arange(samples, device=device)).flatten()
         each = [n * samples for n in each]
         return tuple(parallel.gather(t[: len(own) * samples], each)[rows] for t in found)

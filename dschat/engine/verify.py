@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.cache import PagedKVCache
+from dschat_kernels.executors import PythonExecutor, StepTables
 from dschat_kernels.models import DecoderSpec, decoder_spec
 from dschat_kernels.ops._common import resolve_backend
 from dschat_kernels.packing import fused_weight, is_lora
 from dschat_kernels.patch import is_patched, patch
-from dschat_kernels.plan import Decoder, OpCall, PythonExecutor, StepTables
+from dschat_kernels.plan import Decoder, OpCall
 
 from .hybrid_engine import HybridEngine
 from .packed import pack_rows
@@ -180,7 +181,9 @@ class _Verifier:
         if prompts is None:
             generator = torch.Generator().manual_seed(seed)
             lengths = [n for n in (23, 9, 17, 1, *((150, 70) if deep else ())) if n + new <= spec.context]
-            prompts = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in lengths]
+            prompts = [
+                torch.randint(spec.vocab_size, (n,), generator=generator, device="cpu") for n in lengths
+            ]
         self.device = self.engine.decoder.device
         self.prompts = [p.cpu() for p in prompts]
         if not self.prompts:
@@ -457,8 +460,8 @@ def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(ids, mask), int64 and bool [rows, longest], zeros on the left."""
     width = max(len(p) for p in prompts)
     ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
-    lengths = torch.tensor([len(p) for p in prompts])
-    return ids, torch.arange(width)[None] >= width - lengths[:, None]
+    lengths = torch.tensor([len(p) for p in prompts], device="cpu")
+    return ids, torch.arange(width, device="cpu")[None] >= width - lengths[:, None]
 
 
 @torch.no_grad()

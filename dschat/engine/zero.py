@@ -254,7 +254,7 @@ def sharded_segment(modules: Sequence[Any], f: Callable[[Tensor], Any], x: Tenso
     """f(x), differentiable in x and in the parameters of `modules`, which are whole only while f runs."""
     trained = any(p.requires_grad for p in parameters_of(modules))
     if torch.is_grad_enabled() and (trained or x.requires_grad):
-        anchor = torch.zeros((), requires_grad=trained)
+        anchor = torch.zeros((), requires_grad=trained, device=x.device)
         return _Segment.apply(f, modules, anchor, x)
     with gather_modules(modules):
         return f(x)
@@ -429,7 +429,7 @@ class ZeroOptimizer:
         for i, p in enumerate(self.parameters):
             if not steps:
                 break
-            entry = {"step": torch.as_tensor(float(steps[0]))}
+            entry = {"step": torch.as_tensor(float(steps[0]), device="cpu")}
             for name in self.MOMENTS:
                 entry[name] = safe_get_full_optimizer_state(p, name).detach().cpu().clone()
             if p.dtype != torch.float32:
@@ -460,7 +460,7 @@ class ZeroOptimizer:
             for flat in self._flat():
                 moments = {name: torch.zeros_like(flat) for name in self.MOMENTS}
                 base.state[flat] = {
-                    "step": torch.as_tensor(float(next(iter(state.values()))["step"])),
+                    "step": torch.as_tensor(float(next(iter(state.values()))["step"]), device="cpu"),
                     **moments,
                 }
             self._link()

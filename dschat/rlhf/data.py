@@ -645,12 +645,12 @@ def prompt_examples(
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
     """(ids, mask), both [B, longest]; mask is bool and made from the lengths."""
     width = max((len(r) for r in rows), default=0)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long, device="cpu")
+    mask = torch.zeros((len(rows), width), dtype=torch.bool, device="cpu")
     for i, row in enumerate(rows):
         if row:
             where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[i, where] = torch.as_tensor(row, dtype=torch.long)
+            ids[i, where] = torch.as_tensor(row, dtype=torch.long, device="cpu")
             mask[i, where] = True
     return ids, mask
 

@@ -60,14 +60,14 @@ class Episodes(Rollout):
     actions taken. overflowed: bool [rows], ended because observation and next action would not have fitted.
     """
 
-    actions: Tensor = field(default_factory=lambda: torch.zeros(0))
-    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
-    turns: Tensor = field(default_factory=lambda: torch.zeros(0))
-    overflowed: Tensor = field(default_factory=lambda: torch.zeros(0))
+    actions: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    turns: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    overflowed: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
 
     def select(self, rows: Tensor | Sequence[int] | slice) -> Episodes:
         """The episodes of some rows."""
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.prompt_ids.device)
         tensors = [f.name for f in fields(self) if f.name not in ("sampling", "stats")]
         return replace(self, **{name: getattr(self, name)[index] for name in tensors})
 

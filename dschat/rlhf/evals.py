@@ -227,7 +227,7 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     chosen, rejected = (torch.cat([p[i] for p in pieces]).double().cpu() for i in range(2))
     gap = (chosen - rejected) * scorer.std
     right = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gap.tolist()]
-    turned = torch.tensor([_bit(e) for e in pairs], dtype=torch.bool)
+    turned = torch.tensor([_bit(e) for e in pairs], dtype=torch.bool, device="cpu")
     probability = torch.sigmoid(torch.where(turned, -gap, gap)).tolist()
     labels = (~turned).long().tolist()
     found = bootstrap(right, seed=config.seed)

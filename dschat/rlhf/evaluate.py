@@ -117,7 +117,7 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
         out = plain.generate(ids, attention_mask=mask.long(), generation_config=settings)
         devices.synchronize(device)
         seconds = time.perf_counter() - start
-    ended = torch.isin(out[:, ids.shape[1] :].cpu(), torch.tensor(encoder.stop_ids)).long()
+    ended = torch.isin(out[:, ids.shape[1] :].cpu(), torch.tensor(encoder.stop_ids, device="cpu")).long()
     tokens = int((ended.cumsum(1) - ended == 0).sum())  # up to and including the first end
     theirs = tokens / seconds
     return {

@@ -31,9 +31,9 @@ class Experience:
     tolerance: float
     kl_coef: float = 0.0
     weights: Tensor | None = None
-    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
-    values: Tensor = field(default_factory=lambda: torch.zeros(0))
-    returns: Tensor = field(default_factory=lambda: torch.zeros(0))
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    values: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    returns: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     features: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -189,7 +189,9 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "r
     head = score_head(model)
     if any(k.endswith(("score.weight", "classifier.weight")) for k in info["missing_keys"]):
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.weight.shape[1] + 1)
+        weight = torch.randn(head.weight.shape, generator=generator, device="cpu") / math.sqrt(
+            head.weight.shape[1] + 1
+        )
         with torch.no_grad():
             head.weight.copy_(weight if new_head == "random" else torch.zeros_like(weight))
     return no_dropout(model)

@@ -374,7 +374,7 @@ class Trainer:
         config = self.config
         device = experience.mask.device
         real = experience.mask.cpu()  # what is counted of it below does not wait for the device
-        mask = real[torch.as_tensor(rows)]
+        mask = real[torch.as_tensor(rows, device="cpu")]
         count = {"token": mask.sum(), "sequence": mask.any(-1).sum()}.get(config.aggregation)
         normalizer = float(len(rows) * config.max_new_tokens if count is None else count)
         tokens = max(float(mask.sum()), 1.0)
@@ -383,11 +383,11 @@ class Trainer:
 
         for i, (piece, own) in enumerate(parallel.shares(rows, config.batch_size)):
             everybody = rows[i * config.batch_size : (i + 1) * config.batch_size]
-            if not bool(real[torch.as_tensor(everybody)].any()):
+            if not bool(real[torch.as_tensor(everybody, device="cpu")].any()):
                 continue
             index = torch.as_tensor(piece, device=device)
             batch, mask = experience.rollout.select(index), experience.mask[index]
-            counted = int(real[torch.as_tensor(piece)].sum())
+            counted = int(real[torch.as_tensor(piece, device="cpu")].sum())
             if not own or not counted:  # others have rows here: the same steps, for a gradient of 0
                 self._idle(experience, piece, batch, ends, how)
                 continue

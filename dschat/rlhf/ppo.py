@@ -85,7 +85,9 @@ class PPO(online.Trainer):
         """The value loss of one piece."""
         features = None
         if experience.features is not None:
-            where = torch.cat([torch.arange(int(ends[i - 1]) if i else 0, int(ends[i])) for i in rows])
+            where = torch.cat(
+                [torch.arange(int(ends[i - 1]) if i else 0, int(ends[i]), device="cpu") for i in rows]
+            )
             features = experience.features[where.to(experience.features.device)]
         index = torch.as_tensor(rows, device=experience.mask.device)
         loss, found = losses.value_loss(

@@ -231,7 +231,7 @@ def _rows(
         loss = dpo.accumulate(engine, reference, examples, rows, encoder.pad_id, config)["loss"]
     else:
         loss, _ = sft.accumulate(engine, examples, encoder.pad_id, config)
-    if bad := describe(torch.tensor([loss])):
+    if bad := describe(torch.tensor([loss], device="cpu")):
         return out.stop("loss", bad)
     out.ok(f"loss {loss:.6g}")
     return _gradients(out, modules)
@@ -277,7 +277,7 @@ def _online(
     if "completions" in about:
         return _scores(out, about, config, trainer, rollout, real)
     for name in BATCH:
-        if bad := describe(batch.get(name, torch.zeros(0))):
+        if bad := describe(batch.get(name, torch.zeros(0, device="cpu"))):
             return out.stop(f"the batch's {name}", bad)
     out.ok(f"what the batch was given ({', '.join(n for n in BATCH if n in batch)})")
     experience = Experience(
@@ -288,7 +288,7 @@ def _online(
         experience.features = trainer.critic.features(rollout)
     ends = rollout.completion_mask.sum(1).cumsum(0).cpu()
     for name, value in trainer.minibatch(experience, rows, ends).items():
-        if bad := describe(torch.tensor([value])) if name.endswith("/loss") else "":
+        if bad := describe(torch.tensor([value], device="cpu")) if name.endswith("/loss") else "":
             return out.stop(name, bad)
         if name.endswith("/loss"):
             out.ok(f"{name} {value:.6g}")

@@ -127,7 +127,7 @@ def call_function(
                 f"reward function {name} returned {number} for completion {i}; return a finite number or None"
             )
         scores.append(number)
-    return torch.tensor(scores, dtype=torch.float32)
+    return torch.tensor(scores, dtype=torch.float32, device="cpu")
 
 
 class EpisodeReturn:
@@ -181,8 +181,8 @@ class Rewards:
         """(scores float32 [B], valid bool [B], each source's own scores by name with NaN where it said
         nothing).
         """
-        total = torch.zeros(len(completions))
-        valid = torch.zeros(len(completions), dtype=torch.bool)
+        total = torch.zeros(len(completions), device="cpu")
+        valid = torch.zeros(len(completions), dtype=torch.bool, device="cpu")
         parts: dict[str, Tensor] = {}
         for (name, source), weight in zip(self.sources, self.weights, strict=True):
             model: Any = source
@@ -251,7 +251,9 @@ class OwnTokenizer:
 
     def rate_texts(self, batch: Any, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
         """Scores float32 [B]; an answer that did not end has no end-of-turn token here either."""
-        finished = getattr(batch, "finished", torch.ones(len(completions), dtype=torch.bool)).tolist()
+        finished = getattr(
+            batch, "finished", torch.ones(len(completions), dtype=torch.bool, device="cpu")
+        ).tolist()
         answers = [
             ids if done or len(ids) < 2 else ids[:-1]
             for ids, done in zip(map(self.encoder.completion, completions), finished, strict=True)

@@ -47,8 +47,10 @@ def store(folder: str | Path, key: str, outcomes: Sequence[Outcome]) -> None:
     """Write an entry; another process that was faster wins."""
     kept = [o for o in outcomes if isinstance(o, tuple)]
     rows = [ids for prompt, answers, _ in kept for ids in (prompt, *answers)]
-    flat = torch.tensor([i for ids in rows for i in ids], dtype=torch.int32)
-    content = save({"ids": flat, "lengths": torch.tensor([len(ids) for ids in rows], dtype=torch.int64)})
+    flat = torch.tensor([i for ids in rows for i in ids], dtype=torch.int32, device="cpu")
+    content = save(
+        {"ids": flat, "lengths": torch.tensor([len(ids) for ids in rows], dtype=torch.int64, device="cpu")}
+    )
     told = [[len(o[1]), o[2]] if isinstance(o, tuple) else o for o in outcomes]
     about = {"blake2b": hashlib.blake2b(content).hexdigest(), "rows": told}
     final = Path(folder).expanduser() / key

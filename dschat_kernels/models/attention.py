@@ -339,7 +339,7 @@ def _falcon(module: Any, config: Any, name: str, dropout: parts.DropoutLog) -> A
 def _falcon_slopes(module: Any, config: Any, name: str) -> tuple[float, ...]:
     """Negative: the biases are rounded. Doubled where the attention adds them to scores whose mask has them already."""
     parts.require_globals(module, name, build_alibi_tensor="alibi.falcon")
-    ones = torch.ones(1, 2, dtype=torch.int64)
+    ones = torch.ones(1, 2, dtype=torch.int64, device="cpu")
     biases = global_of(module, "build_alibi_tensor")(ones, int(module.num_heads), torch.float32)
     times = 2.0 if config._attn_implementation == "eager" else 1.0
     return tuple((-times * biases[:, 0, 1]).tolist())

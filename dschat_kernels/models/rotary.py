@@ -126,5 +126,5 @@ def table_rope(
     expected = make(len(table), rotary_dim)
     if float((table.cpu().double() - expected.double()).abs().max()) > 2.0**-8:  # a cast may have rounded it
         raise Unsupported(f"{name} does not hold the sines and cosines it is built with")
-    inv_freq = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim)
+    inv_freq = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu") / rotary_dim)
     return RopeSpec(inv_freq, 1.0, "interleaved", rotary_dim)

@@ -10,9 +10,10 @@ import torch
 
 from dschat import HybridEngine, SamplingConfig
 from dschat.engine.verify import Certificate, logprob_gap, verify
+from dschat_kernels.executors import NativeExecutor, PythonExecutor
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.packing import PackedLinear, fused_weight, quantise
-from dschat_kernels.plan import Decoder, NativeExecutor, PythonExecutor
+from dschat_kernels.plan import Decoder
 from tests.engine.test_rollout import PROMPTS, left
 from tests.test_packing import lora
 from tests.test_plan import decoder_of, prefill, rows_of

@@ -21,7 +21,8 @@ from dschat.engine.rollout import (
     step_bytes,
 )
 from dschat_kernels.cache import PagedKVCache
-from dschat_kernels.plan import Decoder, Drawn
+from dschat_kernels.executors import Drawn
+from dschat_kernels.plan import Decoder
 from tests.tiny_models import build
 
 PROMPTS = ([5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, 16, 17, 18], [3] * 9)

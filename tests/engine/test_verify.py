@@ -16,7 +16,7 @@ import dschat_kernels as dk
 from dschat.engine import hybrid_engine, packed, rollout
 from dschat.engine import verify as module
 from dschat.engine.verify import Certificate, Check, first_divergence, verify
-from dschat_kernels import plan
+from dschat_kernels import executors, plan
 from dschat_kernels.hf_cache import PagedDynamicCache
 from dschat_kernels.hf_generate import FusedForward
 from dschat_kernels.packing import PackedLinear
@@ -155,8 +155,8 @@ def test_a_broken_native_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         else:
             add(self, p, c, index)
 
-    add = plan.NativeExecutor._add
-    certificate = broken(monkeypatch, build("llama"), plan.NativeExecutor, "_add", wrong)
+    add = executors.NativeExecutor._add
+    certificate = broken(monkeypatch, build("llama"), executors.NativeExecutor, "_add", wrong)
     assert certificate.diverges.startswith("attention of layer 1: error"), certificate.diverges
     assert failed(certificate) >= {
         "logits, max error against HF in float64",
@@ -191,9 +191,9 @@ def test_rows_that_feel_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         drawn = decode(self, t, *given)
         return replace(drawn, log_probs=drawn.log_probs + (1e-6 if len(t.slots) > 1 else 0.0))
 
-    run, decode = plan.NativeExecutor.run, plan.NativeExecutor.decode
-    monkeypatch.setattr(plan.NativeExecutor, "decode", wrong_decode)
-    certificate = broken(monkeypatch, build("llama"), plan.NativeExecutor, "run", wrong)
+    run, decode = executors.NativeExecutor.run, executors.NativeExecutor.decode
+    monkeypatch.setattr(executors.NativeExecutor, "decode", wrong_decode)
+    certificate = broken(monkeypatch, build("llama"), executors.NativeExecutor, "run", wrong)
     assert failed(certificate) >= {
         "batch 1 against batch N, logits (bits)",
         "sampled alone against sampled in a batch (bits)",
@@ -216,8 +216,8 @@ def test_a_decode_that_is_not_the_prefill(monkeypatch: pytest.MonkeyPatch) -> No
     def wrong(self: Any, t: Any, cache: Any, keep: bool = True) -> torch.Tensor:
         return run(self, t, cache, keep) + (1e-6 if len(t.token_ids) == 1 and t.positions[0] > 0 else 0.0)
 
-    run = plan.NativeExecutor.run
-    certificate = broken(monkeypatch, build("llama"), plan.NativeExecutor, "run", wrong)
+    run = executors.NativeExecutor.run
+    certificate = broken(monkeypatch, build("llama"), executors.NativeExecutor, "run", wrong)
     assert "decode against prefill, logits (bits)" in failed(certificate)
 
 
@@ -244,7 +244,7 @@ def test_a_pack_that_forgets_lora(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("forgotten", ["temperature", "top_k"])
 def test_sampling_that_forgets_a_setting(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*settings: Any) -> Any:
-        return replace(plan.Draw(*settings), **{forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
+        return replace(executors.Draw(*settings), **{forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
 
     certificate = broken(monkeypatch, build("llama"), rollout, "Draw", wrong)
     assert "sampling statistics, temperature 0.7, top_k 8" in failed(certificate)
