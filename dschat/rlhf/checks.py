@@ -47,6 +47,8 @@ def require_rewards(config: OnlineConfig, functions: Sequence[RewardFunction] = 
 def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: Any = None) -> None:
     """Raise ConfigError for what stops a stage for certain. model, tokenizer: those that it was given, which nothing
     is looked up for."""
+    if isinstance(config, OnlineConfig):
+        _check(check_teams, config.inference_tp_size, parallel.world())
     for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
         data.require_source(source)
     name = origin(config.model, made)
@@ -63,17 +65,16 @@ def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: A
     if isinstance(config, (DPOConfig, OnlineConfig)) and config.reference:
         require_same_tokenizer(origin(config.reference, made), own_tokenizer())
     if isinstance(config, OnlineConfig):
-        _check_sharing(config, None if model is not None else name)
+        if model is None and config.inference_tp_size > 1:
+            found = models.read_config(name)
+            if found is not None:
+                _check(check_heads, *models.heads_of(found), config.inference_tp_size)
         _check_rewards(config, partial(origin, made=made), own_tokenizer)
 
 
-def _check_sharing(config: OnlineConfig, name: str | None) -> None:
-    """inference_tp_size divides the processes, and the heads of model `name` (None: the engine will see)."""
+def _check(check: Callable[..., Any], *values: Any) -> None:
     try:
-        check_teams(config.inference_tp_size, parallel.world())
-        found = models.read_config(name) if name and config.inference_tp_size > 1 else None
-        if found is not None:
-            check_heads(*models.heads_of(found), config.inference_tp_size)
+        check(*values)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

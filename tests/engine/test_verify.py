@@ -243,8 +243,8 @@ def test_a_pack_that_forgets_lora(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("forgotten", ["temperature", "top_k"])
 def test_sampling_that_forgets_a_setting(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*settings: Any) -> Any:
-        return replace(executors.Draw(*settings), **{forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
+    def wrong(**settings: Any) -> Any:
+        return replace(executors.Draw(**settings), **{forgotten: {"temperature": 1.0, "top_k": 0}[forgotten]})
 
     certificate = broken(monkeypatch, build("llama"), rollout, "Draw", wrong)
     assert "sampling statistics, temperature 0.7, top_k 8" in failed(certificate)
