@@ -53,6 +53,7 @@ def test_every_command_has_a_body_and_help(capsys):
         ("sft --data {tmp}/sft.jsonl --output_dir {tmp}/run --model {tmp}/nowhere", "nowhere does not exist; give a"),
         ("ppo --data x.jsonl", "reward is empty; name a reward model folder or a function"),
         ("ppo --top_p 0.9", "top_p is 0.9, but PPO"),
+        ("--local_rank=0 ppo --zero_stage 8", "zero_stage is 8, but it must be 0, 1, 2 or 3, or none"),
         ("ppo --zero_stage 7", "zero_stage is 7, but it must be 0, 1, 2 or 3, or none"),
         ("ppo --inference_tp_size 2 --data x.jsonl --reward y", "inference_tp_size is 2 and there is 1 process"),
         ("generate --model {tmp} --prompt a", "has no config.json"),

@@ -87,7 +87,9 @@ def read(
     stats = DataStats()
     records: list[Record] = []
     for source in sources:
+        empty = True
         for item in read_source(str(source)):
+            empty = False
             if limit and len(records) >= limit:
                 break
             stats.read += 1
@@ -98,6 +100,8 @@ def read(
                 stats.first_bad = stats.first_bad or str(item)
             else:
                 records.append(item)
+        if empty:
+            raise DataError(f"data file {source} holds no rows; give one that does, or leave it out")
     return records, stats
 
 
@@ -106,7 +110,9 @@ def require_file(source: str) -> None:
     if os.path.isfile(source):
         return
     folder = os.path.dirname(source) or "."
-    there = sorted(os.listdir(folder))[:8] if os.path.isdir(folder) else []
+    there = (
+        sorted(f for f in os.listdir(folder) if not f.startswith("."))[:8] if os.path.isdir(folder) else []
+    )
     hint = f"{folder} has {', '.join(there)}" if there else f"and neither does the folder {folder}"
     raise DataError(f"data file {source} does not exist; {hint}")
 

@@ -233,6 +233,17 @@ def test_bad_rows(encoder, row, message):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("x.jsonl", ""), ("x.jsonl", "\n \n"), ("x.json", "[]"), ("x.csv", "prompt,response\n")],
+)
+def test_a_file_without_rows(tmp_path, name, text):
+    full, path = write(tmp_path / "full.jsonl"), tmp_path / name
+    path.write_text(text)
+    with pytest.raises(D.DataError, match=rf"data file .*{name} holds no rows; give one that does"):
+        D.read([full, str(path)])
+
+
 def test_missing_column(encoder):
     with pytest.raises(
         D.DataError, match=r"f\.jsonl has no column 'rejected'; its columns are chosen, prompt"
