@@ -66,7 +66,7 @@ def test_runs_of_their_own(tmp_path):
     ppo = make(tmp_path / "ppo", "ppo", [90000.0], done=False, config={"model": "facebook/opt-13b"}, **gpu)
     other = make(tmp_path / "grpo", "grpo", [3.0], weights=2_000)
     rows = cells(headline.tables([sft, ppo, other]))[2:4]
-    assert rows[0] == ["Actor: 12.8B", "8 x NVIDIA A100", "2 h", "-", "25 h so far", "27 h"]
+    assert rows[0] == ["Actor: 12.9B", "8 x NVIDIA A100", "2 h", "-", "25 h so far", "27 h"]
     assert rows[1][1:] == ["1 x CPU", "-", "-", "3 s (GRPO)", "3 s"]
     with pytest.raises(ConfigError, match="is no folder"):
         headline.tables([tmp_path / "none"])
