@@ -210,15 +210,8 @@ def ppo_table(result: dict[str, Any]) -> str:
 
 def evidence_table(results: Sequence[dict[str, Any]]) -> str:
     """Held-out scores before and after, a line a claim: means over its seeds, and every seed's change."""
-    head = [
-        "claim",
-        "before",
-        "after",
-        "change over the seeds, 95 %",
-        "each seed",
-        "KL, nats",
-        "tokens an answer",
-    ]
+    change = "change over the seeds, 95 %"
+    head = ["claim", "before", "after", change, "each seed", "KL, nats", "tokens an answer"]
     lines = []
     for result in results:
         runs, over = [r["held_out"] for r in result["runs"]], result["over_seeds"]

@@ -62,10 +62,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 
 def _run(words: list[str]) -> int:
-    if words and words[0].startswith(
-        "--local_rank="
-    ):  # DeepSpeed's launcher puts it first; LOCAL_RANK says the same
-        words = words[1:]
+    if words and words[0].startswith("--local_rank="):
+        words = words[1:]  # put first by DeepSpeed's launcher; LOCAL_RANK says the same
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

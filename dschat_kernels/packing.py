@@ -2,7 +2,7 @@
 
 `resolve_linear` finds what a projection computes right now (weight, bias, the active LoRA adapters).
 `PackedLinear` holds one packed matrix, `W + sum of scale * B A` accumulated in float32 and rounded once, to the
-rollout's dtype or to int8 with a scale a row, so the training weight is only read. `digest` says whether a
+rollout's dtype or to int8 with a scale a row, so the training weight is only read. A digest says whether a
 tensor's bytes changed; a tensor's version counter cannot (fused optimizers and `.data` bypass it).
 """
 
@@ -30,9 +30,9 @@ activations they meet are quantised too (`quantised_rows`). Their places are the
 QUANT_GROUP = 64
 """Neighbouring activations that share a scale (csrc/cpu/gemm_int8.h)."""
 DIGEST_BLOCK = 2**16
-"""Bytes that the native `digest` hashes by themselves where the tensor is no matrix."""
+"""Bytes that native kernels hash by themselves where the tensor is no matrix."""
 DIGEST_PIECE = 2**24
-"""Words of 4 bytes that `digest` takes at a time without native kernels."""
+"""Words of 4 bytes that `digests` takes at a time without native kernels."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,9 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
     return ResolvedLinear(weight, bias, updates, scales)
 
 
-def digest(tensor: Tensor) -> int:
-    """64-bit digest of a tensor's bytes; changing any one 4-byte word of it always changes the digest."""
-    return digests([tensor])[0]
-
-
 def digests(tensors: Sequence[Tensor]) -> list[int]:
-    """`digest` of each tensor; on the CPU all in one native call."""
+    """64-bit digest of each tensor's bytes; changing any one 4-byte word of a tensor always changes its digest. On the
+    CPU all are made in one native call."""
     module: Any = native()
     held = [_in_one_piece(t.detach()) for t in tensors]
     here = [t for t in held if module is not None and t.device.type == "cpu"]

@@ -244,7 +244,7 @@ class Group:
 
 @dataclass
 class RefreshStats:
-    """What a refresh did: packs rewritten of all packs, bytes hashed and packed, seconds."""
+    """What a refresh did: packs whose matrix changed of all packs, bytes hashed and written, seconds."""
 
     changed: int = 0
     total: int = 0
@@ -476,12 +476,9 @@ class Decoder:
             name: self.groups[name].key is None or _versions(own) != self.groups[name].versions
             for name, own in parts.items()
         }
-        known.read(
-            [
-                t for name, own in parts.items() for p in own for t in p.tensors()[written[name] :]
-            ]  # weights first
-            + [t for name in norms for t in self.norms[name].spec.sources()]
-        )
+        small = [t for name, own in parts.items() if written[name] for p in own for t in p.tensors()[1:]]
+        still = [t for name, own in parts.items() if not written[name] for p in own for t in p.tensors()]
+        known.read(small + still + [t for name in norms for t in self.norms[name].spec.sources()])
         for name, own in parts.items():
             self._refresh_group(self.groups[name], own, written[name], known, stats)
         for name in norms:

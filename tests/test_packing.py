@@ -18,7 +18,7 @@ from dschat import HybridEngine, SamplingConfig
 from dschat_kernels import packing
 from dschat_kernels.models import decoder_spec
 from dschat_kernels.models.spec import LinearSpec, Unsupported
-from dschat_kernels.packing import WEIGHTS, PackedLinear, ResolvedLinear, digest, resolve_linear
+from dschat_kernels.packing import WEIGHTS, PackedLinear, ResolvedLinear, digests, resolve_linear
 from tests.tiny_models import build
 
 
@@ -168,7 +168,7 @@ def test_packing_gives_the_digests_of_the_weights(
         updates = (packing.LoraUpdate(torch.randn(rank, k), torch.randn(n, rank), 0.5),) if rank else ()
         parts.append(ResolvedLinear(torch.randn(n, k).to(dtypes[0]), None, updates))
     packed = PackedLinear(shapes, dtypes[1], gated=gated, weights=weights)
-    assert packed.fill(parts, digest=True) == packing.digests([p.weight for p in parts])
+    assert packed.fill(parts, digest=True) == digests([p.weight for p in parts])
     first = packed.to_dense()
     assert packed.fill(parts) == []
     assert torch.equal(packed.to_dense(), first)
@@ -227,6 +227,10 @@ def test_a_thousand_flips_leave_the_base_alone() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- digest
+
+
+def digest(tensor: torch.Tensor) -> int:
+    return digests([tensor])[0]
 
 
 @pytest.fixture(params=["native", "reference", "triton"])

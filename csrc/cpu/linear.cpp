@@ -30,10 +30,11 @@ template <typename S> DSCHAT_INLINE float element(const DenseMatrix& w, int64_t 
   return to_float(static_cast<const S*>(w.data)[n * w.stride_n + k * w.stride_k]);
 }
 
-// value = `vectors` vectors of row + sum of W's updates of row n, from depth k on, float32. Ranks are added in order before
-// the scale is applied. count: lanes of a vector that are there.
+// value = `vectors` vectors of row + sum of W's updates of row n, from depth k on, float32. Ranks are added in order
+// before the scale is applied. count: lanes of a vector that are there.
 template <int vectors, typename X>
-DSCHAT_INLINE void fused_vectors(const X* row, const DenseMatrix& w, int64_t n, int64_t k, int count, Vec (&value)[vectors]) {
+DSCHAT_INLINE void fused_vectors(const X* row, const DenseMatrix& w, int64_t n, int64_t k, int count,
+                                 Vec (&value)[vectors]) {
   const auto at = [&](const auto* p, int v) {
     return count == kLanes ? load(p + k + v * kLanes) : load(p + k + v * kLanes, count);
   };
@@ -51,8 +52,8 @@ DSCHAT_INLINE void fused_vectors(const X* row, const DenseMatrix& w, int64_t n, 
   }
 }
 
-// `rows` rows of W + sum of updates from row n on, as D; out [rows, w.k]. A piece of A meets all rows
-// while it is in L1. from: row n of W, or a copy of it in float32; its rows are `stride` values apart.
+// `rows` rows of W + sum of updates from row n on, as D; out [rows, w.k]. A piece of A meets all rows while in L1.
+// from: row n of W, or a copy of it in float32; its rows are `stride` values apart.
 template <typename X, typename D>
 void fused_rows(const X* from, int64_t stride, const DenseMatrix& w, int64_t n, int64_t rows, D* out) {
   constexpr int kVectors = 8;
@@ -167,17 +168,19 @@ void digest_half(const DenseMatrix& part, int64_t index, int64_t bytes, uint64_t
   digests[index / kDigestRows] = digest_block(data, std::min(kDigestRows, part.n - index) * part.k * bytes);
 }
 
-// Half a panel that is `rows` rows of one part from `index` on, packed without working memory where nothing is to be
+// Half a panel that is 16 rows of one part from `index` on, packed without working memory where nothing is to be
 // computed, else through `buffer` [16, k].
 template <typename S, typename D>
-void pack_half(const DenseMatrix& part, int64_t index, int64_t rows, D* buffer, int64_t c0, D* panel) {
+void pack_half(const DenseMatrix& part, int64_t index, D* buffer, int64_t c0, D* panel) {
   const S* from = static_cast<const S*>(part.data) + index * part.stride_n;
-  for (int64_t i = 0; i < rows * part.k * int64_t(sizeof(S)); i += 64)  // the next half's, while this one is computed
-    __builtin_prefetch(reinterpret_cast<const char*>(from + rows * part.stride_n) + i, 0, 2);
+  // The next half is fetched while this one is computed.
+  const char* next = reinterpret_cast<const char*>(from + kLanes * part.stride_n);
+  for (int64_t i = 0; i < kLanes * part.k * int64_t(sizeof(S)); i += 64) __builtin_prefetch(next + i, 0, 2);
   if constexpr (std::is_same_v<S, D>)
-    if (part.num_updates == 0) return pack_into_panel<Stores::streaming>(from, part.stride_n, rows, part.k, c0, panel);
-  fused_rows(from, part.stride_n, part, index, rows, buffer);
-  pack_into_panel<Stores::streaming>(buffer, part.k, rows, part.k, c0, panel);
+    if (part.num_updates == 0)
+      return pack_into_panel<Stores::streaming>(from, part.stride_n, kLanes, part.k, c0, panel);
+  fused_rows(from, part.stride_n, part, index, kLanes, buffer);
+  pack_into_panel<Stores::streaming>(buffer, part.k, kLanes, part.k, c0, panel);
 }
 
 template <typename S, typename D>
@@ -202,7 +205,7 @@ void pack_typed(const Team& team, const DenseMatrix* parts, int num_parts, bool 
       if (part && digests) digest_half(*part, index, int64_t(sizeof(S)), digests[part - parts]);
       if constexpr (!kQuantised<D>)
         if (part && part->stride_k == 1 && index + kLanes <= part->n) {
-          pack_half<S>(*part, index, kLanes, rows, c0, panel);
+          pack_half<S>(*part, index, rows, c0, panel);
           continue;
         }
       for (int64_t c = 0; c < kLanes; ++c) {
@@ -275,7 +278,8 @@ void digest_buffers(const Team& team, const DigestBuffer* buffers, int64_t count
     const DigestBuffer& buffer = buffers[i];
     for (int64_t at = 0; at < buffer.bytes; at += buffer.block, ++block_digests)
       if (first + at >= mine.begin && first + at < mine.end)
-        *block_digests = digest_block(static_cast<const char*>(buffer.data) + at, std::min(buffer.block, buffer.bytes - at));
+        *block_digests = digest_block(static_cast<const char*>(buffer.data) + at,
+                                      std::min(buffer.block, buffer.bytes - at));
     first += buffer.bytes;
   }
 }

@@ -66,6 +66,8 @@ struct DenseMatrix {
 // int8 panels have the layout that rows of dtype `target` meet. Each row of the float32 sum is quantised by itself
 // (quantise.h), its scale goes to `scales` [panels * 32], which is null for other weights.
 //
+// panels: from a cache line on; they are written past the caches where the CPU has stores that do.
+//
 // digests: null, or the block digests of each part's weight as digest_buffers makes them of blocks of kDigestRows rows,
 // taken while the rows are in the cache for packing; only where digests_while_packing holds.
 void pack_linear(const Team& team, DType source, DType target, const DenseMatrix* parts, int num_parts, bool gated,
@@ -77,8 +79,8 @@ bool digests_while_packing(const DenseMatrix* parts, int num_parts, bool gated);
 // The same sum as a plain row-major [n, k] matrix of dtype `target` (fuse_lora).
 void fuse_lora(const Team& team, DType source, DType target, const DenseMatrix& w, void* out);
 
-// 64-bit digests of buffers; changing any one 4-byte word always changes a buffer's. Blocks are hashed independently, so
-// threads do not matter; finish_digest makes one digest of a buffer's blocks. Memory is read once.
+// 64-bit digests of buffers; changing any one 4-byte word always changes a buffer's. Blocks are hashed independently,
+// so threads do not matter; finish_digest makes one digest of a buffer's blocks. Memory is read once.
 struct DigestBuffer {
   const void* data;
   int64_t bytes, block;  // block: bytes, a multiple of 4 where there are several

@@ -47,7 +47,8 @@ template <Stores how> inline void transpose_16_rows(const char* rows, int64_t st
   }
   // r[4 g + j], lane q: word 4 q + j of the rows 4 g .. 4 g + 3.
   for (int j = 0; j < 4; ++j) {
-    const __m512i even_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
+    const __m512i even_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
     const __m512i even_high = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
     const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
     t[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
@@ -75,7 +76,8 @@ inline void transpose_words(const char* rows, int64_t stride, int64_t columns, i
   constexpr int64_t kBlock = 32;  // words interleaved at a time: those of 32 rows stay in L1
   for (int64_t w0 = 0; c < columns && w0 < words; w0 += kBlock)
     for (int64_t w = w0; w < std::min(words, w0 + kBlock); ++w)
-      for (int64_t i = c; i < columns; ++i) std::memcpy(to + w * kPanel + i, rows + i * stride + w * kWordBytes, kWordBytes);
+      for (int64_t i = c; i < columns; ++i)
+        std::memcpy(to + w * kPanel + i, rows + i * stride + w * kWordBytes, kWordBytes);
 }
 
 // Columns [c0, c0 + columns) of one panel: its output columns are the rows of w, `stride` values from row to row.

@@ -6,7 +6,7 @@ first begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,7 @@ from .. import parallel
 from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, StageConfig
 from ..engine.sharing import check_teams
 from . import data, models
-from .rewards import (
-    RewardFunction,
-    is_function_name,
-    load_function,
-    other_tokenizer,
-    require_same_tokenizer,
-)  # fmt: skip
+from .rewards import RewardFunction, is_function_name, load_function, other_tokenizer, require_same_tokenizer
 
 Made = Mapping[str, str]
 """Folder of a stage that is still to run -> the model that it starts from, whose modules and tokenizer its own has."""
@@ -56,11 +50,10 @@ def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: A
         models.resolve(name)
         if config.lora_r:
             models.check_lora(config, name)
-    known = [tokenizer]
 
+    @cache
     def own_tokenizer() -> Any:
-        known[0] = known[0] or models.load_tokenizer(name)
-        return known[0]
+        return tokenizer or models.load_tokenizer(name)
 
     if isinstance(config, (DPOConfig, OnlineConfig)) and config.reference:
         require_same_tokenizer(origin(config.reference, made), own_tokenizer())

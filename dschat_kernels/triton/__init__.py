@@ -70,6 +70,6 @@ def why_not(op: str, tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def digest(words: Tensor) -> int:
-    """Sum modulo 2^64 of the int32 `words` times odd factors of their places: `dschat_kernels.packing.digest`, in one
+    """Sum modulo 2^64 of the int32 `words` times odd factors of their places: `dschat_kernels.packing.digests`, in one
     reading."""
     return int(importlib.import_module("dschat_kernels.triton._digest").digest(words))

@@ -1,4 +1,4 @@
-"""The digest of a tensor's words, by which a refresh sees what changed; the formula is `dschat_kernels.packing.digest`.
+"""The digest of a tensor's words, by which a refresh sees what changed; formula: `dschat_kernels.packing.digests`.
 
 Integers are added modulo 2^64, so the order does not matter.
 """
