@@ -210,7 +210,11 @@ def _draw(axes: Any, title: str, lines: Sequence[Curve]) -> None:
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    if len(lines) > 1:
+    if len(lines) > 3:  # no corner is free for so many: above the lines, where room is made for it
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.35 * (high - low))
+        axes.legend(fontsize=7, loc="upper center", ncols=3)
+    elif len(lines) > 1:
         axes.legend(fontsize=7)
 
 
