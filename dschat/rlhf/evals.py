@@ -14,6 +14,7 @@ which others are asked.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -136,13 +137,18 @@ class Generator:
         model = devices.place(model, self.device)
         self.engine = HybridEngine(model, backend=config.backend)
 
-    def prompts(self, records: Sequence[data.Record]) -> Sequence[data.Example]:
+    def prompts(self, records: Sequence[data.Record]) -> tuple[Sequence[data.Example], int]:
+        """A prompt a row, the longest ones without their beginning, and how many those are."""
         stats = data.DataStats()
         room = self.engine.spec.context - self.config.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"max_new_tokens is {self.config.max_new_tokens}, which leaves the context of "
+                f"{self.engine.spec.context} of model {self.name} no room for a prompt; lower it"
+            )
         limit = min(self.config.max_length, room)
-        return list(
-            data.prompt_examples(records, self.encoder, stats, max_prompt_length=limit, overlong="cut")
-        )
+        examples = data.prompt_examples(records, self.encoder, stats, max_prompt_length=limit, overlong="cut")
+        return list(examples), stats.cut
 
     def answer(self, examples: Sequence[data.Example], samples: int = 1) -> tuple[Rollout, list[str]]:
         """A rollout over all prompts, and the texts; the samples of a prompt are neighbours."""
@@ -172,6 +178,29 @@ def _read(config: EvalConfig) -> list[data.Record]:
     return data.read(config.data, config.rows)[0]
 
 
+def _text(record: data.Record, name: str) -> str:
+    value = record.columns.get(name)
+    if not isinstance(value, str):
+        raise data.DataError(
+            f"{record.where}: {name} is {value!r}, which is no text; mend the row or leave it out"
+        )
+    return value
+
+
+def _left(
+    make: Callable[..., Sequence[data.Example]], records: Sequence[data.Record], encoder: data.Encoder,
+    stats: data.DataStats, config: EvalConfig, why: str,
+) -> Sequence[data.Example]:  # fmt: skip
+    """The examples that `make` makes. why: what is said where the length limit leaves none."""
+    try:
+        return make(records, encoder, stats, max_length=config.max_length)
+    except data.DataError:
+        if stats.dropped < len(records):
+            raise
+        reason = why.format(limit=config.max_length)
+        raise ConfigError(f"all {len(records)} {reason}; raise it") from None
+
+
 def _other(config: EvalConfig, key: str, task: str, example: str) -> str:
     value = getattr(config, key)
     if not value:
@@ -186,17 +215,37 @@ def _other(config: EvalConfig, key: str, task: str, example: str) -> str:
 def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
     """exp of the mean negative log-likelihood of a token: of the responses, or of all of column `text` but its
     first token.
+
+    A response that is too long is cut; a row whose prompt leaves it no token is dropped. A text that is too long is
+    read in pieces, each a row and without the one before; a text without a second token is dropped.
     """
+    records = _read(config)
     generator = Generator(config.model, config, model, tokenizer)
-    encoder, records = generator.encoder, _read(config)
-    if records and isinstance(records[0].columns.get("text"), str) and "prompt" not in records[0].columns:
-        rows = []
+    encoder, context = generator.encoder, generator.engine.spec.context
+    if config.max_length > context:
+        raise ConfigError(
+            f"max_length is {config.max_length}, but the context of model {config.model} is {context}; "
+            "use at most that"
+        )
+    stats = data.DataStats()
+    rows: list[tuple[Sequence[int], Sequence[int]]] = []
+    if isinstance(records[0].columns.get("text"), str) and "prompt" not in records[0].columns:
         for record in records:
-            ids = list(encoder.tokenizer(str(record.columns["text"]))["input_ids"])
-            rows += [(b[:1], b[1:]) for b in data.chunks(ids, config.max_length) if len(b) > 1]
+            ids = list(encoder.tokenizer(_text(record, "text"))["input_ids"])
+            pieces = [(b[:1], b[1:]) for b in data.chunks(ids, config.max_length) if len(b) > 1]
+            stats.cut += len(ids) > config.max_length
+            stats.dropped += not pieces
+            rows += pieces
+        if not rows:
+            raise ConfigError(
+                f"none of the {len(records)} texts has a token after its first; give longer texts, or raise "
+                f"max_length {config.max_length}"
+            )
     else:
-        stats = data.DataStats()
-        found = data.sft_examples(records, encoder, stats, max_length=config.max_length, overlong="cut")
+        found = _left(
+            functools.partial(data.sft_examples, overlong="cut"), records, encoder, stats, config,
+            "prompts fill max_length {limit}, so no response is left",
+        )  # fmt: skip
         rows = [(e.prompt_ids, e.answers[0]) for e in found]
     sums, counts = [], []
     for piece in data.chunks(rows, config.batch_size):
@@ -210,6 +259,7 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
     return {
         "perplexity": float(np.exp(nats["mean"])), "low": float(np.exp(nats["low"])),
         "high": float(np.exp(nats["high"])), "loss": nats["mean"], "tokens": int(sum(counts)), "rows": len(rows),
+        "cut": stats.cut, "dropped": stats.dropped,
     }  # fmt: skip
 
 
@@ -218,11 +268,12 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     """A reward model on pairs. Its probability that an answer is the better one is sigmoid of the difference
     of the scores it was trained on; for the metrics of a classifier half of the pairs are turned round.
     """
+    records = _read(config)
     tokenizer = tokenizer or models.load_tokenizer(config.model)
     encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-    scorer = _scorer(config.model, config, model)
     stats = data.DataStats()
-    pairs = data.pair_examples(_read(config), encoder, stats, max_length=config.max_length)
+    pairs = _left(data.pair_examples, records, encoder, stats, config, "pairs are over max_length {limit}")
+    scorer = _scorer(config.model, config, model)
     pieces = [reward.pair_scores(scorer, p, encoder.pad_id) for p in data.chunks(pairs, config.batch_size)]
     chosen, rejected = (torch.cat([p[i] for p in pieces]).double().cpu() for i in range(2))
     gap = (chosen - rejected) * scorer.std
@@ -234,7 +285,7 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     longer = [len(e.answers[0]) > len(e.answers[1]) for e in pairs]
     return {
         "accuracy": found["mean"], "low": found["low"], "high": found["high"], "rows": len(pairs),
-        "longer_wins": sum(longer) / len(longer), "margin": float(gap.mean()),
+        "dropped": stats.dropped, "longer_wins": sum(longer) / len(longer), "margin": float(gap.mean()),
         "calibration": calibration(labels, probability),
         "classification": classification(labels, probability, ["second is better", "first is better"]),
     }  # fmt: skip
@@ -275,12 +326,22 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     known = {str(k): int(v) for k, v in (model.config.label2id or {}).items()}
     index = known if set(names) <= set(known) and count == 2 else {n: i for i, n in enumerate(names)}
     labels = [index[str(r.columns["label"])] for r in records]
+    limit = _classifier_length(model, config)
+    whole = [list(tokenizer(t)["input_ids"]) for t in texts]
+    cut = sum(len(ids) > limit for ids in whole)
+    for record, row in zip(records, whole, strict=True):
+        if not row:
+            raise data.DataError(f"{record.where}: the text has no token; mend the row or leave it out")
+    # The tokenizer cuts, because it keeps the tokens that have to end a row.
+    tokens = [
+        ids if len(ids) <= limit else list(tokenizer(t, truncation=True, max_length=limit)["input_ids"])
+        for t, ids in zip(texts, whole, strict=True)
+    ]
     probability: list[float] = []
-    for piece in data.chunks(texts, config.batch_size):
-        rows = [list(tokenizer(t)["input_ids"])[: config.max_length] for t in piece]
+    for rows in data.chunks(tokens, config.batch_size):
         pad_id = model.config.pad_token_id
         # Without a pad token a batched classifier cannot tell a row's end, so rows go one by one.
-        for part in [rows] if pad_id is not None else [[r] for r in rows]:
+        for part in [list(rows)] if pad_id is not None else [[r] for r in rows]:
             ids, mask = (x.to(device) for x in data.pad(part, pad_id or 0, "right"))
             logits = model(ids, attention_mask=mask.long()).logits.float()
             probability += (logits.sigmoid()[:, 0] if count == 1 else logits.softmax(-1)[:, 1]).tolist()
@@ -288,9 +349,14 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     right = [float((p > 0.5) == bool(y)) for p, y in zip(probability, labels, strict=True)]
     found = bootstrap(right, seed=config.seed)
     return {
-        "low": found["low"], "high": found["high"], "rows": len(labels),
-        **classification(labels, probability, shown), "calibration": calibration(labels, probability),
+        **classification(labels, probability, shown), "low": found["low"], "high": found["high"],
+        "rows": len(labels), "cut": cut, "calibration": calibration(labels, probability),
     }  # fmt: skip
+
+
+def _classifier_length(model: Any, config: EvalConfig) -> int:
+    """Most tokens in a row: max_length, or what the classifier has positions for."""
+    return min(config.max_length, int(getattr(model.config, "max_position_embeddings", config.max_length)))
 
 
 @torch.no_grad()
@@ -298,14 +364,16 @@ def win_rate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     """Answers of `model` and of `against` to the same prompts, scored by the reward model `judge`."""
     against = _other(config, "against", "win_rate", "the model to compare with")
     judge = _other(config, "judge", "win_rate", "a reward model folder")
-    scorer = _scorer(judge, config)
     records = _read(config)
+    scorer = _scorer(judge, config)
     scores: list[list[float]] = []
+    cut: list[int] = []
     lengths: list[Tensor] = []
     texts: list[list[str]] = []
     examples: Sequence[data.Example] = []
     for side in (Generator(config.model, config, model, tokenizer), Generator(against, config)):
-        examples = side.prompts(records)
+        examples, shorter = side.prompts(records)
+        cut.append(shorter)
         rollout, answers = side.answer(examples)
         own = other_tokenizer(judge, side.encoder.tokenizer)
         if own is None:
@@ -318,6 +386,7 @@ def win_rate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
         lengths.append(rollout.completion_mask.sum(1))
         texts.append(answers)
     found = win_rates(scores[0], scores[1], (lengths[0] - lengths[1]).tolist(), config.seed)
+    found["cut"], found["cut_against"] = cut
     found["score"], found["score_against"] = (float(np.mean(s)) for s in scores)
     found["completions"] = [
         {"prompt": prompt_text(e.prompt), "answer": a, "score": x, "against": b, "score_against": y}
@@ -331,8 +400,9 @@ def answers(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Res
     """Mean score of each verifier over answers, `samples` of each prompt, and the share of prompts of which
     some answer scores 1.
     """
+    records = _read(config)
     generator = Generator(config.model, config, model, tokenizer)
-    examples = generator.prompts(_read(config))
+    examples, cut = generator.prompts(records)
     n = config.samples
     rollout, texts = generator.answer(examples, n)
     rows = [e for e in examples for _ in range(n)]
@@ -342,6 +412,7 @@ def answers(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Res
     columns = {k: [e.columns.get(k) for e in rows] for k in names}
     found: Result = {"length": float(rollout.completion_mask.sum(1).float().mean())}
     found["finished"] = float(rollout.finished.float().mean())
+    found["cut"] = cut
     kept: list[dict[str, Any]] = [
         {"prompt": prompt_text(e.prompt), "answer": t} for e, t in zip(rows, texts, strict=True)
     ]
@@ -372,12 +443,14 @@ def kl(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
     against = _other(config, "against", "kl", "the reference model")
     if not config.temperature > 0:
         raise ConfigError(f"temperature is {config.temperature}, but a KL is of sampled answers; use 1.0")
+    records = _read(config)
     generator = Generator(config.model, config, model, tokenizer)
     if other_tokenizer(against, generator.encoder.tokenizer) is not None:
         raise ConfigError(f"against {against} has another tokenizer, so its tokens cannot be compared")
     frozen = models.load_policy(against, models.pick_dtype(config.dtype, generator.device))
     reference = HybridEngine(devices.place(frozen, generator.device), backend=config.backend)
-    rollout, _ = generator.answer(generator.prompts(_read(config)), config.samples)
+    examples, cut = generator.prompts(records)
+    rollout, _ = generator.answer(examples, config.samples)
 
     def logprobs(engine: HybridEngine) -> Tensor:
         pieces = range(0, len(rollout), config.batch_size)
@@ -390,6 +463,7 @@ def kl(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
         tokens = losses.kl(ours, theirs, kind, mask)
         found[kind] = bootstrap(losses.masked_sum(tokens, mask, dim=-1).tolist(), seed=config.seed)
         found[f"{kind}_token"] = float(losses.masked_mean(tokens, mask))
+    found["cut"] = cut
     return found
 
 

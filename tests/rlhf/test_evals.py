@@ -252,6 +252,64 @@ def test_kl(config, rows, tmp_path, stories_tokenizer, new_stories_model, storie
     assert found["k1"]["low"] < expected < found["k1"]["high"] and found["k1_token"] > 0
 
 
+def test_rows_over_the_limit_are_counted(config, rows, judge, stories_tokenizer, pairs):
+    """Every task says what became of rows that are too long, in JSON and table; none is left out in silence."""
+    encoder = data.Encoder(stories_tokenizer)
+    records = data.read([pairs])[0]
+    sizes = [
+        len(encoder.prompt(r.columns["prompt"]))
+        + max(len(encoder.completion(r.columns[k])) for k in ("chosen", "rejected"))
+        for r in records
+    ]
+    limit = sorted(sizes)[6]
+    over = sum(n > limit for n in sizes)
+    found = evals.reward_pairs(config("reward", model=judge, data=[pairs], max_length=limit))
+    assert 0 < over < 12 and (found["rows"], found["dropped"]) == (12 - over, over)
+    assert ("dropped", str(over)) in evals.rows(found)
+    with pytest.raises(ConfigError, match=r"all 12 pairs are over max_length 2; raise it"):
+        evals.reward_pairs(config("reward", model=judge, data=[pairs], max_length=2))
+
+    long = {"prompt": "Once", "completion": " upon a time" * 9}
+    full = {"prompt": "Once upon a time" * 9, "completion": " there"}
+    file = rows([{"prompt": "Once", "completion": " was"}, long, full])
+    found = evals.perplexity(config("perplexity", data=[file], max_length=12))
+    assert (found["rows"], found["cut"], found["dropped"]) == (2, 1, 1), (
+        "a prompt that fills the row has no response"
+    )
+    with pytest.raises(
+        ConfigError, match=r"all 3 prompts fill max_length 1, so no response is left; raise it"
+    ):
+        evals.perplexity(config("perplexity", data=[file], max_length=1))
+    texts = [{"text": "Once upon a time" * 9}, {"text": "Once upon"}, {"text": ""}]
+    found = evals.perplexity(config("perplexity", data=[rows(texts)], max_length=12))
+    assert (found["cut"], found["dropped"]) == (1, 1) and found["rows"] > 2
+    with pytest.raises(
+        ConfigError, match=r"none of the 1 texts has a token after its first; give longer texts"
+    ):
+        evals.perplexity(config("perplexity", data=[rows(texts[2:])]))
+    with pytest.raises(data.DataError, match=r"line 2: text is None, which is no text"):
+        evals.perplexity(config("perplexity", data=[rows([{"text": "Once"}, {"text": None}])]))
+
+    values = [{"text": t["text"], "label": str(i % 2)} for i, t in enumerate(texts[:2])]
+    found = evals.classify(config("classify", model=judge, data=[rows(values)], max_length=12))
+    assert found["cut"] == 1 and found["rows"] == 2 and ("cut", "1") in evals.rows(found)
+
+    file = rows([{"prompt": "Once upon a time" * 9, "answer": "1"}, {"prompt": "Lily saw", "answer": "1"}])
+    model = str(config("kl").model)
+    assert evals.answers(config("answers", data=[file], max_length=12))["cut"] == 1
+    assert evals.kl(config("kl", data=[file], max_length=12, against=model))["cut"] == 1
+    found = evals.win_rate(config("win_rate", data=[file], max_length=12, against=model, judge=judge))
+    assert (found["cut"], found["cut_against"]) == (1, 1)
+    with pytest.raises(
+        ConfigError, match=r"max_new_tokens is 512, which leaves the context of 512 .* no room"
+    ):
+        evals.answers(config("answers", data=[file], max_new_tokens=512))
+    with pytest.raises(
+        ConfigError, match=r"max_length is 600, but the context of .* is 512; use at most that"
+    ):
+        evals.perplexity(config("perplexity", data=[file], max_length=600))
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
