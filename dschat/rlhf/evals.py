@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,7 +32,9 @@ from . import data, losses, models, reward
 from .rewards import OwnTokenizer, call_function, load_function, other_tokenizer, prompt_text
 
 Result = dict[str, Any]
+Array = npt.NDArray[Any]
 RESAMPLES = 2000
+REFITS = 1000
 BINS = 10
 
 
@@ -97,29 +100,69 @@ def calibration(labels: Sequence[int], probability: Sequence[float]) -> Result:
 def win_rates(
     ours: Sequence[float], theirs: Sequence[float], lengths: Sequence[float], seed: int = 0
 ) -> Result:
-    """Share of prompts where ours scores higher (ties half), and the same at equal length.
+    """Share of prompts where ours scores higher (ties half), and the same at equal length; both with intervals.
 
-    lengths: ours minus theirs, in tokens. The controlled rate is sigmoid(a) of the logistic regression
-    win ~ a + b * tanh(length / deviation), after length-controlled AlpacaEval (Dubois et al. 2024).
+    lengths: ours minus theirs, in tokens. The interval of the controlled rate is of `length_controlled`, fitted to
+    each resample anew.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
-    found = bootstrap(wins, seed=seed)
-    d = np.asarray(lengths, dtype=np.float64)
-    x = np.tanh(d / (d.std() or 1.0))[:, None]
-    # A tie is half a win and half a loss.
-    y = np.concatenate([np.ones(len(wins)), np.zeros(len(wins))])
-    weight = np.concatenate([wins, 1 - np.asarray(wins)])
-    if 0 < weight[: len(wins)].sum() < len(wins):
-        fit = LogisticRegression().fit(np.concatenate([x, x]), y, sample_weight=weight)
-        controlled = float(1 / (1 + np.exp(-fit.intercept_[0])))
-    else:
-        controlled = found["mean"]
+    _finite("score", [*ours, *theirs], len(ours))
+    wins = np.array([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)])
+    found = bootstrap(wins.tolist(), seed=seed)
+    n, d = len(wins), np.asarray(lengths, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    size = max(1, 500_000 // n)  # resamples at a time, for their memory
+    refits = [
+        length_controlled(wins, d, generator.integers(0, n, (min(size, REFITS - i), n)))
+        for i in range(0, REFITS, size)
+    ]
+    low, high = np.percentile(np.concatenate(refits), [2.5, 97.5])
     return {
         "win_rate": found["mean"], "low": found["low"], "high": found["high"], "rows": found["rows"],
-        "win_rate_length_controlled": controlled, "longer_by": float(d.mean()),
+        "win_rate_length_controlled": float(length_controlled(wins, d, np.arange(n)[None])[0]),
+        "win_rate_length_controlled_low": float(low), "win_rate_length_controlled_high": float(high),
+        "longer_by": float(d.mean()),
     }  # fmt: skip
+
+
+def length_controlled(wins: Array, lengths: Array, rows: Array) -> Array:
+    """The win rate at equal length of each choice of rows [choices, n]; wins 0, 0.5 or 1.
+
+    sigmoid(a) of the logistic regression win ~ a + b * tanh(length / deviation), b with a standard normal prior as
+    scikit-learn has it, after length-controlled AlpacaEval (Dubois et al. 2024). Where all win or all lose there is
+    no such a; the rate is then the mean, 1 or 0.
+    """
+    y, d = wins[rows], lengths[rows]
+    deviation = d.std(1, keepdims=True)
+    x = np.tanh(d / np.where(deviation > 0, deviation, 1.0))
+    mean = y.mean(1)
+    fitted = (mean > 0) & (mean < 1)
+    start = np.where(fitted, mean, 0.5)
+    a, b = np.log(start / (1 - start)), np.zeros(len(rows))
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
+        error, weight = y - p, p * (1 - p)
+        da, db = error.sum(1), (error * x).sum(1) - b
+        haa, hab, hbb = weight.sum(1), (weight * x).sum(1), (weight * x * x).sum(1) + 1.0
+        det = haa * hbb - hab * hab
+        step = np.where(
+            fitted, np.stack([hbb * da - hab * db, haa * db - hab * da]) / np.where(fitted, det, 1.0), 0.0
+        )
+        step /= np.maximum(1.0, np.abs(step).max(0))  # a full step from far away could go further away
+        a, b = a + step[0], b + step[1]
+        if np.abs(step).max() < 1e-9:
+            break
+    rate: Array = np.where(fitted, 1 / (1 + np.exp(-a)), mean)
+    return rate
+
+
+def _finite(what: str, values: Sequence[float], rows: int) -> None:
+    """Raise ConfigError for a number that is none; values: once or more times `rows`."""
+    bad = np.flatnonzero(~np.isfinite(np.asarray(values, dtype=np.float64)))
+    if len(bad):
+        raise ConfigError(
+            f"the {what} of row {bad[0] % rows + 1} is {values[bad[0]]}; load the model in float32 (dtype), or "
+            "train it again with a lower learning rate"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -277,6 +320,7 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     pieces = [reward.pair_scores(scorer, p, encoder.pad_id) for p in data.chunks(pairs, config.batch_size)]
     chosen, rejected = (torch.cat([p[i] for p in pieces]).double().cpu() for i in range(2))
     gap = (chosen - rejected) * scorer.std
+    _finite("difference of the scores", gap.tolist(), len(pairs))
     right = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gap.tolist()]
     turned = torch.tensor([_bit(e) for e in pairs], dtype=torch.bool, device="cpu")
     probability = torch.sigmoid(torch.where(turned, -gap, gap)).tolist()
@@ -494,14 +538,26 @@ def rows(result: Result) -> list[tuple[str, str]]:
     def walk(prefix: str, values: Result) -> None:
         interval = f"  [{show(values['low'])}, {show(values['high'])}]" if "low" in values else ""
         for key, value in values.items():
-            if key in ("low", "high", "completions", "bins", "roc", "labels", "model", "task", "data"):
+            name, _, side = key.rpartition("_")
+            if (side in ("low", "high") and name in values) or key in (
+                "low",
+                "high",
+                "completions",
+                "bins",
+                "roc",
+                "labels",
+                "model",
+                "task",
+                "data",
+            ):
                 continue
             if isinstance(value, dict):
                 walk(f"{prefix}{key}.", value)
             elif key == "confusion":
                 out.append((f"{prefix}{key}", "  ".join(str(row) for row in value)))
             else:
-                out.append((f"{prefix}{key}", show(value) + interval))
+                own = [show(values[f"{key}_{side}"]) for side in ("low", "high") if f"{key}_{side}" in values]
+                out.append((f"{prefix}{key}", show(value) + (f"  [{', '.join(own)}]" if own else interval)))
                 interval = ""  # of the first number, which is the one the interval is about
 
     walk("", result)

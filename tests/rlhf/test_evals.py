@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -106,6 +107,74 @@ def test_win_rate_at_equal_length():
     assert (ties["win_rate"], ties["low"], ties["high"]) == (0.5, 0.5, 0.5)
     assert ties["win_rate_length_controlled"] == pytest.approx(0.5)
     assert evals.win_rates([1.0] * 3, [0.0] * 3, [1.0, 2.0, 3.0])["win_rate_length_controlled"] == 1.0
+
+
+def test_length_control_is_scikit_learns():
+    """The fit in closed steps against LogisticRegression: ordinary, one-sided, tied and separable cases."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(5)
+    for n, share, slope in (
+        (200, 0.5, 0.0),
+        (200, 0.5, 9.0),
+        (200, 0.01, 0.0),
+        (40, 0.95, -3.0),
+        (4, 0.5, 1.0),
+    ):
+        d = rng.normal(3.0, 20.0, n)
+        wins = (
+            rng.random(n) < 1 / (1 + np.exp(-np.log(share / (1 - share)) - slope * np.tanh(d / d.std())))
+        ) * 1.0
+        wins[:3] = 0.5, 1.0, 0.0
+        x = np.tanh(d / d.std())[:, None]
+        y, weight = np.repeat([1.0, 0.0], n), np.concatenate([wins, 1 - wins])
+        fit = LogisticRegression(tol=1e-10, max_iter=1000).fit(
+            np.concatenate([x, x]), y, sample_weight=weight
+        )
+        mine = evals.length_controlled(wins, d, np.arange(n)[None])
+        assert mine[0] == pytest.approx(1 / (1 + np.exp(-fit.intercept_[0])), abs=1e-5)
+    separable = evals.length_controlled(
+        np.array([1.0, 1.0, 0.0, 0.0]), np.array([9.0, 9.0, -9.0, -9.0]), np.arange(4)[None]
+    )
+    assert separable[0] == pytest.approx(0.5)
+    assert evals.length_controlled(np.ones(3), np.arange(3.0), np.arange(3)[None])[0] == 1.0
+    assert evals.length_controlled(np.zeros(3), np.arange(3.0), np.arange(3)[None])[0] == 0.0
+
+
+def test_interval_at_equal_length():
+    """A win by length alone leaves 0.5 in the interval of the controlled rate, a true preference does not."""
+    held = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        d = rng.normal(5.0, 10.0, 200)
+        half = [0.5] * 200
+
+        def rates(wins, d=d, half=half):
+            return evals.win_rates(wins.astype(float).tolist(), half, d.tolist())
+
+        start = time.process_time()
+        longer = rates(rng.random(200) < 1 / (1 + np.exp(-2.5 * np.tanh(d / d.std()))))
+        assert time.process_time() - start < 1, "1000 resamples"
+        low, high = (longer[f"win_rate_length_controlled_{side}"] for side in ("low", "high"))
+        assert low < longer["win_rate_length_controlled"] < high < low + 0.3
+        assert longer["win_rate"] > 0.55 and longer["low"] > 0.5, (
+            "the plain rate takes length for a preference"
+        )
+        held += low < 0.5 < high
+    assert held >= 8, "19 of 20 are promised"
+    better = rates(rng.random(200) < 0.85)
+    low, high = (better[f"win_rate_length_controlled_{side}"] for side in ("low", "high"))
+    assert 0.5 < low < better["win_rate_length_controlled"] < high < 1
+    again = rates(rng.random(200) < 2)
+    assert again["win_rate_length_controlled_low"] == again["win_rate_length_controlled_high"] == 1.0
+    shown = dict(evals.rows(better))
+    assert shown["win_rate_length_controlled"].endswith(f"  [{low:.4g}, {high:.4g}]")
+    assert "win_rate_length_controlled_low" not in shown
+    values = [1.0, 0.0, 1.0, 1.0, 0.0]
+    pair = [evals.win_rates(values, [0.5] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], seed=s) for s in (3, 3)]
+    assert pair[0] == pair[1], "seeded"
+    with pytest.raises(ConfigError, match=r"the score of row 2 is nan; load the model in float32"):
+        evals.win_rates([1.0, float("nan")], [0.5] * 2, [1.0, 2.0])
 
 
 # ------------------------------------------------------------------------------------------------------- tasks
