@@ -74,6 +74,41 @@ def classification(labels: Sequence[int], probability: Sequence[float], names: S
         false_rate, true_rate, _ = metrics.roc_curve(y, p)
         found["auc"] = float(metrics.roc_auc_score(y, p))
         found["roc"] = [[float(a), float(b)] for a, b in zip(false_rate, true_rate, strict=True)]
+    else:
+        found["note"] = _no_roc(names[int(y[0])])
+    return found
+
+
+def _no_roc(name: str) -> str:
+    return f"all rows are of class {name}, so there is no ROC; give rows of other classes too"
+
+
+def many_classes(
+    labels: Sequence[int], probability: Sequence[Sequence[float]], names: Sequence[str]
+) -> Result:
+    """Metrics of a decision between more than two classes, through scikit-learn: the class of highest probability.
+
+    Means over classes are over those that occur, in the labels or (for macro) in the decisions.
+    """
+    from sklearn import metrics
+
+    y, p = np.asarray(labels), np.asarray(probability, dtype=np.float64)
+    predicted = p.argmax(1)
+    found: Result = {"accuracy": float(metrics.accuracy_score(y, predicted))}
+    for average in ("macro", "weighted"):
+        values = metrics.precision_recall_fscore_support(y, predicted, average=average, zero_division=0.0)[:3]
+        found[average] = dict(zip(("precision", "recall", "f1"), map(float, values), strict=True))
+    found["confusion"] = metrics.confusion_matrix(y, predicted, labels=range(len(names))).tolist()
+    found["labels"] = list(names)
+    there = sorted(set(y.tolist()))
+    if len(there) == 1:
+        return found | {"note": _no_roc(names[there[0]])}
+    found["auc"] = float(np.mean([metrics.roc_auc_score(y == k, p[:, k]) for k in there]))
+    if missing := [n for k, n in enumerate(names) if k not in there]:
+        found["note"] = (
+            f"no row is of class {' or '.join(missing)}, so the area under the ROC is the mean of the other "
+            f"{len(there)} classes"
+        )
     return found
 
 
@@ -344,32 +379,33 @@ def _bit(example: data.Example) -> bool:
 @torch.no_grad()
 def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Result:
     """A classifier on rows with `text` (or `prompt`) and `label`: a one-label model says class 1 where its
-    score is above 0; one of two labels by its softmax.
+    score is above 0; one of more labels by its softmax. Calibration is of class 1, or, where there are more than two
+    classes, of the decision.
     """
     import transformers
 
+    records = _read(config)
+    data.require_columns(records, ["text", "prompt"], ["label"])
     device = devices.use(config.device)
     tokenizer = tokenizer or models.load_tokenizer(config.model)
     if model is None:
         with models.loading("classifier", config.model):
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                models.resolve(config.model), dtype=models.pick_dtype(config.dtype, device)
-            ).eval()
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                models.resolve(config.model), dtype=models.pick_dtype(config.dtype, device),
+                output_loading_info=True,
+            )  # fmt: skip
+            if info["missing_keys"]:
+                raise ConfigError(
+                    f"model {config.model} is no trained classifier, as it has no {min(info['missing_keys'])}; "
+                    "name one that is"
+                )
+            model.eval()
     model = devices.place(model, device)
     count = int(model.config.num_labels)
-    if count > 2:
-        raise ConfigError(f"model {config.model} has {count} labels; this evaluation is of two classes")
-    records = _read(config)
-    data.require_columns(records, ["text", "prompt"], ["label"])
     texts = [
-        str(r.columns["text"]) if "text" in r.columns else prompt_text(r.columns["prompt"]) for r in records
+        _text(r, "text") if "text" in r.columns else prompt_text(data.prompt_of(r.columns)) for r in records
     ]
-    names = sorted({str(r.columns["label"]) for r in records})
-    if len(names) > 2:
-        raise ConfigError(f"column label has {len(names)} values ({', '.join(names[:5])}); two are possible")
-    known = {str(k): int(v) for k, v in (model.config.label2id or {}).items()}
-    index = known if set(names) <= set(known) and count == 2 else {n: i for i, n in enumerate(names)}
-    labels = [index[str(r.columns["label"])] for r in records]
+    names, labels = _classes(records, model, config.model)
     limit = _classifier_length(model, config)
     whole = [list(tokenizer(t)["input_ids"]) for t in texts]
     cut = sum(len(ids) > limit for ids in whole)
@@ -381,21 +417,68 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
         ids if len(ids) <= limit else list(tokenizer(t, truncation=True, max_length=limit)["input_ids"])
         for t, ids in zip(texts, whole, strict=True)
     ]
-    probability: list[float] = []
+    probability: list[Any] = []
     for rows in data.chunks(tokens, config.batch_size):
         pad_id = model.config.pad_token_id
         # Without a pad token a batched classifier cannot tell a row's end, so rows go one by one.
         for part in [list(rows)] if pad_id is not None else [[r] for r in rows]:
             ids, mask = (x.to(device) for x in data.pad(part, pad_id or 0, "right"))
             logits = model(ids, attention_mask=mask.long()).logits.float()
-            probability += (logits.sigmoid()[:, 0] if count == 1 else logits.softmax(-1)[:, 1]).tolist()
-    shown = [n for n, _ in sorted(index.items(), key=lambda item: item[1])]
-    right = [float((p > 0.5) == bool(y)) for p, y in zip(probability, labels, strict=True)]
-    found = bootstrap(right, seed=config.seed)
+            if count == 1:
+                probability += logits.sigmoid()[:, 0].tolist()
+            else:
+                probability += (logits.softmax(-1)[:, 1] if count == 2 else logits.softmax(-1)).tolist()
+    p = np.asarray(probability, dtype=np.float64)
+    _finite("highest probability", p.reshape(len(labels), -1).max(1).tolist(), len(labels))
+    right = p.argmax(1) == labels if count > 2 else (p > 0.5) == np.asarray(labels, dtype=bool)
+    found = bootstrap(right.astype(float).tolist(), seed=config.seed)
     return {
-        **classification(labels, probability, shown), "low": found["low"], "high": found["high"],
-        "rows": len(labels), "cut": cut, "calibration": calibration(labels, probability),
+        **(many_classes if count > 2 else classification)(labels, probability, names),
+        "low": found["low"], "high": found["high"], "rows": len(labels), "cut": cut,
+        "calibration": (
+            calibration(right.tolist(), p.max(1).tolist()) if count > 2 else calibration(labels, probability)
+        ),
     }  # fmt: skip
+
+
+def _classes(records: Sequence[data.Record], model: Any, name: str) -> tuple[list[str], list[int]]:
+    """Names of the classes and the class of each row.
+
+    A label is a name of the model's or a class's number. Where the model has no names of its own (one label, or
+    LABEL_0 and so on) and the rows have a name for every class, these are taken in alphabetical order.
+    """
+    for record in records:
+        if record.columns.get("label") is None:
+            raise data.DataError(f"{record.where} has no label; give it one, or leave the row out")
+    values = [str(int(v) if isinstance(v := r.columns["label"], bool) else v) for r in records]
+    given, one = sorted(set(values)), int(model.config.num_labels) == 1
+    own = {int(i): str(n) for i, n in (model.config.id2label or {}).items()}
+    known = ["0", "1"] if one else [own.get(i, str(i)) for i in range(int(model.config.num_labels))]
+    numbers = {str(i): i for i in range(len(known))}
+    unnamed = one or known == [f"LABEL_{i}" for i in range(len(known))]
+    if set(given) <= set(known):
+        index = {n: i for i, n in enumerate(known)}
+    elif set(given) <= set(numbers):
+        index = numbers
+    elif unnamed and len(given) == len(known):
+        known, index = given, {n: i for i, n in enumerate(given)}
+    elif one and len(given) == 1:
+        raise ConfigError(
+            f"column label has the one value {given[0]}, which does not say what class it is; give rows of both "
+            "classes, or the labels 0 and 1"
+        )
+    elif one:
+        raise ConfigError(
+            f"column label has {len(given)} values ({', '.join(given[:5])}), but model {name} has one label, which "
+            "tells two classes apart; give rows of two"
+        )
+    else:
+        lacks = [v for v in given if v not in known]
+        raise ConfigError(
+            f"column label has {len(lacks)} values that model {name} lacks ({', '.join(lacks[:5])}); its labels are "
+            f"{', '.join(known[:20])}, or their numbers from 0"
+        )
+    return known, [index[v] for v in values]
 
 
 def _classifier_length(model: Any, config: EvalConfig) -> int:
@@ -545,7 +628,6 @@ def rows(result: Result) -> list[tuple[str, str]]:
                 "completions",
                 "bins",
                 "roc",
-                "labels",
                 "model",
                 "task",
                 "data",
@@ -553,6 +635,8 @@ def rows(result: Result) -> list[tuple[str, str]]:
                 continue
             if isinstance(value, dict):
                 walk(f"{prefix}{key}.", value)
+            elif key == "labels":
+                out.append((f"{prefix}{key}", ", ".join(value)))
             elif key == "confusion":
                 out.append((f"{prefix}{key}", "  ".join(str(row) for row in value)))
             else:

@@ -258,6 +258,85 @@ def test_classifier(config, rows, judge, tmp_path, stories_tokenizer, stories_di
         evals.classify(config("classify", model=folder, data=[rows(values)]))
 
 
+def test_classifier_of_many_classes(config, rows, tmp_path, stories_tokenizer, stories_dir):
+    """Every number is scikit-learn's over Hugging Face's logits; labels by name or number; unknown ones refused."""
+    from sklearn import metrics
+
+    torch.manual_seed(1)
+    names = ["bad", "fair", "good", "odd"]
+    model = AutoModelForSequenceClassification.from_pretrained(
+        stories_dir,
+        num_labels=4,
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
+    ).eval()
+    model.config.pad_token_id = 0
+    models.save_model(model, stories_tokenizer, tmp_path / "four", merge=True)
+    folder = str(tmp_path / "four")
+    y = [0, 1, 2, 2, 1, 0, 0, 2, 1, 3, 3, 2]
+    texts = [p + " and" * (i // 5) for i, p in enumerate((PROMPTS * 3)[:12])]
+    values = [{"text": t, "label": names[k]} for t, k in zip(texts, y, strict=True)]
+    with torch.no_grad():
+        p = torch.cat(
+            [model(torch.tensor([stories_tokenizer(t)["input_ids"]])).logits for t in texts]
+        ).softmax(-1)
+    said = p.argmax(1).tolist()
+    found = evals.classify(config("classify", model=folder, data=[rows(values)]))
+    assert found["labels"] == names and found["rows"] == 12 and len(set(said)) > 1
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(y, said))
+    assert found["confusion"] == metrics.confusion_matrix(y, said, labels=range(4)).tolist()
+    for average in ("macro", "weighted"):
+        expected = metrics.precision_recall_fscore_support(y, said, average=average, zero_division=0.0)[:3]
+        assert [found[average][k] for k in ("precision", "recall", "f1")] == pytest.approx(expected)
+    auc = metrics.roc_auc_score(
+        y, p.double().numpy() / p.double().numpy().sum(1, keepdims=True), multi_class="ovr"
+    )
+    assert found["auc"] == pytest.approx(auc, abs=1e-6) and "note" not in found
+    shown = dict(evals.rows(found))
+    assert shown["accuracy"].endswith(f"  [{found['low']:.4g}, {found['high']:.4g}]")
+    assert shown["labels"] == "bad, fair, good, odd"
+    confidence = p.double().max(1).values.numpy()
+    right = np.array(y) == np.array(said)
+    assert found["calibration"]["brier"] == pytest.approx(((confidence - right) ** 2).mean(), abs=1e-6)
+
+    numbered = [{"text": t, "label": k} for t, k in zip(texts, y, strict=True)]
+    assert (
+        evals.classify(config("classify", model=folder, data=[rows(numbered)]))["confusion"]
+        == found["confusion"]
+    )
+    fewer = evals.classify(config("classify", model=folder, data=[rows(values[:9])]))
+    assert (
+        fewer["note"]
+        == "no row is of class odd, so the area under the ROC is the mean of the other 3 classes"
+    )
+    one = evals.classify(config("classify", model=folder, data=[rows(values[:1])]))
+    assert one["note"] == "all rows are of class bad, so there is no ROC; give rows of other classes too"
+    assert "auc" not in one and "NaN" not in json.dumps(one)
+    values[0]["label"] = "great"
+    with pytest.raises(
+        ConfigError, match=r"column label has 1 values that model .* lacks \(great\).* bad, fair, good"
+    ):
+        evals.classify(config("classify", model=folder, data=[rows(values)]))
+    with pytest.raises(data.DataError, match=r"line 2 has no label; give it one, or leave the row out"):
+        evals.classify(config("classify", model=folder, data=[rows([*values[1:2], {"text": "x"}])]))
+
+
+def test_classes_of_one_kind(config, rows, judge):
+    """A one-label model: 0 and 1 are classes by themselves, a lone name is none; no ROC is said, not NaN."""
+    found = evals.classify(
+        config("classify", model=judge, data=[rows([{"text": p, "label": 1} for p in PROMPTS])])
+    )
+    assert (
+        found["confusion"][0] == [0, 0] and sum(found["confusion"][1]) == 5 and found["labels"] == ["0", "1"]
+    )
+    assert found["note"] == "all rows are of class 1, so there is no ROC; give rows of other classes too"
+    assert dict(evals.rows(found))["note"] == found["note"] and "NaN" not in json.dumps(found)
+    with pytest.raises(
+        ConfigError, match=r"column label has the one value good, .* give rows of both classes"
+    ):
+        evals.classify(config("classify", model=judge, data=[rows([{"text": "Once", "label": "good"}])]))
+
+
 def test_win_rate_of_a_model_with_itself_and_another(
     config, rows, judge, tmp_path, stories_tokenizer, new_stories_model
 ):
