@@ -20,6 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,27 @@ def require_data(config: StageConfig) -> None:
         raise ConfigError("data is empty; name at least one file (.jsonl, .csv, .parquet) or hub data set")
 
 
+@cache
+def _digest(path: str, size: int, changed: int) -> str:
+    """Of a file's bytes; size and time of its last change: when a digest made before is no longer the file's."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+
+
+def data_digests(config: StageConfig) -> dict[str, str]:
+    """What tells the content of a run's data from any other, by source: a digest of all bytes of a file (a run reads
+    them all in any case, and slower), of a hub data set that has been read its fingerprint. Others are left out."""
+    found = dict(data.FINGERPRINTS)
+    out = {}
+    for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
+        if os.path.isfile(source):
+            about = os.stat(source)
+            out[source] = _digest(os.path.abspath(source), about.st_size, about.st_mtime_ns)
+        elif source in found:
+            out[source] = found[source]
+    return out
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -170,6 +192,8 @@ class Run:
         self.number = uuid.uuid4().hex
         """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
+        self._data_before: dict[str, str] = {}
+        """What the rows were that the run began with; {} where it begins."""
         self._open()
         if self.result is None:
             checks.check_stage(config, made or {}, model, tokenizer)
@@ -214,6 +238,8 @@ class Run:
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
+        self._data_before = before.get("data", {})
+        self._require_same_data()
         self.number = before.get("number", self.number)
         if "dtype" in before:  # what auto was where the run began
             self.dtype = models.pick_dtype(before["dtype"])
@@ -227,6 +253,19 @@ class Run:
             self.tensors, self.state, self.step = checkpoint.load(newest)
             self.best = self.state.get("best")
 
+    def _require_same_data(self) -> None:
+        """Raise ConfigError where a source holds other rows than those that the run began with."""
+        for source, digest in self._digests().items():
+            if self._data_before.get(source, digest) != digest:
+                raise ConfigError(
+                    f"{source} has changed since the run in {self.folder} began; put the first file back, name another "
+                    "output_dir, or add --overwrite"
+                )
+
+    def _digests(self) -> dict[str, str]:
+        """`data_digests`, which the lead makes for all."""
+        return parallel.from_lead(partial(data_digests, self.config))
+
     def __enter__(self) -> Run:
         return self
 
@@ -236,6 +275,7 @@ class Run:
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
+        self._require_same_data()  # hub data sets have been read only now
         sinks: list[trackers.Tracker] = []
         if parallel.lead():
             self._write_start()
@@ -267,6 +307,7 @@ class Run:
         content["device"], content["number"] = devices.describe(self.device), self.number
         if self.rollout_dtype is not None:
             content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
+        content["data"] = self._data_before | data_digests(self.config)
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")

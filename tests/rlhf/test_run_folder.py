@@ -1,0 +1,115 @@
+"""What a run's folder is started with again: other data, another process, damaged files, a full disk, more steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_rlhf import Killed
+
+from dschat.config import COMMANDS, ConfigError
+from dschat.rlhf import data, grpo, ppo, sft
+
+TRAINERS = {"sft": sft.train, "grpo": grpo.train, "ppo": ppo.train}
+SMALL: dict[str, dict[str, Any]] = {
+    "sft": {"max_length": 64, "response": "chosen", "lora_r": 2},
+    "grpo": {"max_new_tokens": 6, "max_prompt_length": 16, "prompts_per_step": 2, "samples_per_prompt": 2,
+             "lora_r": 2},
+    "ppo": {"max_new_tokens": 6, "max_prompt_length": 16, "prompts_per_step": 4, "lora_r": 2},
+}  # fmt: skip
+
+
+def short(prompts: Any, completions: list[str], **_: Any) -> list[float]:
+    return [-len(c) / 10 for c in completions]
+
+
+def run(base: dict[str, Any], stage: str = "sft", **keys: Any) -> dict[str, Any]:
+    given = {**base, "batch_size": 4, "learning_rate": 1e-3, "max_steps": 2, **SMALL[stage], **keys}
+    more = {} if stage == "sft" else {"rewards": [short]}
+    return TRAINERS[stage](COMMANDS[stage](**given), **more)
+
+
+def contents(folder: Any) -> dict[str, bytes]:
+    """Every file of a folder but the lock, to see that a refusal changed nothing."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+def refused(base: dict[str, Any], said: str, stage: str = "sft", **keys: Any) -> str:
+    """The one sentence that a run is refused with, which leaves its folder as it is."""
+    before = contents(base["output_dir"])
+    with pytest.raises((ConfigError, ValueError), match=said) as error:
+        run(base, stage, **keys)
+    assert contents(base["output_dir"]) == before and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- other data
+
+
+@pytest.mark.parametrize("which", ["data", "eval_data", "unsup_data"])
+def test_other_rows_under_the_same_name(base, tmp_path, kill_after, which):
+    """A run does not go on, and a finished one is not taken for done, on other rows than it began with."""
+    file = tmp_path / "other.jsonl"
+    original = Path(base["data"][0]).read_text()
+    file.write_text(original)
+    stage = "ppo" if which == "unsup_data" else "sft"
+    keys: dict[str, Any] = {which: [str(file)]}
+    if which == "unsup_data":
+        keys |= {"unsup_coef": 1.0, "unsup_length": 16}
+        file.write_text(
+            "".join(json.dumps({"text": f"{word} was happy. " * 40}) + "\n" for word in ("Tom", "Lily"))
+        )
+        original = file.read_text()
+    kill_after(2)
+    with pytest.raises(Killed):
+        run(base, stage, **keys)
+    kill_after(None)
+    file.write_text(original.replace("happy", "merry"))
+    said = refused(base, r"other\.jsonl has changed since the run in .* began", stage, **keys)
+    assert "put the first file back, name another output_dir, or add --overwrite" in said
+    file.write_text(original)
+    done = run(base, stage, **keys)
+    assert run(base, stage, **keys) == done
+    file.write_text(original + original)
+    refused(base, r"other\.jsonl has changed", stage, **keys)
+    file.unlink()
+    assert run(base, stage, **keys) == done, "a finished run needs its data no more"
+    file.write_text(original + original)
+    assert run(base, stage, **keys, overwrite=True)["steps"] == 2
+
+
+def test_a_run_of_an_older_version_has_no_digests(base, kill_after):
+    kill_after(2)
+    with pytest.raises(Killed):
+        run(base)
+    kill_after(None)
+    file = Path(base["output_dir"]) / "run.json"
+    about = json.loads(file.read_text())
+    assert list(about.pop("data")) == base["data"]
+    file.write_text(json.dumps(about))
+    assert run(base)["steps"] == 2
+    assert "data" in json.loads(file.read_text())
+
+
+def test_another_revision_of_a_hub_data_set(base, monkeypatch, kill_after):
+    """Its fingerprint, which `datasets` makes of the files, is what is kept."""
+    import datasets
+
+    class Rows(list):  # type: ignore[type-arg]
+        _fingerprint = "one"
+
+    rows = Rows(json.loads(line) for line in Path(base["data"][0]).read_text().splitlines())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(data, "FINGERPRINTS", {})
+    keys = {"data": ["org/stories:train"]}
+    kill_after(2)
+    with pytest.raises(Killed):
+        run(base, **keys)
+    kill_after(None)
+    rows._fingerprint = "two"
+    refused(base, r"org/stories:train has changed since the run in .* began", **keys)
+    rows._fingerprint = "one"
+    assert run(base, **keys)["steps"] == 2
