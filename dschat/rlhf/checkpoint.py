@@ -11,6 +11,7 @@ shortest exact form, so nothing is rounded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,8 +30,13 @@ from torch import Tensor, nn
 
 from .. import device as devices
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
-PREFIX, TEMPORARY = "step-", ".tmp-"
+PREFIX, TEMPORARY, LOCK = "step-", ".tmp-", ".lock"
 
 
 class CheckpointError(ValueError):
@@ -87,6 +93,71 @@ def atomic_text(path: str | Path, text: str) -> None:
         os.fsync(f.fileno())
     os.rename(temporary, path)
     _sync(path.parent)
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises CheckpointError, one sentence with the cure, for a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {cure}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no object); {cure}")
+    return content
+
+
+# ------------------------------------------------------------------------------------------ one run at a time
+
+_held: set[int] = set()
+"""Descriptors of locked files, which a forked child gives up: a child that outlives a killed run would keep its lock."""
+
+
+def _let_go() -> None:
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
+class Lock:
+    """Keeps other processes from running in a folder; the kernel drops it when its process ends, however it ends, so
+    that the file `.lock` by itself means nothing. It holds the process's number, for the sentence."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where another process has it. Without locks (Windows, some network file systems, a
+        folder that cannot be written) nothing is held."""
+        self._fd: int | None = None
+        if fcntl is None:
+            return
+        try:
+            fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise CheckpointError(
+                f"output_dir {folder} is in use by process {pid}; wait for it or stop it, or name another output_dir"
+            ) from None
+        except OSError:
+            os.close(fd)
+            return
+        self._fd = fd
+        _held.add(fd)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, whatever its file says
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()}\n".encode())
+
+    def release(self) -> None:
+        if self._fd in _held:
+            _held.discard(self._fd)
+            os.close(self._fd)
+        self._fd = None
 
 
 # --------------------------------------------------------------------------------------- states as plain data

@@ -194,9 +194,14 @@ class Run:
         self._started = time.perf_counter()
         self._data_before: dict[str, str] = {}
         """What the rows were that the run began with; {} where it begins."""
-        self._open()
-        if self.result is None:
-            checks.check_stage(config, made or {}, model, tokenizer)
+        self._lock: checkpoint.Lock | None = None
+        try:
+            self._open()
+            if self.result is None:
+                checks.check_stage(config, made or {}, model, tokenizer)
+        except BaseException:
+            self.close()
+            raise
         parallel.barrier()  # every process has looked at the folder before the lead writes into it
 
     def _open(self) -> None:
@@ -206,6 +211,8 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"output_dir {self.folder} is a file; name a folder")
         file = self.folder / "run.json"
+        if file.is_file() and not self._finished():
+            self._take()
         if self.config.overwrite:
             if not file.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ConfigError(
@@ -220,6 +227,25 @@ class Run:
         np.random.seed(self.config.seed % 2**32)
         torch.manual_seed(self.config.seed)
         reset_peak_memory(self.device)
+
+    def _finished(self) -> bool:
+        return (self.folder / "result.json").is_file()
+
+    def _take(self) -> None:
+        """Hold the folder against other processes. Raises CheckpointError where one has it."""
+
+        def take() -> None:
+            self._lock = self._lock or checkpoint.Lock(self.folder)
+
+        parallel.from_lead(take)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self.metrics is not None:
+            self.metrics.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _continue(self, before: dict[str, Any]) -> None:
         if self.config.resume == "never":
@@ -270,12 +296,16 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.metrics is not None:
-            self.metrics.close()
+        self.close()
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
         self._require_same_data()  # hub data sets have been read only now
+        if parallel.lead():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self._lock is None
+        self._take()
+        parallel.from_lead(partial(self._require_untouched, fresh))
         sinks: list[trackers.Tracker] = []
         if parallel.lead():
             self._write_start()
@@ -292,6 +322,14 @@ class Run:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
 
+    def _require_untouched(self, fresh: bool) -> None:
+        """Raise ConfigError where another process has begun a run here since this one looked."""
+        if fresh and not self.config.overwrite and not self.step and (self.folder / "run.json").is_file():
+            raise ConfigError(
+                f"another process has begun a run in output_dir {self.folder} meanwhile; start again to go on from it, "
+                "or name another output_dir"
+            )
+
     def _tracker(self, package: str) -> trackers.Tracker:
         name = self.config.run_name or self.folder.resolve().name
         return trackers.Tracker(
@@ -300,8 +338,9 @@ class Run:
 
     def _write_start(self) -> None:
         if self.config.overwrite and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if path.name != checkpoint.LOCK:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
         content["processes"], content["dtype"] = parallel.world(), str(self.dtype).removeprefix("torch.")
         content["device"], content["number"] = devices.describe(self.device), self.number

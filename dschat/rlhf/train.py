@@ -39,8 +39,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for stage, settings in stages.items():  # a stage that cannot run ends the pipeline before it begins
         if isinstance(settings, OnlineConfig):
             require_rewards(settings)
-        if Run(settings, stage, made=made).result is None:
-            made[settings.output_dir] = origin(settings.model, made)
+        with Run(settings, stage, made=made) as looked_at:
+            if looked_at.result is None:
+                made[settings.output_dir] = origin(settings.model, made)
     for stage, settings in stages.items():
         results[stage] = TRAINERS[stage](settings)
     if parallel.lead():

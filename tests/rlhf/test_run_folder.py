@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers_rlhf import Killed
 
+from dschat import config as C
 from dschat.config import COMMANDS, ConfigError
 from dschat.rlhf import data, grpo, ppo, sft
+from dschat.rlhf import run as run_module
+from dschat.rlhf import train as pipeline
 
 TRAINERS = {"sft": sft.train, "grpo": grpo.train, "ppo": ppo.train}
 SMALL: dict[str, dict[str, Any]] = {
@@ -113,3 +120,69 @@ def test_another_revision_of_a_hub_data_set(base, monkeypatch, kill_after):
     refused(base, r"org/stories:train has changed since the run in .* began", **keys)
     rows._fingerprint = "one"
     assert run(base, **keys)["steps"] == 2
+
+
+# ------------------------------------------------------------------------------------------- two runs at once
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dschat.rlhf.checkpoint import Lock
+import os
+lock = Lock(Path(sys.argv[1]))
+if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_folder_in_use(base, tmp_path, kill_after, begun):
+    """Refused with the other's number; SIGKILL frees the folder at once, also where a child of the other lives on."""
+    folder = Path(base["output_dir"])
+    if begun:
+        kill_after(2)
+        with pytest.raises(Killed):
+            run(base)
+        kill_after(None)
+    else:
+        folder.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        said = rf"output_dir .*run is in use by process {other.pid}; wait for it or stop it, or name another"
+        refused(base, said)
+        if begun:
+            refused(base, said, overwrite=True)
+            stages = {"sft": {**SMALL["sft"], "output_dir": str(folder), "max_steps": 2, "batch_size": 4,
+                              "learning_rate": 1e-3}}  # fmt: skip
+            before = contents(folder)
+            with pytest.raises(ValueError, match=said):
+                pipeline.train(C.build(C.TrainConfig, base | {"output_dir": str(tmp_path / "all")} | stages))
+            assert contents(folder) == before
+        other.kill()
+        other.wait()
+        assert run(base)["steps"] == 2
+        assert run(base, overwrite=True)["steps"] == 2
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_run_that_another_began_meanwhile(base, monkeypatch):
+    """It had looked at the folder before the other's run was there, and finished."""
+    original = run_module.Run.start
+
+    def late(self: Any, total: int) -> Any:
+        if not (self.folder / "run.json").is_file():
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / "run.json").write_text("{}")
+        return original(self, total)
+
+    monkeypatch.setattr(run_module.Run, "start", late)
+    with pytest.raises(ConfigError, match="another process has begun a run in output_dir .* meanwhile"):
+        run(base)
+    assert (Path(base["output_dir"]) / "run.json").read_text() == "{}"
