@@ -109,7 +109,7 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ one run at a time
 
 _held: set[int] = set()
-"""Descriptors of locked files, which a forked child gives up: a child that outlives a killed run would keep its lock."""
+"""Descriptors of locked files, which a forked child gives up: one that outlives a killed run would keep its lock."""
 
 
 def _let_go() -> None:

@@ -50,13 +50,22 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file; a last line without its end (the writer was killed) is left out; [] without
-    the file.
+    the file. Raises ValueError, one sentence, for a damaged line.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line.strip()]
+    out = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is damaged, no JSON object; mend or delete that line")
+            out.append(row)
+    return out
 
 
 def drop_after(path: Path, step: int) -> None:

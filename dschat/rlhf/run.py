@@ -39,7 +39,7 @@ from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
 from . import checkpoint, checks, data, models, trackers
-from .metrics import Metrics, reset_peak_memory
+from .metrics import Metrics, read_lines, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
 # computed (but for the rounding of sums over processes).
@@ -64,6 +64,10 @@ FREE_KEYS = {
     "offload",
     "deepspeed",
 }
+
+
+ANEW = "put back what it was, name another output_dir, or add --overwrite to start anew"
+"""What to do about a folder whose run.json nobody can read."""
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -219,7 +223,7 @@ class Run:
                     f"output_dir {self.folder} holds files of no run, so it is not deleted; name another"
                 )
         elif file.is_file():
-            self._continue(json.loads(file.read_text(encoding="utf-8")))
+            self._continue(checkpoint.read_json(file, ANEW))
         if self.result is not None:
             return
         use_threads(self.config.threads)
@@ -256,6 +260,8 @@ class Run:
             raise ConfigError(
                 f"output_dir {self.folder} holds a run of {before.get('stage')}; name another folder"
             )
+        if not isinstance(before.get("config"), dict):
+            raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
         now = self.config.to_dict()
         for key, value in now.items():
             if key not in FREE_KEYS and before["config"].get(key) != value:
@@ -272,11 +278,19 @@ class Run:
             self.rollout_dtype = rollout_dtype(self.config, self.dtype, self.device)
         done = self.folder / "result.json"
         if done.is_file():
-            self.result = json.loads(done.read_text(encoding="utf-8"))
+            self.result = checkpoint.read_json(done, "delete it and start again, to have it written anew")
             return
+        for name in ("metrics.jsonl", "completions.jsonl"):  # what `start` cuts back
+            read_lines(self.folder / name)
         newest = checkpoint.latest(self.checkpoints)
         if newest is not None:
             self.tensors, self.state, self.step = checkpoint.load(newest)
+            lacking = [k for k in ("optimizers", "rng", "extra") if not isinstance(self.state.get(k), dict)]
+            if lacking:
+                raise ConfigError(
+                    f"checkpoint {newest} has a damaged state.json (no {lacking[0]}); delete {newest} to go on from "
+                    "the one before, or from the start"
+                )
             self.best = self.state.get("best")
 
     def _require_same_data(self) -> None:

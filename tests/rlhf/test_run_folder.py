@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_rlhf import Killed
+from helpers_rlhf import Killed, numbers
 
 from dschat import config as C
 from dschat.config import COMMANDS, ConfigError
-from dschat.rlhf import data, grpo, ppo, sft
+from dschat.rlhf import data, grpo, ppo, report, sft
 from dschat.rlhf import run as run_module
 from dschat.rlhf import train as pipeline
 
@@ -183,6 +183,65 @@ def test_a_run_that_another_began_meanwhile(base, monkeypatch):
         return original(self, total)
 
     monkeypatch.setattr(run_module.Run, "start", late)
-    with pytest.raises(ConfigError, match="another process has begun a run in output_dir .* meanwhile"):
+    with pytest.raises(ConfigError, match=r"another process has begun a run in output_dir .* meanwhile"):
         run(base)
     assert (Path(base["output_dir"]) / "run.json").read_text() == "{}"
+
+
+# ---------------------------------------------------------------------------------------------- damaged files
+
+
+def test_damaged_files_of_a_run(base, kill_after):
+    """Each is named with what to do, and nothing is changed; the run goes on when it is back."""
+    folder = Path(base["output_dir"])
+    kill_after(2)
+    with pytest.raises(Killed):
+        run(base)
+    kill_after(None)
+    state = next(folder.glob("checkpoints/step-*/state.json"))
+    content = json.loads(state.read_text())
+    del content["state"]["rng"]
+    line = (folder / "metrics.jsonl").read_bytes()
+    for file, damage, said in (
+        (
+            "run.json",
+            b"",
+            r"run\.json is damaged \(.*\); put back what it was, name another output_dir, or add",
+        ),
+        ("run.json", b'{"stage": "sft", "con', r"run\.json is damaged \(.*\); put back"),
+        ("run.json", b"[]", r"run\.json is damaged \(it holds no object\)"),
+        ("run.json", b'{"stage": "sft"}', r"run\.json is damaged \(it holds no config\)"),
+        ("run.json", b"\xff\xfe", r"run\.json is damaged \("),
+        (
+            "metrics.jsonl",
+            b'{"step": 1, "lo\n' + line,
+            r"metrics\.jsonl line 1 is damaged, .*; mend or delete that",
+        ),
+        ("metrics.jsonl", b"\0\0\0\n" + line, r"metrics\.jsonl line 1 is damaged"),
+        ("metrics.jsonl", b"7\n" + line, r"metrics\.jsonl line 1 is damaged"),
+        (
+            str(state.relative_to(folder)),
+            json.dumps(content).encode(),
+            r"damaged state\.json \(no rng\); delete",
+        ),
+        (
+            "result.json",
+            b'{"steps"',
+            r"result\.json is damaged \(.*\); delete it and start again, to have it",
+        ),
+    ):
+        before = (folder / file).read_bytes() if (folder / file).is_file() else None
+        (folder / file).write_bytes(damage)
+        refused(base, said)
+        if file in ("run.json", "result.json"):
+            with pytest.raises(ValueError, match=f"{file.replace('.', '[.]')} is damaged") as error:
+                report.gather(folder)
+            assert "\n" not in str(error.value)
+        (folder / file).write_bytes(before) if before is not None else (folder / file).unlink()
+    with open(folder / "metrics.jsonl", "ab") as f:
+        f.write(b'{"step": 2, "loss": 0.')  # killed while it wrote
+    assert run(base)["steps"] == 2
+    assert [line["step"] for line in numbers(folder)] == [1, 2]
+    (folder / "result.json").write_text("{")
+    (folder / "result.json").unlink()  # what the sentence says to do
+    assert run(base)["steps"] == 2
