@@ -12,10 +12,12 @@ shortest exact form, so nothing is rounded.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +45,49 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names it and says what to do."""
 
 
+class WriteError(OSError):
+    """A file that cannot be written; the message names it, why, and what to do."""
+
+
 # ---------------------------------------------------------------------------------------------- atomic writes
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_CURES = {
+    **dict.fromkeys(FULL, ("the disk is full", "free some space")),
+    errno.EROFS: ("the file system is read-only", "make it writable or name another output_dir"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), ("it is not permitted", "change that or name another output_dir")
+    ),
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a full disk or a read-only folder makes of a write into WriteError, one sentence."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            number = error.errno
+        else:
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else None
+        if number not in _CURES:
+            raise
+        why, cure = _CURES[number]
+        raise WriteError(f"{path} cannot be written, {why}; {cure}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Raise WriteError where a folder, or the one that it would be made in, takes no files."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(
+            f"output_dir {folder} cannot be written ({there} takes no files); make it writable or name "
+            "another output_dir"
+        )
 
 
 def _sync(path: Path) -> None:
@@ -62,11 +106,11 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     Everything in it is on disk before the rename. An older `final` is replaced.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with writing(final), _vanishing(temporary):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*"), reverse=True):
             _sync(path)
@@ -77,22 +121,33 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
         os.rename(temporary, final)
         _sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _vanishing(temporary: Path) -> Iterator[None]:
+    """Removes what was being written when a write fails, which also gives its space back."""
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def atomic_text(path: str | Path, text: str) -> None:
     """Write a file so that it holds either the old or the new text."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.rename(temporary, path)
-    _sync(path.parent)
+    with writing(path), _vanishing(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(temporary, path)
+        _sync(path.parent)
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:
@@ -261,7 +316,6 @@ def save(
     left behind.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(rest, ignore_errors=True)
     final = step_folder(folder, step)

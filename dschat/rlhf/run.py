@@ -147,10 +147,10 @@ def _digest(path: str, size: int, changed: int) -> str:
         return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
 
 
-def data_digests(config: StageConfig) -> dict[str, str]:
+def data_digests(config: StageConfig, read: bool) -> dict[str, str]:
     """What tells the content of a run's data from any other, by source: a digest of all bytes of a file (a run reads
-    them all in any case, and slower), of a hub data set that has been read its fingerprint. Others are left out."""
-    found = dict(data.FINGERPRINTS)
+    them all in any case, and slower), of a hub data set its fingerprint, once it has been read. Others are left out."""
+    found = data.FINGERPRINTS if read else {}
     out = {}
     for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
         if os.path.isfile(source):
@@ -203,6 +203,7 @@ class Run:
             self._open()
             if self.result is None:
                 checks.check_stage(config, made or {}, model, tokenizer)
+                parallel.from_lead(partial(checkpoint.require_writable, self.folder))
         except BaseException:
             self.close()
             raise
@@ -293,18 +294,14 @@ class Run:
                 )
             self.best = self.state.get("best")
 
-    def _require_same_data(self) -> None:
+    def _require_same_data(self, read: bool = False) -> None:
         """Raise ConfigError where a source holds other rows than those that the run began with."""
-        for source, digest in self._digests().items():
+        for source, digest in parallel.from_lead(partial(data_digests, self.config, read)).items():
             if self._data_before.get(source, digest) != digest:
                 raise ConfigError(
                     f"{source} has changed since the run in {self.folder} began; put the first file back, name another "
                     "output_dir, or add --overwrite"
                 )
-
-    def _digests(self) -> dict[str, str]:
-        """`data_digests`, which the lead makes for all."""
-        return parallel.from_lead(partial(data_digests, self.config))
 
     def __enter__(self) -> Run:
         return self
@@ -314,9 +311,10 @@ class Run:
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
-        self._require_same_data()  # hub data sets have been read only now
+        self._require_same_data(read=True)
         if parallel.lead():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with checkpoint.writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self._lock is None
         self._take()
         parallel.from_lead(partial(self._require_untouched, fresh))
@@ -360,7 +358,7 @@ class Run:
         content["device"], content["number"] = devices.describe(self.device), self.number
         if self.rollout_dtype is not None:
             content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
-        content["data"] = self._data_before | data_digests(self.config)
+        content["data"] = self._data_before | data_digests(self.config, read=True)
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
@@ -584,15 +582,15 @@ def _module_state(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Ctrl-C, and the loss of another process, end a run with one line that says how to go on."""
+    """Ctrl-C, a full disk, and the loss of another process, end a run with one line that says how to go on."""
     try:
         yield
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, checkpoint.WriteError) as error:
         if isinstance(error, RuntimeError) and not parallel.is_parted(error):
             raise
         newest = checkpoint.latest(run.checkpoints)
         where = f"after {newest.name}" if newest else "from the start"
-        what = "interrupted"
+        what = str(error) if isinstance(error, checkpoint.WriteError) else "interrupted"
         if isinstance(error, RuntimeError):
             what = "another process of this run has ended or does not answer"
         raise ConfigError(f"{what}; the same command goes on {where} ({os.fspath(run.folder)})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_rlhf import Killed, numbers
+from helpers_rlhf import Killed, numbers, same_weights
+from safetensors import SafetensorError
 
 from dschat import config as C
 from dschat.config import COMMANDS, ConfigError
-from dschat.rlhf import data, grpo, ppo, report, sft
+from dschat.rlhf import checkpoint, data, grpo, metrics, models, ppo, report, sft
 from dschat.rlhf import run as run_module
 from dschat.rlhf import train as pipeline
 
@@ -245,3 +247,108 @@ def test_damaged_files_of_a_run(base, kill_after):
     (folder / "result.json").write_text("{")
     (folder / "result.json").unlink()  # what the sentence says to do
     assert run(base)["steps"] == 2
+
+
+# -------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("what", ["tensors", "state", "metrics", "model", "result"])
+def test_a_full_disk(base, tmp_path, monkeypatch, what):
+    """One sentence; the checkpoint before is whole, nothing half-written is left, and the run goes on from there."""
+    straight = run(base, output_dir=str(tmp_path / "straight"), max_steps=3)
+    folder = Path(base["output_dir"])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    where = {"tensors": "step-000003", "state": "step-000003", "metrics": "metrics.jsonl", "model": "model",
+             "result": "result.json"}[what]  # fmt: skip
+    with monkeypatch.context() as patch:
+        calls: list[int] = []
+
+        def fails(original: Any, error: Exception, at: int = 1) -> Any:
+            def call(*args: Any, **kw: Any) -> Any:
+                calls.append(1)
+                if len(calls) == at:
+                    raise error
+                return original(*args, **kw)
+
+            return call
+
+        if what == "tensors":
+            text = SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
+            patch.setattr(checkpoint, "save_file", fails(checkpoint.save_file, text, 3))
+        elif what == "state":
+            patch.setattr(checkpoint.json, "dumps", full_when(json.dumps, full, lambda v: v.get("step") == 3))
+        elif what == "metrics":
+            real = os.write
+            patch.setattr(metrics.os, "write", lambda fd, b: half(real, fd, b, full))
+        elif what == "model":
+            patch.setattr(models, "save_model", lambda *_: in_a_folder(folder / "model", full))
+        else:
+            real_fsync = os.fsync
+            patch.setattr(checkpoint.os, "fsync", lambda fd: no_result(real_fsync, fd, full))
+        with pytest.raises(ConfigError) as error:
+            run(base, max_steps=3)
+    last = "step-000003" if what in ("model", "result") else "step-000002"
+    said = str(error.value)
+    assert f"{where} cannot be written, the disk is full; free some space; the same command goes on" in said
+    assert f"after {last}" in said and "\n" not in said
+    checkpoint.load(folder / "checkpoints" / last)
+    assert not list(folder.rglob(".tmp-*")) and not (folder / "result.json").exists()
+    again = run(base, max_steps=3)
+    drop = ("seconds", "written", "loss")  # a start after the last step has no step's loss to tell
+    assert {k: v for k, v in again.items() if k not in drop} == {
+        k: v for k, v in straight.items() if k not in drop
+    }
+    assert numbers(folder) == numbers(tmp_path / "straight")
+    assert same_weights(folder / "model", tmp_path / "straight" / "model")
+
+
+def full_when(original: Any, error: Exception, when: Any) -> Any:
+    def dumps(value: Any, **kw: Any) -> str:
+        if isinstance(value, dict) and "tensors" in value and when(value):
+            raise error
+        return str(original(value, **kw))
+
+    return dumps
+
+
+def half(real: Any, fd: int, content: bytes, error: Exception) -> int:
+    """Half of step 3's line fits; what is left of it does not."""
+    if b'"step": 3' in content:
+        return int(real(fd, content[: len(content) // 2]))
+    if not content.startswith(b"{"):
+        raise error
+    return int(real(fd, content))
+
+
+def in_a_folder(folder: Path, error: Exception) -> None:
+    with checkpoint.atomic_folder(folder) as temporary:
+        (temporary / "config.json").write_text("{}")
+        raise error
+
+
+def no_result(real: Any, fd: int, error: Exception) -> None:
+    if "result.json" in os.readlink(f"/proc/self/fd/{fd}"):
+        raise error
+    real(fd)
+
+
+def test_a_device_without_room(tmp_path):
+    """As the kernel says it."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(
+        checkpoint.WriteError, match=r"metrics\.jsonl cannot be written, the disk is full; free"
+    ):
+        metrics.append_line(tmp_path / "metrics.jsonl", {"step": 1})
+
+
+def test_a_folder_that_takes_no_files(base, monkeypatch):
+    """Said before a model is loaded."""
+    monkeypatch.setattr(models, "load_policy", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: False)  # whoever runs this may be root
+    with pytest.raises(
+        OSError, match=r"output_dir .* cannot be written \(.* takes no files\); make it writable"
+    ):
+        run(base)
+    assert not Path(base["output_dir"]).exists()
