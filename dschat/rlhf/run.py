@@ -64,8 +64,8 @@ FREE_KEYS = {
     "offload",
     "deepspeed",
 }
-
-
+LENGTH_KEYS = {"max_steps", "epochs"}
+"""Keys that may differ when a run goes on where its learning rate does not depend on how long it will be."""
 ANEW = "put back what it was, name another output_dir, or add --overwrite to start anew"
 """What to do about a folder whose run.json nobody can read."""
 
@@ -140,6 +140,12 @@ def require_data(config: StageConfig) -> None:
         raise ConfigError("data is empty; name at least one file (.jsonl, .csv, .parquet) or hub data set")
 
 
+def _length(settings: Mapping[str, Any]) -> str:
+    """What a run's settings say of its length, as the key that decides it."""
+    key = "max_steps" if settings.get("max_steps") else "epochs"
+    return f"{key} {settings.get(key)}"
+
+
 @cache
 def _digest(path: str, size: int, changed: int) -> str:
     """Of a file's bytes; size and time of its last change: when a digest made before is no longer the file's."""
@@ -193,6 +199,8 @@ class Run:
         self.state: dict[str, Any] = {}
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.longer = False
+        """Whether it goes on to another number of steps than it was started with."""
         self.number = uuid.uuid4().hex
         """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
@@ -265,12 +273,15 @@ class Run:
             raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
         now = self.config.to_dict()
         for key, value in now.items():
-            if key not in FREE_KEYS and before["config"].get(key) != value:
+            if key not in FREE_KEYS | LENGTH_KEYS and before["config"].get(key) != value:
                 old = before["config"].get(key)
                 raise ConfigError(
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
+        self.longer = _length(now) != _length(before["config"])
+        if self.longer:
+            self._require_constant_rate(_length(before["config"]), _length(now))
         self._data_before = before.get("data", {})
         self._require_same_data()
         self.number = before.get("number", self.number)
@@ -278,7 +289,14 @@ class Run:
             self.dtype = models.pick_dtype(before["dtype"])
             self.rollout_dtype = rollout_dtype(self.config, self.dtype, self.device)
         done = self.folder / "result.json"
-        if done.is_file():
+        if done.is_file() and self.longer:
+            if checkpoint.latest(self.checkpoints) is None:
+                raise ConfigError(
+                    f"output_dir {self.folder} holds a finished run without checkpoints (save_every 0), so it cannot "
+                    "go on; name another output_dir, or add --overwrite"
+                )
+            self._take()
+        elif done.is_file():
             self.result = checkpoint.read_json(done, "delete it and start again, to have it written anew")
             return
         for name in ("metrics.jsonl", "completions.jsonl"):  # what `start` cuts back
@@ -293,6 +311,14 @@ class Run:
                     "the one before, or from the start"
                 )
             self.best = self.state.get("best")
+
+    def _require_constant_rate(self, before: str, now: str) -> None:
+        if self.config.lr_schedule != "constant":
+            raise ConfigError(
+                f"output_dir {self.folder} holds a run with {before}, not {now}, and lr_schedule "
+                f"{self.config.lr_schedule}, by which the steps taken would have had other learning rates; name "
+                "another output_dir, or add --overwrite (with lr_schedule constant a run may go on to more steps)"
+            )
 
     def _require_same_data(self, read: bool = False) -> None:
         """Raise ConfigError where a source holds other rows than those that the run began with."""
@@ -311,6 +337,11 @@ class Run:
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
+        if total_steps < self.step:
+            raise ConfigError(
+                f"output_dir {self.folder} holds a run that has taken {self.step} steps, more than the {total_steps} "
+                "asked for; set max_steps to more, name another output_dir, or add --overwrite"
+            )
         self._require_same_data(read=True)
         if parallel.lead():
             with checkpoint.writing(self.folder):
@@ -353,6 +384,8 @@ class Run:
             for path in self.folder.iterdir():
                 if path.name != checkpoint.LOCK:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with checkpoint.writing(self.folder):  # a finished run that goes on is not done any more
+            (self.folder / "result.json").unlink(missing_ok=True)
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
         content["processes"], content["dtype"] = parallel.world(), str(self.dtype).removeprefix("torch.")
         content["device"], content["number"] = devices.describe(self.device), self.number

@@ -235,7 +235,7 @@ def test_damaged_files_of_a_run(base, kill_after):
         before = (folder / file).read_bytes() if (folder / file).is_file() else None
         (folder / file).write_bytes(damage)
         refused(base, said)
-        if file in ("run.json", "result.json"):
+        if file in ("run.json", "result.json") and "no config" not in said:
             with pytest.raises(ValueError, match=f"{file.replace('.', '[.]')} is damaged") as error:
                 report.gather(folder)
             assert "\n" not in str(error.value)
@@ -244,8 +244,7 @@ def test_damaged_files_of_a_run(base, kill_after):
         f.write(b'{"step": 2, "loss": 0.')  # killed while it wrote
     assert run(base)["steps"] == 2
     assert [line["step"] for line in numbers(folder)] == [1, 2]
-    (folder / "result.json").write_text("{")
-    (folder / "result.json").unlink()  # what the sentence says to do
+    (folder / "result.json").unlink()  # what the sentence about a damaged one says to do
     assert run(base)["steps"] == 2
 
 
@@ -352,3 +351,70 @@ def test_a_folder_that_takes_no_files(base, monkeypatch):
     ):
         run(base)
     assert not Path(base["output_dir"]).exists()
+
+
+# ------------------------------------------------------------------------------------------------- more steps
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_longer_run_is_the_straight_one(base, tmp_path, kill_after, stage, killed):
+    """With a constant rate: 2 steps and then 4 = 4, bit for bit, of a finished and of a killed run."""
+    keys = {"lr_schedule": "constant"}
+    straight = run(base, stage, **keys, max_steps=4, output_dir=str(tmp_path / "straight"))
+    if killed:
+        kill_after(2)
+        with pytest.raises(Killed):
+            run(base, stage, **keys, max_steps=2)
+        kill_after(None)
+    else:
+        assert run(base, stage, **keys, max_steps=2)["steps"] == 2
+        kill_after(4)  # and killed again on its way: the old result is not taken for the new one
+        with pytest.raises(Killed):
+            run(base, stage, **keys, max_steps=4)
+        kill_after(None)
+    longer = run(base, stage, **keys, max_steps=4)
+    drop = ("seconds", "written")
+    assert {k: v for k, v in longer.items() if k not in drop} == {
+        k: v for k, v in straight.items() if k not in drop
+    }
+    folder = tmp_path / "run"
+    assert numbers(folder) == numbers(tmp_path / "straight")
+    for name in ("model", "checkpoints"):
+        assert same_weights(folder / name, tmp_path / "straight" / name)
+    refused(
+        base,
+        "has taken 4 steps, more than the 3 asked for; set max_steps to more",
+        stage,
+        **keys,
+        max_steps=3,
+    )
+
+
+def test_when_a_run_cannot_grow(base, tmp_path):
+    run(base, lr_schedule="cosine")
+    said = r"holds a run with max_steps 2, not max_steps 4, and lr_schedule cosine, by which the steps taken would"
+    refused(base, said, lr_schedule="cosine", max_steps=4)
+    refused(base, "not epochs 3, and lr_schedule cosine", lr_schedule="cosine", max_steps=0, epochs=3)
+    assert run(base, lr_schedule="cosine", epochs=3)["steps"] == 2, "max_steps decides, so epochs may be any"
+    other = base | {"output_dir": str(tmp_path / "other"), "lr_schedule": "constant", "save_every": 0}
+    run(other)
+    refused(other, r"finished run without checkpoints \(save_every 0\), so it cannot go on", max_steps=4)
+
+
+def test_a_stage_does_not_grow_under_a_later_one(base):
+    """PPO's result would be that of another SFT model."""
+    folder = Path(base["output_dir"])
+    small = {"batch_size": 4, "max_steps": 1, "learning_rate": 1e-3, "lr_schedule": "constant"}
+    ppo = {**small, **SMALL["ppo"], "reward": ["dschat.rlhf.verifiers:number"], "lora_r": 2}
+    stages = {"sft": {**small, **SMALL["sft"]}, "ppo": ppo}
+    pipeline.train(C.build(C.TrainConfig, base | stages))
+    before = contents(folder)
+    stages["sft"]["max_steps"] = 2
+    with pytest.raises(
+        ConfigError, match=r"sft is to go on, but ppo in .* has begun from what it wrote; add --ppo"
+    ):
+        pipeline.train(C.build(C.TrainConfig, base | stages))
+    assert contents(folder) == before
+    stages["ppo"]["overwrite"] = True
+    assert pipeline.train(C.build(C.TrainConfig, base | stages))["sft"]["steps"] == 2
