@@ -206,6 +206,10 @@ def _csv_rows(source: str, text: str) -> Iterator[Record | DataError]:
         ) from None
 
 
+FINGERPRINTS: dict[str, str] = {}
+"""Of hub data sets that were read: what `datasets` tells their content by."""
+
+
 def _read_hub(source: str) -> Iterator[Record]:
     name, _, split = source.partition(":")
     try:
@@ -217,6 +221,7 @@ def _read_hub(source: str) -> Iterator[Record]:
         raise DataError(
             f"{source} is no file here, and as a hub data set it cannot be loaded: {reason}"
         ) from None
+    FINGERPRINTS[source] = str(getattr(rows, "_fingerprint", ""))
     yield from (Record(f"{source} row {i + 1}", dict(row)) for i, row in enumerate(rows))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import ConfigError
 from . import evaluate
-from .checkpoint import atomic_text
+from .checkpoint import atomic_text, read_json
 from .metrics import read_lines
 
 STYLE = """<style>
@@ -92,7 +92,7 @@ class RunFiles:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(path, "delete it, or put back what it was") if path.is_file() else {}
 
 
 def stage_folders(folder: str | Path) -> dict[str, Path]:
