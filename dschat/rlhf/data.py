@@ -15,12 +15,14 @@ epoch), so that a data position is a step number.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +39,10 @@ PromptText = str | list[dict[str, str]]
 RESPONSE_COLUMNS = ("completion", "response", "chosen", "messages")
 MARKER = "dschat-marker"  # stands for an assistant's words, to see what a chat template puts behind them
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+DEEPEST = (
+    64  # lists and objects within each other; far from where Python's recursion ends, here and in libraries
+)
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 class DataError(ValueError):
@@ -87,7 +93,7 @@ def read(
     stats = DataStats()
     records: list[Record] = []
     for source in sources:
-        empty = True
+        empty, good, first_bad = True, False, ""
         for item in read_source(str(source)):
             empty = False
             if limit and len(records) >= limit:
@@ -97,9 +103,13 @@ def read(
                 if bad_rows == "error":
                     raise item
                 stats.bad += 1
-                stats.first_bad = stats.first_bad or str(item)
+                first_bad = first_bad or str(item)
             else:
+                good = True
                 records.append(item)
+        if first_bad and not good:
+            raise nothing_good(source, first_bad)
+        stats.first_bad = stats.first_bad or first_bad
         if empty:
             raise DataError(f"data file {source} holds no rows; give one that does, or leave it out")
     return records, stats
@@ -130,17 +140,56 @@ def require_source(source: str) -> None:
         require_file(source)
 
 
-def parse_line(line: str | bytes, where: str) -> Record | DataError:
+def nothing_good(source: str, first_bad: str) -> DataError:
+    """What is said of a source whose rows are all bad, where bad rows are skipped."""
+    return DataError(
+        f"{source} holds no good row, so skipping the bad ones leaves nothing; the first: {first_bad}"
+    )
+
+
+def parse_line(line: bytes, where: str) -> Record | DataError:
     """A row of a .jsonl file."""
     try:
-        row = json.loads(line)
+        text = line.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        return DataError(f"{where} is not UTF-8 ({byte}); save it as UTF-8")
+    try:
+        row = json.loads(text)
     except json.JSONDecodeError as error:
         return DataError(f"{where} is not valid JSON: {error.msg} (column {error.colno})")
-    except UnicodeDecodeError as error:
-        return DataError(f"{where} is not UTF-8: {error}")
+    except ValueError as error:  # a number of thousands of digits
+        return DataError(f"{where} is not valid JSON: {str(error).split(';')[0]}")
+    except RecursionError:
+        return too_deep(where)
+    return as_record(row, where)
+
+
+def too_deep(where: str) -> DataError:
+    return DataError(f"{where} is nested deeper than {DEEPEST} levels; flatten it")
+
+
+def as_record(row: Any, where: str) -> Record | DataError:
+    """A row that was parsed from a file: an object of texts that a tokenizer takes, not nested without end."""
     if not isinstance(row, dict):
         return DataError(f"{where} is a {type(row).__name__}, not an object")
-    return Record(where, row)
+    values: list[Any] = [row]
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        for value in values:
+            if isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str) and (half := _HALF.search(value)):
+                return DataError(
+                    f"{where} holds {half[0]!r}, half of a surrogate pair, which no text has; write the whole character"
+                )
+        values = inner
+        if not values:
+            return Record(where, row)
+    return too_deep(where)
 
 
 def read_source(source: str) -> Iterator[Record | DataError]:
@@ -165,45 +214,56 @@ def read_source(source: str) -> Iterator[Record | DataError]:
         raise DataError(f"{source} has an ending that is not known; use one of {', '.join(FILE_ENDINGS)}")
     try:
         with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as f:
-            text = f.read().decode("utf-8-sig")  # some programs put a mark before the first character
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            content = f.read().removeprefix(
+                codecs.BOM_UTF8
+            )  # some programs put it before the first character
+    except (OSError, EOFError) as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     if plain.endswith(".csv"):
-        yield from _csv_rows(source, text)
-    elif plain.endswith(".json") and text.lstrip().startswith("["):
+        # Bytes that are no UTF-8 become halves of surrogate pairs, which nothing else in the file can.
+        yield from _csv_rows(source, content.decode(errors="surrogateescape"))
+    elif plain.endswith(".json") and content.lstrip().startswith(b"["):
         try:
-            rows = json.loads(text)
+            rows = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise DataError(
+                f"{source} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
+            ) from None
         except json.JSONDecodeError as error:
             raise DataError(f"{source} line {error.lineno} is not valid JSON: {error.msg}") from None
-        for i, row in enumerate(rows):
-            where = f"{source} row {i + 1}"
-            yield (
-                Record(where, row)
-                if isinstance(row, dict)
-                else DataError(f"{where} is a {type(row).__name__}, not an object")
-            )
+        except ValueError as error:
+            raise DataError(f"{source} is not valid JSON: {str(error).split(';')[0]}") from None
+        except RecursionError:
+            raise too_deep(source) from None
+        yield from (as_record(row, f"{source} row {i + 1}") for i, row in enumerate(rows))
     else:
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON texts may hold U+2028
-            if not line.strip():
-                continue
-            yield parse_line(line, f"{source} line {number}")
+        for number, row in enumerate(content.split(b"\n"), 1):
+            if row.strip():
+                yield parse_line(row, f"{source} line {number}")
 
 
 def _csv_rows(source: str, text: str) -> Iterator[Record | DataError]:
     reader = csv.DictReader(io.StringIO(text))
     try:
+        if half := _HALF.search(" ".join(reader.fieldnames or [])):
+            raise _not_utf8(f"{source} line 1", half[0])
         for row in reader:
             where = f"{source} line {reader.line_num}"
-            ragged = None in row or any(v is None for v in row.values())
-            yield (
-                DataError(f"{where} has another number of fields than the header")
-                if ragged
-                else Record(where, dict(row))
-            )
+            if None in row or any(v is None for v in row.values()):
+                yield DataError(f"{where} has another number of fields than the header")
+            elif half := _HALF.search(" ".join(row.values())):
+                yield _not_utf8(where, half[0])
+            else:
+                yield Record(where, dict(row))
     except csv.Error as error:
         raise DataError(
             f"{source} line {reader.line_num + 1} cannot be read: {error}; convert the file to .jsonl"
         ) from None
+
+
+def _not_utf8(where: str, half: str) -> DataError:
+    return DataError(f"{where} is not UTF-8 (byte 0x{ord(half) - 0xDC00:02x}); save it as UTF-8")
 
 
 def _read_hub(source: str) -> Iterator[Record]:

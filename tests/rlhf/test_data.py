@@ -10,7 +10,9 @@ import os
 import pytest
 import torch
 
+from dschat.config import SFTConfig
 from dschat.rlhf import data as D
+from dschat.rlhf import sources
 
 MODEL = os.path.join(os.path.dirname(__file__), "..", "data", "stories260k")
 TEMPLATE = (
@@ -94,6 +96,72 @@ def test_bad_lines_have_file_and_number(tmp_path):
     ragged.write_text("a,b\n1,2\n3\n")
     with pytest.raises(D.DataError, match=r"x\.csv line 3 has another number of fields"):
         D.read([str(ragged)])
+
+
+UNREADABLE = {
+    "bytes": (
+        b'{"prompt": "b", "chosen": "\xff"}',
+        r"is not UTF-8 \(byte 0xff at column 28\); save it as UTF-8",
+    ),
+    "surrogate": (
+        rb'{"prompt": "b", "chosen": ["\ud800"]}',
+        r"holds '\\ud800', half of a surrogate pair, .*; write the whole character",
+    ),
+    "key": (rb'{"\udc80": "b"}', r"holds '\\udc80', half of a surrogate pair"),
+    "depth": (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"is nested deeper than 64 levels"),
+    "less deep": (b'{"prompt": ' + b"[" * 65 + b"]" * 65 + b"}", r"is nested deeper than 64 levels"),
+    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", r"is not valid JSON: .*digits"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_line_that_cannot_be_read_is_a_bad_row(tmp_path, kind, stream):
+    """With its number; the rows around it are read, and a tokenizer takes every text that is."""
+    line, message = UNREADABLE[kind]
+    path = tmp_path / "x.jsonl"
+    good = '{"prompt": "caf\u00e9 \\ud83d\\ude00", "chosen": "c"}\n'.encode()
+    path.write_bytes(good + line + b"\n" + good)
+    keys = {"data": [str(path)], "stream": stream, "eval_split": 1e-9}
+    for config in (SFTConfig(**keys), SFTConfig(data=[str(path)])):
+        with pytest.raises(D.DataError, match=rf"^\S*x\.jsonl line 2 {message}") as error:
+            sources.records(config, "train")
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    rows, stats = sources.records(SFTConfig(**keys, bad_rows="skip"), "train")
+    assert [r.columns["prompt"] for r in rows] == ["caf\u00e9 \U0001f600"] * 2
+    assert (stats.read, stats.bad) == (3, 1) and "line 2" in stats.first_bad
+    assert [r.where.rsplit(" ", 1)[1] for r in rows] == ["1", "3"]
+
+
+def test_bad_cells_and_items_are_bad_rows(tmp_path):
+    """Of a .csv and of a list, as of a .jsonl file."""
+    table, listed = tmp_path / "x.csv", tmp_path / "x.json"
+    table.write_bytes(b"a,b\n1,2\n3,caf\xe9\n5,6\n")
+    listed.write_bytes(rb'[{"a": "1"}, {"a": "\ud800"}, 7, {"a": "5"}]')
+    for path, where, message, bad in (
+        (table, "line 3", "is not UTF-8 \\(byte 0xe9", 1),
+        (listed, "row 2", "half of a surrogate pair", 2),
+    ):
+        with pytest.raises(D.DataError, match=f"{path.name} {where} .*{message}"):
+            D.read([str(path)])
+        rows, stats = D.read([str(path)], bad_rows="skip")
+        assert [r.columns["a"] for r in rows] == ["1", "5"] and stats.bad == bad
+    table.write_bytes(b"a,caf\xe9\n1,2\n")
+    with pytest.raises(D.DataError, match=r"x\.csv line 1 is not UTF-8 .*; save it as UTF-8"):
+        D.read([str(table)], bad_rows="skip")
+    listed.write_text("[" * 100_000)
+    with pytest.raises(D.DataError, match=r"x\.json is nested deeper than 64 levels"):
+        D.read([str(listed)], bad_rows="skip")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_of_bad_rows_alone(tmp_path, stream):
+    """Such as one in UTF-16: skipping all of it leaves nothing to train on."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes("".join('{"prompt": "a"}\n' * 2).encode("utf-16"))
+    config = SFTConfig(data=[str(path)], stream=stream, bad_rows="skip")
+    with pytest.raises(D.DataError, match=r"x\.jsonl.*no (good )?row.*line 1 is not UTF-8"):
+        sources.records(config, "train")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
