@@ -432,6 +432,10 @@ class SFTConfig(StageConfig):
         "auto", "column with the response; auto: completion, response, chosen or the last of messages"
     )
     max_length: int = opt(512, "most tokens in prompt and response together")
+    max_tokens_per_batch: int = opt(
+        0,
+        "fill each forward and backward with rows up to so many tokens, in the place of batch_size rows; 0: don't",
+    )
     aggregation: Literal["token", "sequence"] = opt(
         "token", "mean over all tokens, or over sequences of their token means"
     )
@@ -439,6 +443,17 @@ class SFTConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.require(self.max_length >= 2, "max_length", "2 or more")
+        self.require(self.max_tokens_per_batch >= 0, "max_tokens_per_batch", "0 or more")
+        if self.max_tokens_per_batch and self.max_tokens_per_batch < self.max_length:
+            raise ConfigError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, less than max_length {self.max_length}; set it "
+                f"to {self.max_length} or more, or lower max_length"
+            )
+        if self.max_tokens_per_batch and self.stream:
+            raise ConfigError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch} and stream true, which knows no lengths before a "
+                "row is needed; leave out one of the two"
+            )
 
 
 @dataclass(kw_only=True)

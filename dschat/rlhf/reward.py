@@ -144,9 +144,7 @@ def pair_loss(
 
 def _both(scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int) -> data.Sequences:
     """Chosen answers, then rejected ones."""
-    prompts = [e.prompt_ids for e in examples]
-    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
-    return data.Sequences.of(prompts * 2, answers, pad_id, scorer.device)
+    return data.answer_batch(examples, (0, 1), pad_id, scorer.device)[0]
 
 
 def pair_scores(

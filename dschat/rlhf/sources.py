@@ -105,19 +105,24 @@ def _kept(config: StageConfig, source: str, which: str, stats: DataStats) -> Ite
     shares = [float(s) for s in config.data_split.split(",")] if config.data_split else []
     part = PARTS.get(config.command, len(shares) - 1)
     rows = _lines(source) if config.stream else data.read_source(source)
+    good, first_bad = False, ""
     for row in rows:
         stats.read += 1
         if isinstance(row, DataError):
             if config.bad_rows == "error":
                 raise row
             stats.bad += 1
-            stats.first_bad = stats.first_bad or str(row)
+            first_bad = first_bad or str(row)
+            stats.first_bad = stats.first_bad or first_bad
             continue
+        good = True
         if shares and not in_part(row.columns, shares, part):
             continue
         held_out = bool(config.eval_split) and place(row.columns, "eval") < config.eval_split
         if held_out == (which == "eval"):
             yield row.forget() if isinstance(row, LineRecord) else row
+    if first_bad and not good:
+        raise data.nothing_good(source, first_bad)
 
 
 # ------------------------------------------------------------------------------------------------ rows on disk
@@ -141,12 +146,12 @@ class LineRecord(Record):
         try:
             with open(self.path, "rb") as f:
                 f.seek(self.offset)
-                row = json.loads(f.readline())
-        except (OSError, ValueError) as error:
+                row = data.parse_line(f.readline(), "it")
+        except OSError as error:
             raise DataError(f"{self.where} has changed since the run began: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{self.where} has changed since the run began: it is no object any more")
-        return row
+        if isinstance(row, DataError):
+            raise DataError(f"{self.where} has changed since the run began: {row}")
+        return row.columns
 
     def forget(self) -> LineRecord:
         """Keep the place alone."""
