@@ -218,7 +218,7 @@ class StageConfig(Config):
     )
     eval_split: float = opt(0.0, "share of the rows of data that is held out, by content; 0: use eval_data")
     stream: bool = opt(
-        False, "leave rows in their .jsonl file and read and encode them when a step needs them"
+        False, "leave rows on disk (.jsonl, .parquet, hub) and read and encode them when a step needs them"
     )
     token_cache: str = opt("", "folder that keeps token ids for the next run on the same rows; empty: none")
     data_workers: int = opt(0, "processes that encode rows; 0: this one")
