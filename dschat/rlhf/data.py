@@ -203,7 +203,7 @@ def read_source(source: str) -> Iterator[Record | DataError]:
     """The rows of one file or hub data set, with DataError in the place of a bad one."""
     require_source(source)
     if not os.path.exists(source):
-        yield from _read_hub(source)
+        yield from (Record(f"{source} row {i + 1}", dict(row)) for i, row in enumerate(load_stored(source)))
         return
     plain = source.removesuffix(".gz")
     if plain.endswith(".parquet"):
@@ -280,19 +280,25 @@ def _not_utf8(where: str, half: str) -> DataError:
     return DataError(f"{where} is not UTF-8 (byte 0x{ord(half) - 0xDC00:02x}); save it as UTF-8")
 
 
-def _read_hub(source: str) -> Iterator[Record]:
+def load_stored(source: str) -> Any:
+    """A parquet file or a hub data set as `datasets` keeps it: memory-mapped, rows by number."""
+    import datasets
+
+    file = source.endswith(".parquet") and os.path.exists(source)
     name, _, split = source.partition(":")
     try:
-        import datasets
-
+        if file:
+            return datasets.load_dataset("parquet", data_files=source, split="train")
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if file:
+            raise DataError(f"{source} is not a readable parquet file: {reason}") from None
         raise DataError(
             f"{source} is no file here, and as a hub data set it cannot be loaded: {reason}"
         ) from None
     FINGERPRINTS[source] = str(getattr(rows, "_fingerprint", ""))
-    yield from (Record(f"{source} row {i + 1}", dict(row)) for i, row in enumerate(rows))
+    return rows
 
 
 def require_columns(records: Sequence[Record], *wanted: Sequence[str]) -> None:
