@@ -595,6 +595,9 @@ class OnlineConfig(StageConfig):
     ema_decay: float = opt(0.0, "keep an average of the weights with this decay and save it too; 0: don't")
 
     eval_samples: int = opt(1, "answers sampled for each held-out prompt, before and after")
+    keep_completions: int = opt(
+        4, "prompts of a step whose answers completions.jsonl keeps, a choice by the seed"
+    )
     compare_hf: int = opt(
         0, "time Hugging Face generate against the rollout on N held-out prompts at the end; 0: don't"
     )
@@ -606,7 +609,14 @@ class OnlineConfig(StageConfig):
             *("ppo_epochs", "eval_samples", "inference_tp_size"),
         ):
             self.require(getattr(self, key) >= 1, key, "1 or more")
-        for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
+        for key in (
+            "kl_coef",
+            "entropy_coef",
+            "reward_clip",
+            "missing_eos_penalty",
+            "compare_hf",
+            "keep_completions",
+        ):
             self.require(getattr(self, key) >= 0, key, "0 or more")
         if self.reward_norm == "group" and self.samples_per_prompt < 2:
             raise ConfigError(

@@ -284,7 +284,7 @@ class Trainer:
         rows = [
             {"prompt": prompt_text(examples[i // config.samples_per_prompt].prompt), "completion": texts[i],
              "score": float(scores[i])}
-            for i in range(min(len(texts), 4 * config.samples_per_prompt))
+            for i in range(min(len(texts), config.keep_completions * config.samples_per_prompt))
         ]  # fmt: skip
         metrics.completions(step + 1, rows)
         return experience, numbers

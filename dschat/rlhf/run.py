@@ -53,6 +53,7 @@ FREE_KEYS = {
     "run_name",
     "save_every",
     "keep_checkpoints",
+    "keep_completions",
     "threads",
     "device",
     "output_dir",

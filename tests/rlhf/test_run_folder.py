@@ -418,3 +418,30 @@ def test_a_stage_does_not_grow_under_a_later_one(base):
     assert contents(folder) == before
     stages["ppo"]["overwrite"] = True
     assert pipeline.train(C.build(C.TrainConfig, base | stages))["sft"]["steps"] == 2
+
+
+# -------------------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_answers_that_are_kept(base, kept):
+    """All of as many prompts of each step as asked for; the page shows those of the first and of the last step."""
+    run(base, "grpo", keep_completions=kept)
+    rows = metrics.read_lines(Path(base["output_dir"]) / "completions.jsonl")
+    assert [row["step"] for row in rows] == [1] * 2 * min(kept, 2) + [2] * 2 * min(kept, 2)
+    assert len({row["prompt"] for row in rows if row["step"] == 1}) == min(kept, 2)
+
+
+def test_the_page_shows_both_ends(tmp_path):
+    rows = [
+        {"step": s, "prompt": "p", "completion": f"{s}.{i}", "score": 0.0}
+        for s in (1, 2, 3)
+        for i in range(32)
+    ]
+    shown = report._before_after(report.RunFiles("r", "grpo", tmp_path, completions=rows))
+    assert [row["step"] for row in shown] == [1] * 10 + [3] * 10
+
+
+def test_how_many_answers_cannot_be_kept(base):
+    with pytest.raises(ConfigError, match="keep_completions is -1, but it must be 0 or more"):
+        run(base, "grpo", keep_completions=-1)
