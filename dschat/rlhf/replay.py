@@ -29,7 +29,7 @@ from ..engine.stepper import Stepper
 from . import checkpoint, data, dpo, environments, models, online, ppo, reward, sft
 from .experience import Experience
 from .grpo import GRPO
-from .rewards import RewardError, is_function_name
+from .rewards import RewardError, TrainerState, is_function_name
 from .run import rollout_dtype
 
 BUILD: dict[str, Callable[..., online.Trainer]] = {
@@ -313,7 +313,8 @@ def _scores(
             if not _forward(out, what, scorer.model, rows):
                 return out
     try:
-        trainer.rewards(rollout, about["prompts"], about["completions"], about["columns"])
+        progress = TrainerState(**about.get("progress", {}))
+        trainer.rewards(rollout, about["prompts"], about["completions"], about["columns"], progress)
     except RewardError as error:
         return out.stop("rewards", str(error))
     named = [n for n in config.reward if is_function_name(n)]
