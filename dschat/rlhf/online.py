@@ -73,12 +73,19 @@ class RatioError(ConfigError):
     """The first minibatch's ratio is not 1: rollout and training disagree about the policy."""
 
 
-class NotFinite(ConfigError):
-    """A loss or score that is nan or infinite, with what it was computed from."""
+class StepFailed(ConfigError):
+    """A step that cannot be computed, with what it was to be computed from. trace: the traceback of what the user's own
+    code raised; empty where it did not."""
 
-    def __init__(self, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any], trace: str = ""
+    ) -> None:
         super().__init__(message)
-        self.tensors, self.texts = dict(tensors), dict(texts)
+        self.tensors, self.texts, self.trace = dict(tensors), dict(texts), trace
+
+
+class NotFinite(StepFailed):
+    """A loss or a gradient that is nan or infinite."""
 
 
 class Trainer:
@@ -187,10 +194,13 @@ class Trainer:
             pad_token_id=self.encoder.pad_id,
         )
         if self.environment is not None:
-            return environments.play(
-                self.engine, self.encoder, self.environment, examples, sampling,
-                max_turns=self.config.max_turns, max_tokens=self.config.max_new_tokens,
-            )  # fmt: skip
+            try:
+                return environments.play(
+                    self.engine, self.encoder, self.environment, examples, sampling,
+                    max_turns=self.config.max_turns, max_tokens=self.config.max_new_tokens,
+                )  # fmt: skip
+            except environments.EpisodeError as error:
+                raise StepFailed(str(error), {}, {"episode": error.episode}, error.trace) from error
         return self.engine.generate(ids, mask, sampling)
 
     def texts(self, rollout: Rollout) -> list[str]:
@@ -213,7 +223,7 @@ class Trainer:
         except RewardError as error:
             kept = {"prompts": prompts, "completions": list(texts), "columns": columns}
             kept["progress"] = dataclasses.asdict(self.progress)
-            raise NotFinite(str(error), rollout_tensors(rollout), kept) from error
+            raise StepFailed(str(error), rollout_tensors(rollout), kept, error.trace) from error
         self.source_scores = parts
         device = rollout.completion_mask.device
         return scores.to(device), valid.to(device)
@@ -624,12 +634,17 @@ def _check_room(config: OnlineConfig, sets: Sequence[Sequence[data.Example]], co
 
 @contextlib.contextmanager
 def _keeping(run: Run, step: int, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """A batch that makes something nan or infinite is kept with the weights that it met."""
+    """A batch on which a step fails is kept with the weights that it met."""
     try:
         yield
-    except NotFinite as error:
+    except StepFailed as error:
         where = run.save_failed(step, str(error), error.tensors, error.texts, modules)
-        raise ConfigError(f"{error}; the batch is in {where}, see dschat replay {where}") from error
+        message = f"{error}; the batch is in {where}, see dschat replay {where}"
+        if error.trace:
+            message += f"; the traceback is in {where / 'traceback.txt'}"
+            if parallel.lead():
+                (where / "traceback.txt").write_text(error.trace, encoding="utf-8")
+        raise ConfigError(message) from error
 
 
 def _examples(

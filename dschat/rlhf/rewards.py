@@ -425,8 +425,8 @@ class Rewards:
         if len(completions) and not bool(valid.any()):
             names = ", ".join(name for name, _ in self.sources)
             warnings.warn(
-                f"reward function {names} returned None for all {len(completions)} completions of a batch, which is left out of the "
-                "update; return a number where there is something to say",
+                f"reward function {names} returned None for all {len(completions)} completions of a batch, which is "
+                "left out of the update; return a number where there is something to say",
                 stacklevel=2,
             )
         return total, valid, parts

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from dschat import cli
 from dschat.config import ConfigError, GRPOConfig
-from dschat.rlhf import grpo
+from dschat.rlhf import grpo, replay
 from dschat.rlhf import rewards as R
 from dschat.rlhf.metrics import read_lines
 
@@ -304,3 +305,64 @@ def test_a_run_gives_them_all(base, tmp_path):
     assert all("rewards/slow/std" in line for line in lines)
     rows = read_lines(tmp_path / "run" / "completions.jsonl")
     assert all(1 <= row["tokens"] <= 4 for row in rows if "before" not in row)
+
+
+# ------------------------------------------------------------------------------------------- functions that fail
+
+SMALL = {"lora_r": 2, "batch_size": 4, "prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('no such word')", "f raised KeyError: 'no such word'"),
+        ("raise ValueError('first\\nsecond line\\nthird')", "f raised ValueError: first"),
+        ("raise SystemExit(0)", "f raised SystemExit: 0"),
+        ("exit()", "f raised SystemExit"),
+        ("assert False", "f raised AssertionError"),
+    ],
+)
+@pytest.mark.parametrize("how", ["def", "async def"])
+def test_a_function_that_raises_ends_the_run_and_keeps_its_batch(base, tmp_path, capsys, body, said, how):
+    """By its command: exit code 2, a sentence with the function's name, and batch and traceback for dschat replay."""
+    if body == "exit()":
+        body = "import sys; sys.exit()"
+    file = write(tmp_path, f"{how} f(completions, **columns):\n    {body}\n")
+    keys = {**base, **SMALL, "reward": f"{file}:f", "max_steps": 2}
+    flags = [f"--{k}={v[0] if isinstance(v, list) else v}" for k, v in keys.items()]
+    assert cli.main(["grpo", *flags]) == 2
+    folder = tmp_path / "run" / "failed-step-000001"
+    trace = folder / "traceback.txt"
+    error = capsys.readouterr().err
+    assert (
+        f"reward function {said}; the batch is in {folder}" in error and f"traceback is in {trace}" in error
+    )
+    assert error.count("\n") == 1 and "in f" in trace.read_text() and file in trace.read_text()
+    if "second" in body:
+        assert "first\nsecond line\nthird\n" in trace.read_text()
+    kept = json.loads((folder / "batch.json").read_text())
+    assert len(kept["completions"]) == len(kept["columns"]["number"]) == 4 and said in kept["message"]
+    again = replay.replay(str(folder))
+    assert again.where == "rewards" and f"failed: rewards: reward function {said}" in again.lines[-1]
+    assert any(file in line for line in again.lines), "the traceback, too"
+    open(file, "w").write("def f(completions, trainer_state, **c):\n    return [1.0] * len(completions)\n")
+    assert not replay.replay(str(folder)).where
+
+
+def test_a_file_that_ends_itself_is_refused(base, tmp_path, capsys):
+    file = write(tmp_path, "raise SystemExit(0)\n")
+    flags = [f"--{k}={v[0] if isinstance(v, list) else v}" for k, v in base.items()]
+    assert cli.main(["grpo", *flags, "--reward", f"{file}:f"]) == 2
+    assert "cannot be imported: SystemExit: 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_without_any_reward_is_said(base):
+    def silent(completions):
+        return [None] * len(completions)
+
+    async def mute(completions):
+        return [None] * len(completions)
+
+    with pytest.warns(UserWarning, match="reward function silent, mute returned None for all 4 completions"):
+        grpo.train(GRPOConfig(**{**base, **SMALL, "max_steps": 1}), rewards=(silent, mute))
