@@ -11,6 +11,7 @@ import pytest
 from helpers_rlhf import Killed, numbers
 from test_grpo import keys, short
 
+from dschat import cli
 from dschat import config as configs
 from dschat.rlhf.metrics import read_lines
 
@@ -155,3 +156,54 @@ def test_metrics_for_trl_users_are_logged(base, tmp_path, stage):
     train(cls(**{**base, **more}), **({"rewards": (short,)} if stage in ("ppo", "grpo") else {}))
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert wanted <= set(line), wanted - set(line)
+
+
+# ------------------------------------------------------------------------------------ coming from DeepSpeed-Chat
+
+
+def test_commands_of_the_deepspeed_chat_page_run(stories_dir, pairs, tmp_path, capsys):
+    """The page's four commands one after the other, flags as they stand there: other data, the tiny model, shorter
+    texts, two steps."""
+    page = (DOCS / "deepspeed_chat.md").read_text()
+    commands = re.findall(r"^dschat ((?:sft|reward|dpo|ppo) --.*)$", page, re.MULTILINE)
+    assert [c.split()[0] for c in commands] == ["sft", "reward", "dpo", "ppo"]
+    shorter = {
+        "--max_seq_len": "64",
+        "--max_prompt_seq_len": "32",
+        "--max_answer_seq_len": "8",
+        "--lora_dim": "4",
+    }
+    for command in commands:
+        words = command.split()
+        for i, flag in enumerate(words[:-1]):
+            value = words[i + 1]
+            if flag in shorter:
+                words[i + 1] = shorter[flag]
+            elif flag.endswith("batch_size"):
+                words[i + 1] = str(min(4, int(value)))
+            elif value == "mine.jsonl":
+                words[i + 1] = pairs
+            elif value.startswith("facebook/"):
+                words[i + 1] = str(stories_dir)
+            elif value.startswith("out/"):
+                words[i + 1] = str(tmp_path / value)
+        assert not any("facebook" in w or w.startswith("out/") for w in words)
+        words += [
+            "--max_steps",
+            "2",
+            "--device",
+            "cpu",
+            "--no-progress",
+            "--no-tensorboard",
+            "--threads",
+            "1",
+        ]
+        assert cli.main(words) == 0, (words[0], capsys.readouterr().err)
+        folder = Path(words[words.index("--output_dir") + 1])
+        losses = {"ppo": "policy/loss"}
+        lines = read_lines(folder / "metrics.jsonl")
+        assert len(lines) == 2 and all(line[losses.get(words[0], "loss")] is not None for line in lines)
+        assert (folder / "result.json").is_file()
+    step3 = tmp_path / "out" / "step3"
+    assert (step3 / "model").is_dir() and (step3 / "ema").is_dir() and (step3 / "critic").is_dir()
+    assert (tmp_path / "out" / "dpo" / "adapter").is_dir()
