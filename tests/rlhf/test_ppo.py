@@ -259,7 +259,9 @@ def test_columns_reach_the_reward(pieces):
 
     p = pieces(functions=(fn,))
     p.collect()
-    assert set(seen) == {"chosen", "rejected", "number", "prompts"} and len(seen["number"]) == 8
+    beside = {"completion_ids", "trainer_state", "log_metric", "log_extra"}
+    assert set(seen) - beside == {"chosen", "rejected", "number", "prompts"} and beside < set(seen)
+    assert len(seen["number"]) == len(seen["completion_ids"]) == 8
     assert seen["number"][0] == seen["number"][1] == p.examples[0].columns["number"], (
         "samples of a prompt are neighbours"
     )
