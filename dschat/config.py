@@ -978,6 +978,20 @@ class ReportConfig(Config):
 
 
 @dataclass(kw_only=True)
+class CompareConfig(Config):
+    command: ClassVar[str] = "compare"
+    about: ClassVar[str] = "whether two runs are the same, metric by metric and answer by answer"
+    positional: ClassVar[str] = "runs"
+    runs: list[str] = opt([], "output_dir of both runs, or of two pipelines")
+    bound: float = opt(1e-3, "greatest difference, as a share of the number (one below 0.1 counts as 0.1)")
+
+    def check(self) -> None:
+        self.require(self.bound >= 0, "bound", "0 or more")
+        if len(self.runs) != 2:
+            raise ConfigError("compare needs two runs: dschat compare runs/a runs/b")
+
+
+@dataclass(kw_only=True)
 class ReplayConfig(Config):
     command: ClassVar[str] = "replay"
     about: ClassVar[str] = "compute a failed step again and find its first number that is not finite"
@@ -1022,7 +1036,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, PlanConfig, ReportConfig, ReplayConfig, ChatConfig, ServeConfig),
+    *(EvalConfig, PlanConfig, ReportConfig, CompareConfig, ReplayConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 
