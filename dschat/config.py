@@ -1011,9 +1011,10 @@ class ReplayConfig(Config):
 @dataclass(kw_only=True)
 class PlanConfig(Config):
     command: ClassVar[str] = "plan"
-    about: ClassVar[str] = "memory, tokens and times of a PPO recipe on N GPUs, as an estimate"
+    about: ClassVar[str] = "memory, tokens and times of a recipe on N GPUs, as an estimate"
     positional: ClassVar[str] = "recipe"
-    recipe: str = opt("recipes/deepspeed_chat/opt-1.3b.yaml", "YAML file of dschat ppo")
+    recipe: str = opt("recipes/deepspeed_chat/opt-1.3b.yaml", "YAML file of dschat ppo, sft or reward")
+    stage: Literal["ppo", "sft", "reward"] = opt("ppo", "which of these the file is for")
     gpus: int = opt(1, "GPUs")
     memory: float = opt(80.0, "GB of each GPU")
     bandwidth: float = opt(2039.0, "GB/s of its memory")
