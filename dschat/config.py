@@ -1005,6 +1005,20 @@ class ReportConfig(Config):
 
 
 @dataclass(kw_only=True)
+class CompareConfig(Config):
+    command: ClassVar[str] = "compare"
+    about: ClassVar[str] = "whether two runs are the same, metric by metric and answer by answer"
+    positional: ClassVar[str] = "runs"
+    runs: list[str] = opt([], "output_dir of both runs, or of two pipelines")
+    bound: float = opt(1e-3, "greatest difference, as a share of the number (one below 0.1 counts as 0.1)")
+
+    def check(self) -> None:
+        self.require(self.bound >= 0, "bound", "0 or more")
+        if len(self.runs) != 2:
+            raise ConfigError("compare needs two runs: dschat compare runs/a runs/b")
+
+
+@dataclass(kw_only=True)
 class ReplayConfig(Config):
     command: ClassVar[str] = "replay"
     about: ClassVar[str] = "compute a failed step again and find its first number that is not finite"
@@ -1024,9 +1038,10 @@ class ReplayConfig(Config):
 @dataclass(kw_only=True)
 class PlanConfig(Config):
     command: ClassVar[str] = "plan"
-    about: ClassVar[str] = "memory, tokens and times of a PPO recipe on N GPUs, as an estimate"
+    about: ClassVar[str] = "memory, tokens and times of a recipe on N GPUs, as an estimate"
     positional: ClassVar[str] = "recipe"
-    recipe: str = opt("recipes/deepspeed_chat/opt-1.3b.yaml", "YAML file of dschat ppo")
+    recipe: str = opt("recipes/deepspeed_chat/opt-1.3b.yaml", "YAML file of dschat ppo, sft or reward")
+    stage: Literal["ppo", "sft", "reward"] = opt("ppo", "which of these the file is for")
     gpus: int = opt(1, "GPUs")
     memory: float = opt(80.0, "GB of each GPU")
     bandwidth: float = opt(2039.0, "GB/s of its memory")
@@ -1049,7 +1064,7 @@ class DoctorConfig(Config):
 _COMMANDS = (
     *(DoctorConfig, GenerateConfig, BenchGenerateConfig, VerifyConfig),
     *(SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, TrainConfig),
-    *(EvalConfig, PlanConfig, ReportConfig, ReplayConfig, ChatConfig, ServeConfig),
+    *(EvalConfig, PlanConfig, ReportConfig, CompareConfig, ReplayConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
 

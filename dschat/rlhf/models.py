@@ -505,7 +505,8 @@ class Scorer:
     def read(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
         """Normalised head outputs, float32 [N], of hidden states [N, H]."""
         head = head or self.head
-        dtype = next(head.parameters()).dtype
+        own = list(head.parameters())  # PEFT keeps the first beside the one that is trained
+        dtype = next((p for p in own if p.requires_grad), own[0]).dtype
         scores = self.packed.segment([head], head, hidden.to(dtype))
         return (scores.squeeze(-1).float() - self.mean) / self.std
 

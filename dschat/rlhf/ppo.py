@@ -96,6 +96,7 @@ class PPO(online.Trainer):
             experience.returns[index],
             experience.mask[index],
             self.config.cliprange_value,
+            spread=losses.masked_variance(experience.returns, experience.mask),
             **how,
         )
         return loss, {
