@@ -77,7 +77,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
         engine.stepper.load_state(run.restore({"policy": policy}, optimizers))
 
-        final: dict[str, Any] = {}
+        final = run.logged("loss", "accuracy", "eval/loss", "eval/accuracy", "eval/margin")
         for step in range(run.step, total):
             rows = schedule.indices(step)
             with metrics.phase("update"):

@@ -246,7 +246,7 @@ class Generator:
 
 def _scorer(name: str, config: EvalConfig, model: Any = None) -> models.Scorer:
     device = devices.use(config.device)
-    model = model or models.load_scorer(name, models.pick_dtype(config.dtype, device))
+    model = model or models.load_scorer(name, models.pick_dtype(config.dtype, device), new_head=None)
     return models.Scorer(devices.place(model, device))
 
 
@@ -306,11 +306,15 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
             "use at most that"
         )
     stats = data.DataStats()
-    rows: list[tuple[Sequence[int], Sequence[int]]] = []
+    rows: list[data.Example] = []
     if isinstance(records[0].columns.get("text"), str) and "prompt" not in records[0].columns:
         for record in records:
             ids = list(encoder.tokenizer(_text(record, "text"))["input_ids"])
-            pieces = [(b[:1], b[1:]) for b in data.chunks(ids, config.max_length) if len(b) > 1]
+            pieces = [
+                data.Example(list(b[:1]), [list(b[1:])], "")
+                for b in data.chunks(ids, config.max_length)
+                if len(b) > 1
+            ]
             stats.cut += len(ids) > config.max_length
             stats.dropped += not pieces
             rows += pieces
@@ -320,19 +324,17 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
                 f"max_length {config.max_length}"
             )
     else:
-        found = _left(
+        rows = list(_left(
             functools.partial(data.sft_examples, overlong="cut"), records, encoder, stats, config,
             "prompts fill max_length {limit}, so no response is left",
-        )  # fmt: skip
-        rows = [(e.prompt_ids, e.answers[0]) for e in found]
+        ))  # fmt: skip
     sums, counts = [], []
     for piece in data.chunks(rows, config.batch_size):
-        batch: Any = data.Sequences.of(
-            [list(p) for p, _ in piece], [list(a) for _, a in piece], encoder.pad_id, generator.device
-        )  # fmt: skip
+        batch: Any
+        batch, learnt = data.answer_batch(piece, (0,), encoder.pad_id, generator.device)
         logp = generator.engine.logprobs(batch, temperature=1.0)
-        sums += losses.masked_sum(-logp, batch.completion_mask, dim=-1).tolist()
-        counts += batch.completion_mask.sum(1).tolist()
+        sums += losses.masked_sum(-logp, learnt, dim=-1).tolist()
+        counts += learnt.sum(1).tolist()
     nats = bootstrap([s / n for s, n in zip(sums, counts, strict=True)], counts, config.seed)
     return {
         "perplexity": float(np.exp(nats["mean"])), "low": float(np.exp(nats["low"])),
@@ -361,10 +363,9 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     probability = torch.sigmoid(torch.where(turned, -gap, gap)).tolist()
     labels = (~turned).long().tolist()
     found = bootstrap(right, seed=config.seed)
-    longer = [len(e.answers[0]) > len(e.answers[1]) for e in pairs]
     return {
         "accuracy": found["mean"], "low": found["low"], "high": found["high"], "rows": len(pairs),
-        "dropped": stats.dropped, "longer_wins": sum(longer) / len(longer), "margin": float(gap.mean()),
+        "dropped": stats.dropped, "longer_wins": reward.longer_wins(pairs), "margin": float(gap.mean()),
         "calibration": calibration(labels, probability),
         "classification": classification(labels, probability, ["second is better", "first is better"]),
     }  # fmt: skip

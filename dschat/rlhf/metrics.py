@@ -260,6 +260,8 @@ def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "", width:
 
 
 def _cell(value: Any, width: int) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.2f}"
     text = str(value).strip()

@@ -571,11 +571,9 @@ def train(
                 if eval_set and run.eval_due(step + 1, total):
                     with metrics.phase("eval"):
                         after = evaluate.evaluate(trainer, eval_set, eval_seed)
-                    numbers |= {
-                        "eval/score": float(np.mean(after["scores"])),
-                        "eval/kl": after["kl"],
-                        "eval/length": after["length"],
-                    }
+                    numbers |= {"eval/kl": after["kl"], "eval/length": after["length"]}
+                    if judged := [score for score in after["scores"] if score is not None]:
+                        numbers["eval/score"] = float(np.mean(judged))
             metrics.log(step + 1, numbers, show=["score/mean", "kl/sequence", "rollout/length"])
             extra = trainer.state() | {"before": before, "after": after}
             run.save(step + 1, modules, optimizers, extra)

@@ -202,7 +202,9 @@ def _rows(
     weights: Mapping[str, Tensor], encoder: data.Encoder,
 ) -> Replay:  # fmt: skip
     examples = [
-        data.Example(r["prompt_ids"], r["answers"], "", dict(r.get("columns", {})), r["where"])
+        data.Example(
+            r["prompt_ids"], r["answers"], "", dict(r.get("columns", {})), r["where"], r.get("learnt", [])
+        )
         for r in about["rows"]
     ]
     scale = _last_scale(config) if dtype == torch.float16 else None

@@ -476,7 +476,7 @@ def load_sources(
         if is_function_name(name):
             sources.append((name.rpartition(":")[2], load_function(name)))
         else:
-            model = models.load_scorer(name, dtype, config.seed).requires_grad_(False)
+            model = models.load_scorer(name, dtype, config.seed, new_head=None).requires_grad_(False)
             loaded[name] = devices.place(model, device)
             own = other_tokenizer(name, encoder.tokenizer) if encoder is not None else None
             if own is None:

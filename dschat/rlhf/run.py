@@ -366,6 +366,15 @@ class Run:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
 
+    def logged(self, *names: str) -> dict[str, Any]:
+        """The last values of these metrics before the step where the run goes on, as a result names them: a run that
+        was killed after its last step has their result too."""
+        assert self.metrics is not None
+        found: dict[str, Any] = {}
+        for line in read_lines(self.metrics.path):
+            found |= {name.replace("/", "_"): line[name] for name in names if line.get(name) is not None}
+        return found
+
     def _require_untouched(self, fresh: bool) -> None:
         """Raise ConfigError where another process has begun a run here since this one looked."""
         if fresh and not self.config.overwrite and not self.step and (self.folder / "run.json").is_file():
@@ -493,7 +502,13 @@ class Run:
         if math.isfinite(value):
             return
         kept = [
-            {"where": e.where, "prompt_ids": e.prompt_ids, "answers": e.answers, "columns": e.columns}
+            {
+                "where": e.where,
+                "prompt_ids": e.prompt_ids,
+                "answers": e.answers,
+                "learnt": e.learnt,
+                "columns": e.columns,
+            }
             for e in rows
         ]
         message = f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"

@@ -56,7 +56,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         optimizers = {"policy": engine.optimizer}
         engine.stepper.load_state(run.restore({"policy": model}, optimizers))
 
-        final: dict[str, Any] = {}
+        final = run.logged("loss", "eval/loss")
         for step in range(run.step, total):
             pieces = [[train_set[i] for i in batches[k]] for k in schedule.indices(step)]
             examples = [e for piece in pieces for e in piece]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -13,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dschat import cli
 from dschat.config import ConfigError, EvalConfig
-from dschat.rlhf import data, evals, models
+from dschat.rlhf import data, evals, models, reward
 
 PROMPTS = ["Once upon a time", "One day, a girl", "Tom and his dog", "The sun was", "Lily saw"]
 
@@ -227,6 +228,32 @@ def test_reward_on_pairs(config, rows, judge, pairs):
     sides = found["classification"]
     assert sides["accuracy"] == pytest.approx(found["accuracy"]), "turning pairs round changes no decision"
     assert sum(map(sum, sides["confusion"])) == 12 and 0 < sum(sides["confusion"][0]) < 12
+
+
+def test_a_language_model_judges_nothing(config, pairs, stories_dir):
+    with pytest.raises(ConfigError, match="no trained reward model"):
+        evals.reward_pairs(config("reward", data=[pairs]))
+
+
+def test_answers_of_one_length_are_half_right():
+    gaps = [(3, 1), (2, 2), (1, 4)]
+    assert reward.longer_wins([data.Example([], [[0] * a, [0] * b], "") for a, b in gaps]) == 0.5
+    assert reward.longer_wins([data.Example([], [[0] * 3, [0]], "")]) == 1.0
+
+
+def test_perplexity_is_of_the_assistants_tokens(config, rows, stories_model, stories_tokenizer):
+    said = [
+        {"role": r, "content": c} for r, c in (("assistant", "a dog"), ("user", "and"), ("assistant", "ran"))
+    ]
+    tokenizer = copy.deepcopy(stories_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    encoder = data.Encoder(tokenizer)
+    found = evals.perplexity(
+        config("perplexity", data=[rows([{"prompt": [{"role": "user", "content": "Once"}], "completion": said}])]),
+        stories_model, tokenizer,
+    )  # fmt: skip
+    whole = [i for text in ("a dog", "ran") for i in encoder.completion(text)]
+    assert found["tokens"] == len(whole)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
