@@ -29,7 +29,7 @@ def test_three_ways_are_one(tmp_path):
 @pytest.mark.parametrize("cls", list(C.COMMANDS.values()), ids=list(C.COMMANDS))
 def test_dump_is_read_back(cls, tmp_path):
     values = {"ppo": {"model": "m", "kl_coef": 1e-5}} if cls is C.TrainConfig else {}
-    values = {"runs": ["a", "b"]} if cls is C.ReportConfig else values
+    values = {"runs": ["a", "b"]} if cls in (C.ReportConfig, C.CompareConfig) else values
     values = {"batch": "runs/x/failed-step-000003"} if cls is C.ReplayConfig else values
     config = C.build(cls, values)
     for comments in (False, True):

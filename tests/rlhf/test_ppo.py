@@ -487,7 +487,7 @@ def test_answers_that_nothing_judges_do_not_count_as_zero(pieces):
 
 def test_a_language_model_is_no_reward_model(base, stories_dir, tmp_path):
     """Its head would be a random one."""
-    with pytest.raises(ConfigError, match="no trained reward model, as it has no score.weight; train one"):
+    with pytest.raises(ConfigError, match=r"no trained reward model, as it has no score\.weight; train one"):
         run(base, reward=[str(stories_dir)])
     assert not (tmp_path / "run").exists()
 
