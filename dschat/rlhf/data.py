@@ -46,9 +46,8 @@ Answer = str | list[dict[str, str]]
 RESPONSE_COLUMNS = ("completion", "response", "chosen", "messages")
 MARKER = "dschat-marker"  # stands for an assistant's words, to see what a chat template puts behind them
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-DEEPEST = (
-    64  # lists and objects within each other; far from where Python's recursion ends, here and in libraries
-)
+DEEPEST = 64
+"""Lists and objects within each other; far from where Python's recursion ends, here and in libraries."""
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
@@ -221,9 +220,7 @@ def read_source(source: str) -> Iterator[Record | DataError]:
         raise DataError(f"{source} has an ending that is not known; use one of {', '.join(FILE_ENDINGS)}")
     try:
         with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as f:
-            content = f.read().removeprefix(
-                codecs.BOM_UTF8
-            )  # some programs put it before the first character
+            content = f.read().removeprefix(codecs.BOM_UTF8)  # some programs write it first
     except (OSError, EOFError) as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     if plain.endswith(".csv"):
