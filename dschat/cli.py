@@ -27,7 +27,7 @@ OPTIONAL = {
     "trackio": "report_to trackio",
     "matplotlib": "the picture of a run",
     "fastapi": "dschat serve",
-    "sklearn": "dschat eval's classification and win rates",
+    "sklearn": "dschat eval's classification",
 }
 
 
@@ -350,6 +350,14 @@ def report(config: configs.ReportConfig) -> None:
     print(f"written: {pages.compare(config.runs, target)}")
 
 
+def compare(config: configs.CompareConfig) -> int:
+    from .rlhf import compare as runs
+
+    found = runs.compare(config.runs[0], config.runs[1], config.bound)
+    print("\n".join(found.lines))
+    return 0 if found.good else EXIT_NOT_PASSED
+
+
 def replay(config: configs.ReplayConfig) -> int:
     from .rlhf import replay as again
 
@@ -393,6 +401,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "eval": evaluate,
     "plan": plan,
     "report": report,
+    "compare": compare,
     "replay": replay,
     "chat": chat,
     "serve": serve,

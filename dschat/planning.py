@@ -1,4 +1,4 @@
-"""`dschat plan`: memory by part, tokens a step and times of a PPO recipe, before anything is loaded. All of it is an
+"""`dschat plan`: memory by part, tokens a step and times of a recipe, before anything is loaded. All of it is an
 estimate: shapes times bytes for memory, and a roofline (the larger of bytes / bandwidth and operations / peak) for
 time. Nothing is measured.
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configs
-from .config import ConfigError, PlanConfig, PPOConfig
+from .config import ConfigError, PlanConfig, PPOConfig, StageConfig
 
 GB = 1e9
 
@@ -139,10 +139,44 @@ class Estimate:
         return sum(p.bytes for p in self.parts if not p.host)
 
 
-def plan(config: PlanConfig) -> tuple[PPOConfig, Estimate]:
+def plan(config: PlanConfig) -> tuple[StageConfig, Estimate]:
     """The recipe as it is with that many processes, and its estimate."""
-    recipe = configs.load(PPOConfig, config.recipe, processes=config.gpus)
-    return recipe, estimate(recipe, config)
+    if config.stage == "ppo":
+        recipe = configs.load(PPOConfig, config.recipe, processes=config.gpus)
+        return recipe, estimate(recipe, config)
+    cls: Any = configs.COMMANDS[config.stage]
+    run = configs.load(cls, config.recipe, processes=config.gpus)
+    return run, estimate_rows(run, config)
+
+
+def answers(run: StageConfig) -> int:
+    """Sequences of one step; a pair is two."""
+    if isinstance(run, PPOConfig):
+        return run.prompts_per_step * run.samples_per_prompt
+    return run.batch_size * run.gradient_accumulation_steps * (2 if run.command == "reward" else 1)
+
+
+def estimate_rows(run: Any, machine: PlanConfig) -> Estimate:
+    """Memory and times of one step of SFT or of a reward model, whose head is left out."""
+    model, gpus, stage = shape_of(run.model), machine.gpus, run.zero_stage or 0
+    size = 4 if run.dtype == "float32" else 2
+    trained = model.lora(run.lora_r) if run.lora_r else model.parameters
+    fed = -(-run.batch_size // gpus) * run.max_length * (2 if run.command == "reward" else 1)
+    again = stage == 3 or run.gradient_checkpointing
+    parts = _trained("model", model.parameters, trained, size, stage, run.offload, gpus)
+    parts.append(_activations(model, fed, size, again))
+    tokens = answers(run) * run.max_length
+    peak = machine.tflops * 1e12 * machine.efficiency
+    weights = model.matrices + (model.head if run.command == "sft" else 0)
+    return Estimate(parts, tokens, {"update": 2 * (3 + again) * weights * tokens / gpus / peak})
+
+
+def _activations(model: Shape, fed: int, size: int, again: bool) -> Part:
+    """What waits for the backward of `fed` tokens: of a layer 18 rows of its width (Korthikanti et al. 2022, less the
+    scores, which attention computes again); of a segment that is computed again only its input."""
+    kept = 1 if again else 18
+    one = 18 * fed * model.hidden * size
+    return Part("activations", kept * fed * model.hidden * model.layers * size + one)
 
 
 def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
@@ -151,12 +185,14 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     scorer = shape_of(run.critic or (run.reward[0] if run.reward and ":" not in run.reward[0] else run.model))
     size, gpus = 4 if run.dtype == "float32" else 2, machine.gpus
     stage = run.zero_stage or 0
-    rows = run.prompts_per_step * run.samples_per_prompt
+    rows = answers(run)
     own = -(-rows // gpus)
     length = run.max_prompt_length + run.max_new_tokens
 
     trained = policy.lora(run.lora_r) if run.lora_r else policy.parameters
     parts = _trained("policy", policy.parameters, trained, size, stage, run.offload, gpus)
+    if run.base_weights == "int8":  # linear layers, a number a byte; scales are a thousandth
+        parts[0] = Part("policy: weights", policy.matrices + policy.embeddings * size + trained * 4)
     parts_of = min(run.inference_tp_size, gpus)
     share = "whole" if parts_of == 1 else f"1/{parts_of}"
     parts.append(Part(f"rollout packs ({share} on each GPU)", policy.parameters * size / parts_of))
@@ -171,12 +207,8 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     if run.critic_update == "all":
         parts.append(Part("reward model (whole on each GPU)", scorer.parameters * size))
     fed = -(-run.batch_size // gpus) * length
-    # Of a layer 18 rows of its width wait for the backward (Korthikanti et al. 2022, less the scores, which attention
-    # computes again); of a segment that is computed again only its input.
     again = stage == 3 or run.gradient_checkpointing
-    kept = 1 if again else 18
-    one = 18 * fed * policy.hidden * size
-    parts.append(Part("activations", kept * fed * policy.hidden * policy.layers * size + one))
+    parts.append(_activations(policy, fed, size, again))
 
     peak, bandwidth = machine.tflops * 1e12 * machine.efficiency, machine.bandwidth * GB
     tokens = rows * length
@@ -214,7 +246,7 @@ def _trained(
     ]
 
 
-def lines(recipe: PPOConfig, found: Estimate, config: PlanConfig) -> list[str]:
+def lines(recipe: StageConfig, found: Estimate, config: PlanConfig) -> list[str]:
     """The estimate as text."""
     out = [
         f"ESTIMATE of {config.recipe} on {config.gpus} GPUs of {config.memory:g} GB, {config.bandwidth:g} GB/s, "
@@ -224,7 +256,7 @@ def lines(recipe: PPOConfig, found: Estimate, config: PlanConfig) -> list[str]:
     out += [f"  {p.bytes / GB:8.2f} GB  {p.name}{' (in host memory)' if p.host else ''}" for p in found.parts]
     fits = "fits" if found.gpu_bytes <= config.memory * GB else "does NOT fit"
     out += [f"  {found.gpu_bytes / GB:8.2f} GB  together on the GPU: {fits} into {config.memory:g} GB", ""]
-    out.append(f"tokens a step: {found.tokens} ({recipe.prompts_per_step * recipe.samples_per_prompt} rows)")
+    out.append(f"tokens a step: {found.tokens} ({answers(recipe)} rows)")
     out += ["seconds a step, at the roofline"]
     out += [f"  {s:8.2f} s   {name}" for name, s in found.seconds.items()]
     total = sum(found.seconds.values())

@@ -25,7 +25,7 @@ from transformers import (
 
 from dschat import config as configs
 from dschat.planning import PUBLISHED
-from dschat.rlhf import ppo
+from dschat.rlhf import ppo, reward, sft
 from dschat.rlhf.metrics import read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +89,33 @@ def run(recipe: Path, folder: Path, width: int) -> dict[str, Any]:
             "written": sorted(Path(p).relative_to(folder).as_posix() for p in result["written"]), **line}  # fmt: skip
 
 
+def run_rows(recipe: Path, folder: Path, width: int) -> dict[str, Any]:
+    """One step of a recipe of SFT or of a reward model, `batch_size` rows at a time: its numbers."""
+    command = recipe.parent.name
+    rows = [{"prompt": f"{p} {i}", "chosen": " there was a dog.", "rejected": " fell and cried."}
+            for i in range(16) for p in ("Once", "One day", "Tom", "The sun")]  # fmt: skip
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = configs.load(configs.COMMANDS[command], str(recipe))
+    name = f"{command}/{recipe.stem}"
+    start = time.perf_counter()
+    keys = own.to_dict() | {
+        "model": write(folder / name / "start", own.to_dict()["model"], width, scorer=False), "data": [str(data)],
+        "output_dir": str(folder / name / "run"), "max_steps": 1, "max_length": 32, "data_split": "", "device": "cpu",
+        "tensorboard": False, "progress": False, "save_every": 0,
+    }  # fmt: skip
+    result = {"sft": sft, "reward": reward}[command].train(configs.COMMANDS[command](**keys))  # type: ignore[attr-defined]
+    (line,) = read_lines(folder / name / "run" / "metrics.jsonl")
+    return {"recipe": name, "steps": result["steps"], "seconds": time.perf_counter() - start,
+            "written": sorted(Path(p).relative_to(folder).as_posix() for p in result["written"]), **line}  # fmt: skip
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     folder, width = Path(sys.argv[1]), int(sys.argv[2])
     for name in sys.argv[3:] or sorted(p.stem for p in RECIPES.glob("*.yaml")):
-        print("DRY", json.dumps(run(RECIPES / f"{name}.yaml", folder, width)), flush=True)
+        one = run_rows if "/" in name else run
+        print("DRY", json.dumps(one(RECIPES / f"{name}.yaml", folder, width)), flush=True)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,35 @@ def test_there_are_the_published_ones():
     assert sorted(p.stem for p in RECIPES) == [
         "llama2-7b",
         "llama2-7b-lora",
+        "llama2-7b-mixed",
         "opt-1.3b",
         "opt-13b-lora",
         "opt-6.7b-lora",
     ]
+
+
+STEPS = sorted(p for p in (ROOT / "recipes" / "deepspeed_chat").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_recipe_of_steps_1_and_2_is_planned(path, capsys):
+    """Rows of a step are DeepSpeed-Chat's for each process, times accumulation; a pair is two of them."""
+    stage, text = path.parent.name, path.read_text()
+    number = {k: int(v) for k, v in re.findall(r"^(\w+): (\d+)$", text, re.MULTILINE)}
+    each = number["per_device_train_batch_size"] * number["gradient_accumulation_steps"]
+    few, many = (planning.plan(PlanConfig(recipe=str(path), stage=stage, gpus=n))[1] for n in (1, 8))
+    pair = 2 if stage == "reward" else 1
+    assert (few.tokens, many.tokens) == (each * 512 * pair, 8 * each * 512 * pair)
+    assert (many.gpu_bytes < few.gpu_bytes) == (number["zero_stage"] > 0)
+    assert main(["plan", str(path), "--stage", stage, "--gpus", "8"]) == 0
+    assert capsys.readouterr().out.startswith("ESTIMATE of")
+
+
+def test_there_are_those_of_steps_1_and_2():
+    assert sorted(f"{p.parent.name}/{p.stem}" for p in STEPS) == [
+        "reward/llama2-7b", "reward/llama2-7b-lora", "reward/opt-350m",
+        "sft/llama2-7b", "sft/llama2-7b-lora", "sft/opt-1.3b", "sft/opt-13b-lora", "sft/opt-6.7b-lora",
+    ]  # fmt: skip
 
 
 def test_memory_by_hand():
@@ -113,6 +138,16 @@ def test_memory_by_hand():
     assert parts["policy: optimizer"] == pytest.approx(6.738 * 12 / 8, rel=0.01)
     assert parts["rollout packs (whole on each GPU)"] == pytest.approx(6.738 * 2, rel=0.01)
     assert parts["cache of 1 rows"] == pytest.approx(2 * 32 * 4096 * 512 * 2 / 1e9)
+
+
+def test_a_base_of_8_bits_by_hand():
+    """Llama-2-7B: 6.48 G weights of a byte in linear layers, 0.26 G of embedding and head of two, and an adapter of
+    rank 64 in float32, with two moments of the same."""
+    recipe = str(ROOT / "recipes/deepspeed_chat/llama2-7b-mixed.yaml")
+    parts = {p.name: p.bytes / 1e9 for p in planning.plan(PlanConfig(recipe=recipe, gpus=8))[1].parts}
+    adapter = 32 * 64 * (4 * 8192 + 3 * (4096 + 11008)) / 1e9
+    assert parts["policy: weights"] == pytest.approx(6.476 + 0.262 * 2 + adapter * 4, rel=0.01)
+    assert parts["policy: optimizer"] == pytest.approx(adapter * 8)
 
 
 def test_packs_in_parts():

@@ -43,6 +43,7 @@ def test_commands_and_files_exist() -> None:
         assert words[0] in known or " ".join(words[:2]) in known, line
     short = set(re.findall(r'^"\$bin/dschat" ([a-z]+)|\| "\$bin/dschat" ([a-z]+)', CI, re.MULTILINE))
     tried = {word for pair in short for word in pair if word} | {
+        "compare",
         "dpo",
         "replay",
         "serve",

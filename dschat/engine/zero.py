@@ -288,6 +288,10 @@ class ZeroStepper(Stepper):
         self._backwards, self._bound = 0, 0.0
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if len({p.dtype for p in parameters}) > 1:
+            # DeepSpeed shards weights of one dtype: a head of 16 bits beside a float32 adapter is its own master.
+            for parameter in parameters:
+                parameter.data = parameter.data.float()
         for parameter in parameters:
             parameter.register_hook(self._look)
         self.dtype = parameters[0].dtype
@@ -337,8 +341,10 @@ class ZeroStepper(Stepper):
 
         DeepSpeed puts gradients together, finds their norm and steps at once, so `norm` is known after `apply`. A sum
         of K gradients is at most sqrt(K) times as long as the root of their squares' sum: where that is finite, no
-        process finds an overflow later. Without a backward since the last step there is nothing to step with, which
-        DeepSpeed takes for granted and torch's optimizers pass over: so does this."""
+        process finds an overflow later. DeepSpeed adds squares in float32, as torch's norm does in one process: a norm
+        beyond 1.8e19, finite as it may be, is no step to either, and none here. Without a backward since the last step
+        there is nothing to step with, which DeepSpeed takes for granted and torch's optimizers pass over: so does
+        this."""
         check_max_grad_norm(max_grad_norm)
         self._limit, self._bound = max_grad_norm, 0.0
         if self._backwards:

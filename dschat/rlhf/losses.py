@@ -327,6 +327,11 @@ def masked_max(x: Tensor, mask: Tensor) -> Tensor:
     return kept.amax() if kept.numel() else kept.new_zeros(())
 
 
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Variance (by the count) of `x` where `mask`; 0 when nothing is left."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
 def value_loss(
     values: Tensor,
     old_values: Tensor,
@@ -336,8 +341,11 @@ def value_loss(
     *,
     aggregation: Aggregation = "token",
     normalizer: float | Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """0.5 * max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2); cliprange None: no clipping."""
+    """0.5 * max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2); cliprange None: no clipping.
+    spread: variance of the returns, of which `explained_variance` is a share; None: of those given. One for all pieces
+    of a batch makes its mean over tokens that of the batch."""
     keep = _check(values, mask, "values")
     zero = torch.zeros((), dtype=values.dtype, device=values.device)
     values, old_values, returns = (torch.where(keep, x, zero) for x in (values, old_values, returns))
@@ -347,8 +355,7 @@ def value_loss(
         clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
         losses = torch.maximum(plain, (clipped - returns).square())
     with torch.no_grad():
-        mean = masked_mean(returns, keep)
-        variance = masked_mean((returns - mean).square(), keep)
+        variance = masked_variance(returns, keep) if spread is None else spread
         metrics = {
             "value": masked_mean(values, keep),
             "value_clip_fraction": masked_mean((losses > plain).to(values.dtype), keep),

@@ -9,10 +9,11 @@ The cpu backend walks over the vocabulary in chunks of 1024 and folds them by th
 csrc/cpu/logsumexp.h; its logits have the bits of `linear` and its log-probabilities those of `sample`, so
 that the ratio of a rollout to its recomputation is exactly one. The backward recomputes logits block by
 block; a block's gradient is rounded to the dtype of the weight before its products, whose sums are float32 and
-are rounded once at the end. (Where the gradient of a bias is wanted, all of it is
-float32.) Where the hidden states alone have a gradient (a frozen head), the forward leaves d logprob / d hidden, summed in
-float32 while a chunk's logits are there (csrc/cpu/token_logprobs_gradient.h), and the backward scales its rows: two
-products with the head instead of three. A gradient of the entropies still recomputes the logits.
+are rounded once at the end. (Where the gradient of a bias is wanted, all of it is float32.)
+
+Where the hidden states alone have a gradient (a frozen head), the forward leaves d logprob / d hidden, summed
+in float32 while a chunk's logits are there (csrc/cpu/token_logprobs_gradient.h), and the backward scales its
+rows: two products with the head instead of three. A gradient of the entropies still recomputes the logits.
 
 Fused linear cross-entropy: Hsu et al., "Liger Kernel", 2024, https://arxiv.org/abs/2410.10989
 """
@@ -485,9 +486,7 @@ def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tens
     return dh, dw, None, db, None, None, None
 
 
-def _save_gradient(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets, bias, ctx.temperature, ctx.logit_softcap, with_entropy = inputs
     _, lse, entropy, gradient = output
     ctx.mark_non_differentiable(lse, gradient)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,12 +80,56 @@ def test_a_death_ends_all_and_leaves_a_good_checkpoint(folder: Path):
     assert done.returncode == 137, done.stderr
     assert "process 0 of 2 was killed by signal 9; the others are stopped" in done.stderr
     assert time.monotonic() - start < processes.LIMIT / 2
-    left = [p for p in Path("/proc").glob("[0-9]*/environ") if _mentions(p, str(output))]
-    assert not left, "a process is left"
+    assert not _left(output), "a process is left"
     newest = checkpoint.latest(output / "checkpoints")
     assert newest is not None and newest.name == "step-000002"
     checkpoint.load(newest)
     assert not (output / "result.json").exists()
+
+
+def test_deepspeeds_own_launcher_starts_a_run(folder: Path):
+    """As documented: `deepspeed --num_gpus 2 --module dschat ...`. Two processes, one run, none left behind."""
+    bin_folder = str(Path(sys.executable).parent)
+    launcher = shutil.which("deepspeed", path=os.pathsep.join([bin_folder, os.environ.get("PATH", "")]))
+    assert launcher is not None, "DeepSpeed's launcher is not installed beside this Python"
+    output = folder / "by-deepspeed"
+    keys = {
+        "model": worker.STORIES, "dtype": "float32", "data": folder / "pairs.jsonl", "response": "chosen",
+        "batch_size": 4, "max_steps": 2, "zero_stage": 2, "tensorboard": "false", "output_dir": output,
+    }  # fmt: skip
+    command = [launcher, "--num_gpus", "2", "--master_port", str(processes.free_port())]
+    command += ["--module", "dschat", "sft"]
+    for key, value in keys.items():
+        command += [f"--{key}", str(value)]
+    path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
+    environment = processes.environment(DIED_MARK=str(output), PATH=path)
+    done = _run(command, environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"Process \d+ exits successfully", done.stdout + done.stderr)) == 2
+    assert not _left(output), "a process is left"
+    result = json.loads((output / "result.json").read_text())
+    about = json.loads((output / "run.json").read_text())
+    assert result["steps"] == 2 and about["processes"] == 2
+    assert sorted(p.name for p in (output / "model").glob("*.safetensors")) == ["model.safetensors"]
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The command with a time limit, after which its whole group of processes is ended."""
+    with subprocess.Popen(
+        command, env=environment, cwd=processes.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=processes.LIMIT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _left(output: Path) -> list[Path]:
+    """Processes that were started with output as their mark."""
+    return [p for p in Path("/proc").glob("[0-9]*/environ") if _mentions(p, str(output))]
 
 
 def _mentions(environ: Path, text: str) -> bool:

@@ -272,6 +272,18 @@ def test_value_loss(clip):
     assert set(metrics) == {"value", "value_clip_fraction", "explained_variance"}
 
 
+def test_the_explained_variance_of_pieces_is_that_of_the_batch():
+    """Whatever the pieces, so that it depends neither on batch_size nor on the number of processes."""
+    d = batch()
+    names = ("values", "old_values", "returns", "mask")
+    whole = L.value_loss(*(d[k] for k in names))[1]["explained_variance"]
+    spread, found = L.masked_variance(d["returns"], d["mask"]), 0.0
+    for rows in (slice(0, 1), slice(1, None)):
+        piece = L.value_loss(*(d[k][rows] for k in names), spread=spread)[1]["explained_variance"]
+        found += float(piece) * int(d["mask"][rows].sum()) / int(d["mask"].sum())
+    assert found == pytest.approx(float(whole), rel=1e-10)
+
+
 def test_bradley_terry_and_dpo():
     """Pairwise losses against the formula; ties count half in the accuracy."""
     g = torch.Generator().manual_seed(4)
