@@ -280,7 +280,7 @@ def test_the_explained_variance_of_pieces_is_that_of_the_batch():
     spread, found = L.masked_variance(d["returns"], d["mask"]), 0.0
     for rows in (slice(0, 1), slice(1, None)):
         piece = L.value_loss(*(d[k][rows] for k in names), spread=spread)[1]["explained_variance"]
-        found += float(piece) * float(d["mask"][rows].sum() / d["mask"].sum())
+        found += float(piece) * int(d["mask"][rows].sum()) / int(d["mask"].sum())
     assert found == pytest.approx(float(whole), rel=1e-10)
 
 
