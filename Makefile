@@ -1,7 +1,8 @@
 # make run     the quickstart: SFT, reward model and PPO of a real small chat model
 # make test    the test suite, on two cores (WORKERS=4: on four)
-# make test-full   nightly: the same with 2000 random models, every size, dtype and architecture of the GPU kernels, also in
-#                  the checking build, runs killed at 50 random moments, and every kind of run in 2 and 4 processes (hours)
+# make test-full   nightly: the same with 2000 random models, every size and dtype of the GPU kernels (for sm_120 and in the
+#                  checking build: few sizes), runs killed at 50 random moments, and every kind of run in 2 and 4 processes
+#                  (hours)
 # make lint    ruff and mypy
 # make bench   kernels, then generation against HF
 # make gpu-check   for the owner of a GPU: build, test and measure; GPU_PYTHON has PyTorch for CUDA and the project's needs

@@ -5,11 +5,11 @@
     python -m benchmarks.gpu_check --dry-run                  the same code on the CPU with tiny shapes: no GPU figure
 
 It compiles csrc/cuda, runs the tests marked `gpu`, compares every kernel with float64 and times it against PyTorch
-eager, torch.compile and the peers that are installed, generates against Hugging Face, and writes report.json and
-report.md. A kernel's time is the median of launches between CUDA events, the L2 cache overwritten before each; its
-bytes are the least that the op must move, its share is of the bandwidth or the matrix rate that this run measured.
-What fails is written down with its error and does not stop the rest; the exit status says whether all was well. Both
-files are written anew after every row, so a run that is cut short has reported what it did.
+eager, torch.compile and the peers that are installed, generates against Hugging Face, whose own `generate` is patched
+too, and writes report.json and report.md. A kernel's time is the median of launches between CUDA events, the L2 cache
+overwritten before each; its bytes are the least that the op must move, its share is of the bandwidth or the matrix rate
+that this run measured. What fails is written down with its error and does not stop the rest; the exit status says
+whether all was well. Both files are written anew after every row, so a run that is cut short has reported what it did.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def spread(seconds: list[float]) -> dict[str, float]:
 @dataclass
 class Case:
     """One op at one shape. eager: the formula in PyTorch on `inputs`. ours: the op on a backend, on the same values.
-    exact: whether the results are indices, which must be equal. peers: libraries by name, each a maker of a call,
-    which raises ImportError where the library is missing."""
+    exact: whether the results are indices, which must be equal: to those of `expected`, where the formula draws by
+    numbers of its own, else to the formula's. peers: libraries by name, each a maker of a call, which raises
+    ImportError where the library is missing."""
 
     op: str
     shape: str
@@ -136,6 +137,7 @@ class Case:
     bytes: float
     flops: float = 0.0
     exact: bool = False
+    expected: Callable[[], Any] | None = None
     peers: dict[str, Callable[[], Callable[[], Any]]] = field(default_factory=dict)
 
 
@@ -314,11 +316,12 @@ def head_cases(machine: Machine, normal: Any, dtype: torch.dtype) -> Iterator[Ca
     logits = torch.stack([torch.randperm(s.vocab, device=device) for _ in range(rows)]).float() / 4096
     numbers = torch.arange(rows, device=device)
 
-    def draw(b: str, temperature: float, top_k: int) -> Tensor:
+    def draw(b: str, temperature: float, top_k: int, top_p: float = 1.0) -> Tensor:
         with capturing():  # as the engine calls it: without looking at the tokens
             return dk.sample(
-                logits, temperature=temperature, top_k=top_k, streams=numbers, positions=numbers, backend=b
-            )[0]
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, streams=numbers, positions=numbers,
+                backend=b,
+            )[0]  # fmt: skip
 
     yield Case(
         "sample, greedy", f"{rows}x{s.vocab}", [logits], lambda z: z.argmax(-1),
@@ -328,6 +331,14 @@ def head_cases(machine: Machine, normal: Any, dtype: torch.dtype) -> Iterator[Ca
         "sample, top-k 1 at temperature 1", f"{rows}x{s.vocab}", [logits], lambda z: z.topk(1).indices[:, 0],
         lambda b: draw(b, 1.0, 1), logits.numel() * 4, exact=True,
     )  # fmt: skip
+    for top_k, top_p in ((0, 1.0), (50, 1.0), (0, 0.9), (50, 0.9)):
+        yield Case(
+            f"sample, top-k {top_k or 'off'}, top-p {top_p if top_p < 1 else 'off'}", f"{rows}x{s.vocab}", [logits],
+            lambda z, k=top_k, p=top_p: torch_sample(z, k, p),
+            lambda b, k=top_k, p=top_p: draw(b, 1.0, k, p), logits.numel() * 4, exact=True,
+            expected=lambda k=top_k, p=top_p: draw("reference", 1.0, k, p),
+            peers={"flashinfer-python": lambda k=top_k, p=top_p: flashinfer_sample(logits, k or s.vocab, p)},
+        )  # fmt: skip
     rows = 4 * s.decode[0]
     hidden, weight = normal(rows, s.hidden), normal(s.vocab, s.hidden, scale=s.hidden**-0.5)
     targets = torch.arange(rows, device=device) % s.vocab
@@ -342,6 +353,21 @@ def head_cases(machine: Machine, normal: Any, dtype: torch.dtype) -> Iterator[Ca
         lambda b: dk.token_logprobs(hidden, weight, targets, backend=b),
         (hidden.numel() + weight.numel()) * size, 2.0 * rows * weight.numel(),
     )  # fmt: skip
+
+
+def torch_sample(z: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's way to what `sample` gives: the largest by topk, the most probable by a sort, a draw by multinomial,
+    and the log-probs of the tokens under all of a row."""
+    kept = z
+    if top_k:
+        kept = kept.masked_fill(kept < kept.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1.0:
+        ordered, index = kept.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        falls = probability.cumsum(-1) - probability >= top_p
+        kept = kept.masked_fill(torch.zeros_like(falls).scatter(1, index, falls), -math.inf)
+    tokens = torch.multinomial(kept.softmax(-1), 1)
+    return tokens[:, 0], z.log_softmax(-1).gather(1, tokens)[:, 0]
 
 
 # Peers. Their interfaces are theirs: where a call fails, the report has its error.
@@ -361,6 +387,12 @@ def flashinfer(name: str, *arguments: Any) -> Callable[[], Any]:
     return lambda: getattr(library, name)(*arguments)
 
 
+def flashinfer_sample(logits: Tensor, top_k: int, top_p: float) -> Callable[[], Any]:
+    from flashinfer import sampling
+
+    return lambda: sampling.top_k_top_p_sampling_from_logits(logits, top_k, top_p)
+
+
 def vllm_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Callable[[], Any]:
     from vllm import _custom_ops
 
@@ -377,7 +409,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[
 
 def error_of(ours: Any, case: Case) -> dict[str, Any]:
     """Distance of a result to float64, beside PyTorch's own in the same dtype; `good` is the project's criterion."""
-    own = first(case.eager(*case.inputs))
+    own = first(case.expected() if case.expected else case.eager(*case.inputs))
     got = first(ours)
     if case.exact:
         return {"good": bool(torch.equal(got, own))}
@@ -466,23 +498,32 @@ def generation_model(path: str | None, machine: Machine) -> nn.Module:
 
 
 def generation(machine: Machine, path: str | None) -> Iterator[dict[str, Any]]:
-    """Greedy tokens a second, prefill included, EOS ignored: our backends with and without graphs, and Hugging Face."""
+    """Greedy tokens a second, prefill included, EOS ignored: our backends with and without graphs, Hugging Face, and
+    its `generate` patched. Last in float32, where all of ours must have Hugging Face's tokens."""
     model: Any = generation_model(path, machine)
     vocab = model.get_input_embeddings().weight.shape[0]
-    for batch, prompt, new in (
-        ((2, 5, 4),) if machine.dry else ((1, 128, 256), (32, 256, 256), (64, 128, 256))
+    narrow, wide = ((1, 128, 256), (32, 256, 256), (64, 128, 256)), ((4, 128, 64),)
+    for dtype, shapes in (
+        ((torch.float32, ((2, 5, 4),)),) if machine.dry else ((model.dtype, narrow), (torch.float32, wide))
     ):
-        ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(1))
-        row: dict[str, Any] = {"batch": batch, "prompt": prompt, "new": new, "sides": {}}
-        tokens: dict[str, Tensor] = {}
-        for name, make in generators(machine, model, ids.to(machine.device), new).items():
-            print(f"generation of batch {batch}, {name}", file=sys.stderr, flush=True)
-            row["sides"][name] = attempt(
-                lambda name=name, make=make, count=batch * new, tokens=tokens: speed(
-                    machine, make(), count, name, tokens
-                )
-            )
-        yield row
+        model = model.to(dtype)
+        for shape in shapes:
+            yield generation_row(machine, model, vocab, *shape)
+
+
+def generation_row(
+    machine: Machine, model: Any, vocab: int, batch: int, prompt: int, new: int
+) -> dict[str, Any]:
+    ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(1))
+    dtype = str(model.dtype).removeprefix("torch.")
+    row: dict[str, Any] = {"batch": batch, "prompt": prompt, "new": new, "dtype": dtype, "sides": {}}
+    tokens: dict[str, Tensor] = {}
+    for name, make in generators(machine, model, ids.to(machine.device), new).items():
+        print(f"generation of batch {batch} in {dtype}, {name}", file=sys.stderr, flush=True)
+        row["sides"][name] = attempt(
+            lambda name=name, make=make: speed(machine, make(), batch * new, name, tokens)
+        )
+    return row
 
 
 def generators(machine: Machine, model: Any, ids: Tensor, new: int) -> dict[str, Callable[[], Any]]:
@@ -493,6 +534,7 @@ def generators(machine: Machine, model: Any, ids: Tensor, new: int) -> dict[str,
         if not machine.dry:
             sides[f"{backend}, graphs"] = lambda b=backend: ours(model, b, True, ids, new)
         sides[backend] = lambda b=backend: ours(model, b, False, ids, new)
+        sides[f"{backend}, HF patched"] = lambda b=backend: patched(model, b, ids, new)
     if not machine.dry:
         if machine.compile:
             sides["HF static cache + compile"] = lambda: hf(model, ids, new, cache_implementation="static")
@@ -522,6 +564,23 @@ def hf(model: Any, ids: Tensor, new: int, **options: Any) -> Callable[[], Tensor
             eos_token_id=None, pad_token_id=0, **options,
         )  # fmt: skip
         return out[:, ids.shape[1] :]
+
+    return work
+
+
+def patched(model: Any, backend: str, ids: Tensor, new: int) -> Callable[[], Tensor]:
+    """Hugging Face's own `generate` with our kernels in a copy of the model."""
+    import copy
+
+    model = copy.deepcopy(model)
+    patch = dk.patch(model, backend=backend)
+    generate = hf(model, ids, new)
+
+    def work() -> Tensor:
+        out = generate()
+        if notes := patch.report().notes:
+            raise RuntimeError(f"left to transformers: {'; '.join(notes)}")
+        return out
 
     return work
 
@@ -632,8 +691,14 @@ def failures(report: dict[str, Any]) -> list[str]:
                 found.append(f"{what}, {name}: {wrong(cell)}")
     for row in report["generation"]:
         for name, cell in row.get("sides", {}).items():
-            if name.split(",")[0] in ours and "failed" in cell:
-                found.append(f"generation of batch {row['batch']}, {name}: {cell['failed']}")
+            if name.split(",")[0] not in ours:
+                continue
+            what = f"generation of batch {row['batch']} in {row['dtype']}, {name}"
+            if "failed" in cell or "missing" in cell:
+                found.append(f"{what}: {cell.get('failed') or cell['missing']}")
+            elif row["dtype"] == "float32" and cell.get("tokens_of_hf") != 1.0:
+                share = f"{cell['tokens_of_hf']:.1%}" if "tokens_of_hf" in cell else "an unknown share"
+                found.append(f"{what}: {share} of the tokens are Hugging Face's")
         if "failed" in row:
             found.append(f"generation: {row['failed']}")
     return found
@@ -673,13 +738,15 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["generation"]:
         if "sides" not in row:
             continue
-        lines += [f"Batch {row['batch']}, {row['prompt']} + {row['new']} tokens:", ""]
+        lines += [f"Batch {row['batch']}, {row['prompt']} + {row['new']} tokens, {row['dtype']}:", ""]
         for name, cell in row["sides"].items():
             said = (
                 f"{cell['tokens_per_s']:.0f}"
                 if "tokens_per_s" in cell
                 else cell.get("failed") or cell["missing"]
             )
+            if row["dtype"] == "float32" and "tokens_of_hf" in cell:
+                said += f", {cell['tokens_of_hf']:.1%} of the tokens are HF's"
             lines.append(f"- {name}: {said}")
         lines.append("")
     return "\n".join(lines) + "\n"

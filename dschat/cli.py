@@ -27,7 +27,7 @@ OPTIONAL = {
     "trackio": "report_to trackio",
     "matplotlib": "the picture of a run",
     "fastapi": "dschat serve",
-    "sklearn": "dschat eval's classification and win rates",
+    "sklearn": "dschat eval's classification",
 }
 
 

@@ -138,7 +138,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
             raise wrong from None
         if not math.isfinite(number) or (kind is int and number != int(number)):
             raise wrong
-        return int(value) if kind is int and not isinstance(value, (str, float)) else kind(number)
+        whole = kind is int and (not isinstance(value, (str, float)) or re.fullmatch(r"[+-]?\d+", str(value)))
+        return int(value) if whole else kind(number)
     if kind is str:
         if isinstance(value, (str, os.PathLike)):
             return str(value)
@@ -218,7 +219,7 @@ class StageConfig(Config):
     )
     eval_split: float = opt(0.0, "share of the rows of data that is held out, by content; 0: use eval_data")
     stream: bool = opt(
-        False, "leave rows in their .jsonl file and read and encode them when a step needs them"
+        False, "leave rows on disk (.jsonl, .parquet, hub) and read and encode them when a step needs them"
     )
     token_cache: str = opt("", "folder that keeps token ids for the next run on the same rows; empty: none")
     data_workers: int = opt(0, "processes that encode rows; 0: this one")
@@ -328,6 +329,7 @@ class StageConfig(Config):
             *("weight_decay", "max_grad_norm", "max_steps", "eval_every", "save_every", "learning_rate"),
         ):
             self.require(getattr(self, key) >= 0, key, "0 or more")
+        self.require(-(2**63) <= self.seed < 2**64, "seed", "a whole number of 64 bits, such as 1")
         check_device(self.device)
         self._check_data()
         self._check_precision()
@@ -432,6 +434,10 @@ class SFTConfig(StageConfig):
         "auto", "column with the response; auto: completion, response, chosen or the last of messages"
     )
     max_length: int = opt(512, "most tokens in prompt and response together")
+    max_tokens_per_batch: int = opt(
+        0,
+        "fill each forward and backward with rows up to so many tokens, in the place of batch_size rows; 0: don't",
+    )
     aggregation: Literal["token", "sequence"] = opt(
         "token", "mean over all tokens, or over sequences of their token means"
     )
@@ -439,6 +445,17 @@ class SFTConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.require(self.max_length >= 2, "max_length", "2 or more")
+        self.require(self.max_tokens_per_batch >= 0, "max_tokens_per_batch", "0 or more")
+        if self.max_tokens_per_batch and self.max_tokens_per_batch < self.max_length:
+            raise ConfigError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, less than max_length {self.max_length}; set it "
+                f"to {self.max_length} or more, or lower max_length"
+            )
+        if self.max_tokens_per_batch and self.stream:
+            raise ConfigError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch} and stream true, which knows no lengths before a "
+                "row is needed; leave out one of the two"
+            )
 
 
 @dataclass(kw_only=True)
@@ -578,6 +595,9 @@ class OnlineConfig(StageConfig):
     ema_decay: float = opt(0.0, "keep an average of the weights with this decay and save it too; 0: don't")
 
     eval_samples: int = opt(1, "answers sampled for each held-out prompt, before and after")
+    keep_completions: int = opt(
+        4, "prompts of a step whose answers completions.jsonl keeps, a choice by the seed"
+    )
     compare_hf: int = opt(
         0, "time Hugging Face generate against the rollout on N held-out prompts at the end; 0: don't"
     )
@@ -589,7 +609,14 @@ class OnlineConfig(StageConfig):
             *("ppo_epochs", "eval_samples", "inference_tp_size"),
         ):
             self.require(getattr(self, key) >= 1, key, "1 or more")
-        for key in ("kl_coef", "entropy_coef", "reward_clip", "missing_eos_penalty", "compare_hf"):
+        for key in (
+            "kl_coef",
+            "entropy_coef",
+            "reward_clip",
+            "missing_eos_penalty",
+            "compare_hf",
+            "keep_completions",
+        ):
             self.require(getattr(self, key) >= 0, key, "0 or more")
         if self.reward_norm == "group" and self.samples_per_prompt < 2:
             raise ConfigError(
@@ -1064,8 +1091,19 @@ def resolve(
     if flag is not None and flag.instead:
         raise ConfigError(f"{key} in {where} is not supported: {flag.instead}")
     near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"the nearest are {_listed(close)}, all are in {_help(cls)}"
+    )
     raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _help(cls: type[Config]) -> str:
+    return f"dschat {cls.command} --help"
 
 
 def _rename(
@@ -1130,6 +1168,26 @@ def _spread(values: dict[str, Any], where: str, processes: int | None) -> dict[s
     return out
 
 
+def _given_twice(root: Any) -> Any:
+    """A key of a YAML document that its mapping has already; None where there is none."""
+    waiting, met = [root], set()  # aliases: a node may stand in several places, and in itself
+    while waiting:
+        node = waiting.pop()
+        if id(node) in met:
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                waiting.append(value)
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    return key
+                keys.add(str(key.value))
+    return None
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Keys of a YAML file. Raises ConfigError for a missing or broken one."""
     if not os.path.isfile(path):
@@ -1142,15 +1200,27 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"config file {path} does not exist" + (f"; {folder} has {', '.join(there)}" if there else "")
         )
-    with open(path, encoding="utf-8") as f:
-        try:
-            values = yaml.safe_load(f)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" line {mark.line + 1}" if mark else ""
-            raise ConfigError(
-                f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}"
-            ) from None
+    with open(path, "rb") as f:
+        content = f.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path} is not UTF-8 (byte 0x{content[error.start]:02x} at line {line}); save it as UTF-8"
+        ) from None
+    try:
+        twice = _given_twice(yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{where} is not valid YAML: {problem}") from None
+    if twice is not None:
+        raise ConfigError(
+            f"{path} line {twice.start_mark.line + 1} gives {twice.value!r} again; keep one of the two"
+        )
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -6,7 +6,7 @@ backend    runs  isa     threads  why
 reference  yes   -       2        PyTorch 2.13.0
 cpu        yes   avx512  2        compiled just in time by /usr/bin/c++ (...)
 triton     no    -       -        no GPU: torch.cuda.is_available() is False; use cpu or reference.
-cuda       no    -       -        It cannot run, because this machine has no CUDA GPU.
+cuda       no    -       -        It cannot run, because PyTorch finds no CUDA GPU: ...
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def _triton() -> Backend:
 
     if not torch.cuda.is_available():
         return Backend("triton", False, "no GPU: torch.cuda.is_available() is False; use cpu or reference.")
+    if reason := triton.too_old():
+        return Backend("triton", False, f"{reason}.")
     if not triton.installed():
         return Backend("triton", False, "Triton is not installed: pip install 'dschat[triton]'.")
     return Backend("triton", True, f"compiled when first used, for {torch.cuda.get_device_name()}")

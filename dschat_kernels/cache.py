@@ -272,8 +272,10 @@ class PagedKVCache:
             self._grow(slot, grow)
         if copies:
             # A page given up by its last other holder stays put, so every source is still intact here.
-            self.k[:, copies] = self.k[:, sources]
-            self.v[:, copies] = self.v[:, sources]
+            # Lists would be sent to the device at each use, and waited for.
+            old_pages, new_pages = torch.tensor([sources, copies], device="cpu").to(self.device)
+            self.k[:, new_pages] = self.k[:, old_pages]
+            self.v[:, new_pages] = self.v[:, old_pages]
 
     def advance(self, slots: Ints, n_tokens: int | Ints) -> None:
         """Counts ``n_tokens`` new tokens in each slot; they must fit into pages that the slot already has."""

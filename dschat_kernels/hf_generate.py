@@ -29,6 +29,7 @@ from .models.source import mechanism
 from .models.spec import DecoderSpec, Unsupported, decoder_spec
 from .models.versions import cache_name
 from .ops._common import DTYPES as OP_DTYPES
+from .ops._common import is_plain
 from .packing import DTYPES
 from .plan import Decoder
 
@@ -260,7 +261,7 @@ class FusedForward:
             if getattr(config, name, False):
                 return f"config.{name}=True"
         ids = arguments.get("input_ids")
-        if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
+        if not is_plain(ids) or ids.dim() != 2 or ids.numel() == 0:
             return "input_ids is not a filled 2-D tensor"
         device = self.decoder.device
         if ids.device.type not in ("cpu", device.type) or ids.dtype not in (torch.int64, torch.int32):

@@ -29,7 +29,7 @@ from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
 from .models.versions import cache_name
-from .ops._common import CPU_DTYPES, DTYPES, resolve_backend
+from .ops._common import CPU_DTYPES, DTYPES, is_plain, resolve_backend
 from .report import Entry, Report, make_report
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
@@ -71,10 +71,7 @@ def _plain(*tensors: Tensor) -> bool:
     autocast."""
     first = tensors[0]
     return (
-        all(
-            t.dtype == first.dtype and t.device == first.device and type(t) in (Tensor, nn.Parameter)
-            for t in tensors
-        )
+        all(t.dtype == first.dtype and t.device == first.device and is_plain(t) for t in tensors)
         and first.dtype in _dtypes_on(first.device)
         and not torch.is_autocast_enabled(first.device.type)
     )

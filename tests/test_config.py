@@ -29,7 +29,7 @@ def test_three_ways_are_one(tmp_path):
 @pytest.mark.parametrize("cls", list(C.COMMANDS.values()), ids=list(C.COMMANDS))
 def test_dump_is_read_back(cls, tmp_path):
     values = {"ppo": {"model": "m", "kl_coef": 1e-5}} if cls is C.TrainConfig else {}
-    values = {"runs": ["a", "b"]} if cls is C.ReportConfig else values
+    values = {"runs": ["a", "b"]} if cls in (C.ReportConfig, C.CompareConfig) else values
     values = {"batch": "runs/x/failed-step-000003"} if cls is C.ReplayConfig else values
     config = C.build(cls, values)
     for comments in (False, True):
@@ -52,7 +52,7 @@ def test_every_field_explains_itself():
     ("text", "message"),
     [
         ("kl_ceof: 0.1", "unknown key 'kl_ceof' in .*c.yaml; did you mean 'kl_coef'"),
-        ("zzz: 1", "unknown key 'zzz' in .*c.yaml; known are model, "),
+        ("zzz: 1", "unknown key 'zzz' in .*c.yaml; the nearest are "),
         ("learning_rate: fast", "learning_rate is 'fast', but it must be a number"),
         ("learning_rate: .nan", "learning_rate is nan, but it must be a number"),
         ("batch_size: 1.5", "batch_size is 1.5, but it must be a whole number"),
@@ -87,6 +87,42 @@ def test_bad_keys_and_values(tmp_path, text, message):
     with pytest.raises(C.ConfigError, match=message) as error:
         C.load(C.PPOConfig, write(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed: 1\n".encode("utf-16"), r"c\.yaml is not UTF-8 \(byte 0xff at line 1\); save it as UTF-8"),
+        (
+            "seed: 1\nmodel: caf\u00e9\n".encode("latin-1"),
+            r"c\.yaml is not UTF-8 \(byte 0xe9 at line 2\); save it",
+        ),
+        (b"seed: 1\nmodel: m\nseed: 2\n", r"c\.yaml line 3 gives 'seed' again; keep one of the two"),
+        (
+            b"seed: 18446744073709551616\n",
+            r"seed is 18446744073709551616, but it must be a whole number of 64 bits",
+        ),
+        (
+            b"qqq: 1\n",
+            r"unknown key 'qqq' in .*c\.yaml; the nearest are \S+, \S+ and \S+, all are in dschat ppo --help$",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(C.ConfigError, match=message) as error:
+        C.load(C.PPOConfig, str(path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_a_stage_may_repeat_a_key_of_all(tmp_path):
+    """Only within one mapping is a key given twice; << takes what another has."""
+    path = write(tmp_path, "seed: 1\nsft: &a {seed: 2}\nreward: {<<: *a, seed: 3}\n")
+    config = C.load(C.TrainConfig, path)
+    assert config.sft and config.reward and (config.sft.seed, config.reward.seed) == (2, 3)
+    with pytest.raises(C.ConfigError, match="line 1 gives 'seed' again"):
+        C.load(C.TrainConfig, write(tmp_path, "sft: {seed: 1, seed: 2}\n"))
 
 
 def test_python_is_checked_too():

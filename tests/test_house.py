@@ -37,6 +37,7 @@ SHARED = (
     "attention_backward",
     "linear_backward",
     "token_logprobs_backward",
+    "token_logprobs_gradient",
     "step",
 )  # of csrc/cpu, not an op
 CUDA_SHARED = ("attention_backward", "error")  # of csrc/cuda, not an op

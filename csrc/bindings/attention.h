@@ -12,10 +12,32 @@
 #include "cpu/rope_append.h"
 #include "cpu/token_logprobs.h"
 #include "cpu/token_logprobs_backward.h"
+#include "cpu/token_logprobs_gradient.h"
 
 namespace dschat {
 
 template <typename T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+inline TokenLogprobsArgs logprobs_args(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias,
+                                       uintptr_t targets, int64_t tokens, int64_t hidden_size, int64_t vocab,
+                                       float temperature, float softcap, uintptr_t logprob, uintptr_t lse,
+                                       uintptr_t entropy) {
+  TokenLogprobsArgs a;
+  a.hidden = pointer<void>(hidden);
+  a.hidden_stride = hidden_stride;
+  a.weight = pointer<void>(weight);
+  a.bias = pointer<float>(bias);
+  a.targets = pointer<int64_t>(targets);
+  a.T = tokens;
+  a.H = hidden_size;
+  a.V = vocab;
+  a.temperature = temperature;
+  a.softcap = softcap;
+  a.logprob = pointer<float>(logprob);
+  a.lse = pointer<float>(lse);
+  a.entropy = pointer<float>(entropy);
+  return a;
+}
 
 inline void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
@@ -133,23 +155,30 @@ inline void bind_attention(pybind11::module_& m) {
       [](int type, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias, uintptr_t targets,
          int64_t tokens, int64_t hidden_size, int64_t vocab, float temperature, float softcap, uintptr_t logprob,
          uintptr_t lse, uintptr_t entropy) {
-        TokenLogprobsArgs a;
-        a.hidden = pointer<void>(hidden);
-        a.hidden_stride = hidden_stride;
-        a.weight = pointer<void>(weight);
-        a.bias = pointer<float>(bias);
-        a.targets = pointer<int64_t>(targets);
-        a.T = tokens;
-        a.H = hidden_size;
-        a.V = vocab;
-        a.temperature = temperature;
-        a.softcap = softcap;
-        a.logprob = pointer<float>(logprob);
-        a.lse = pointer<float>(lse);
-        a.entropy = pointer<float>(entropy);
+        TokenLogprobsArgs a = logprobs_args(hidden, hidden_stride, weight, bias, targets, tokens, hidden_size, vocab,
+                                            temperature, softcap, logprob, lse, entropy);
         const std::unique_ptr<float[]> partials(new float[size_t(token_logprobs_partials(tokens, vocab))]);
         a.partials = partials.get();
         parallel([&](const Team& team) { token_logprobs(team, DType(type), a); });
+      },
+      release);
+  m.def("token_logprobs_gradient_panels", [](int type, int64_t hidden_size) {
+    return token_logprobs_gradient_panels(DType(type), hidden_size);
+  });
+  m.def(
+      "token_logprobs_gradient",
+      [](int type, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias, uintptr_t targets,
+         int64_t tokens, int64_t hidden_size, int64_t vocab, float temperature, float softcap, uintptr_t logprob,
+         uintptr_t lse, uintptr_t entropy, uintptr_t gradient, uintptr_t panels) {
+        TokenLogprobsGradientArgs a;
+        static_cast<TokenLogprobsArgs&>(a) =
+            logprobs_args(hidden, hidden_stride, weight, bias, targets, tokens, hidden_size, vocab, temperature,
+                          softcap, logprob, lse, entropy);
+        a.gradient = pointer<float>(gradient);
+        a.panels = pointer<void>(panels);
+        const std::unique_ptr<float[]> partials(new float[size_t(token_logprobs_gradient_partials(tokens, vocab))]);
+        a.partials = partials.get();
+        parallel([&](const Team& team) { token_logprobs_gradient(team, DType(type), a); });
       },
       release);
   m.def("token_logprobs_backward_panels", [](int type, int64_t hidden_size, int64_t count) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #ifdef DSCHAT_EMULATE_CUDA
@@ -27,7 +28,16 @@ template <typename T> struct Wire<T*> {
   static T* from(uintptr_t x) { return reinterpret_cast<T*>(x); }
 };
 
+#ifdef DSCHAT_EMULATE_CUDA
+// A letter an argument: r for the address of what is only read, w for that of what may be written, - for a number.
+template <typename T>
+constexpr char kLetter = !std::is_pointer_v<T> ? '-' : std::is_const_v<std::remove_pointer_t<T>> ? 'r' : 'w';
+#endif
+
 template <typename... A> void bind(py::module_& m, const char* name, int (*launch)(A...)) {
+#ifdef DSCHAT_EMULATE_CUDA
+  m.attr("pointers")[name] = std::string{kLetter<A>...};
+#endif
   m.def(name, [name, launch](typename Wire<A>::type... arguments) {
     int code;
     {
@@ -43,6 +53,9 @@ template <typename... A> void bind(py::module_& m, const char* name, int (*launc
 }  // namespace
 
 PYBIND11_MODULE(DSCHAT_MODULE, m) {
+#ifdef DSCHAT_EMULATE_CUDA
+  m.attr("pointers") = py::dict();
+#endif
   m.attr("row_block") = 64;  // kRowBlock of cuda/column_sum.cuh: rows a partial sum of a backward's scratch
   bind(m, "layer_norm", launch_layer_norm);
   bind(m, "layer_norm_backward", launch_layer_norm_backward);

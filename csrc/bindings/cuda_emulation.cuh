@@ -26,6 +26,7 @@ inline void bind_emulation(pybind11::module_& m) {
     checker::add_buffer(reinterpret_cast<const void*>(address), bytes, name.c_str(), initialised, read_only);
   });
   m.def("reset", &checker::reset);
+  m.def("reset_traffic", &checker::reset_traffic);
   m.def("traffic", [] {
     const checker::Traffic t = checker::traffic();
     pybind11::dict found;

@@ -17,6 +17,8 @@ namespace dschat {
 
 constexpr int64_t kPanel = 32;  // output columns of a panel
 
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
 // Where column c of depth k stands in a panel, in values from its beginning, and how many depths a panel holds.
 //   float32           [k][32], columns in order
 //   bfloat16          [k][16 pairs (c, c + 16)]: one 64-byte load gives two float vectors by a shift and a mask

@@ -40,8 +40,10 @@ struct ChunkSum {
   float sum;  // l_c
 };
 
-// One chunk: n <= kVocabChunk logits that start at a multiple of kVocabChunk in the vocabulary.
-template <typename T> inline ChunkSum chunk_logsumexp(const T* logits, int64_t n, float inv_temperature) {
+// One chunk: n <= kVocabChunk logits that start at a multiple of kVocabChunk in the vocabulary. each(i, e) receives the
+// vectors exp(z - m_c) of the entries from i on; lanes past n are 0.
+template <typename T, typename Each>
+DSCHAT_INLINE ChunkSum chunk_logsumexp(const T* logits, int64_t n, float inv_temperature, Each&& each) {
   const float minus_inf = -std::numeric_limits<float>::infinity();
   const Vec scale = set1(inv_temperature);
   Vec m = set1(minus_inf);
@@ -51,9 +53,15 @@ template <typename T> inline ChunkSum chunk_logsumexp(const T* logits, int64_t n
   // maximum may have skipped, still shows.
   const Vec pivot = set1(chunk_max == minus_inf ? 0.0f : chunk_max);
   Vec sum = zero();
-  for (int64_t i = 0; i < n; i += kLanes)
-    sum = sum + exp(load_or_minus_inf(logits + i, n - i) * scale - pivot);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec e = exp(load_or_minus_inf(logits + i, n - i) * scale - pivot);
+    each(i, e);
+    sum = sum + e;
+  }
   return {chunk_max, reduce_add(sum)};
+}
+template <typename T> inline ChunkSum chunk_logsumexp(const T* logits, int64_t n, float inv_temperature) {
+  return chunk_logsumexp(logits, n, inv_temperature, [](int64_t, Vec) {});
 }
 
 struct LogSumExp {

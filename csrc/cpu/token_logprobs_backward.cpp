@@ -9,8 +9,6 @@ namespace {
 
 constexpr float kNothing = std::numeric_limits<float>::min();  // probabilities below are 0
 
-inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
-
 // From logits to their gradient, a vector of columns at a time.
 template <typename T> struct LogitGradients final : TileSink {
   const TokenLogprobsBackwardArgs& a;

@@ -288,15 +288,21 @@ void access(const void* address, size_t bytes, int kind, const void* code) {
 }
 
 void add_buffer(const void* address, size_t bytes, const char* name, bool initialised, bool read_only) {
-  Buffer b{reinterpret_cast<uintptr_t>(address), name, read_only, std::vector<Byte>(bytes)};
-  for (Byte& byte : b.bytes) byte.initialised = initialised;
-  buffers.push_back(std::move(b));
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  auto found = std::find_if(buffers.begin(), buffers.end(),
+                            [&](const Buffer& b) { return b.begin == begin && b.bytes.size() == bytes; });
+  if (found == buffers.end()) found = buffers.insert(found, {begin, name, read_only, std::vector<Byte>(bytes)});
+  found->read_only = read_only;
+  if (initialised)
+    for (Byte& byte : found->bytes) byte.initialised = true;
 }
 
 void reset() {
   buffers.clear();
-  total = {};
+  reset_traffic();
 }
+
+void reset_traffic() { total = {}; }
 
 Traffic traffic() { return total; }
 

@@ -14,7 +14,7 @@ namespace emulation::checker {
 
 constexpr int kRead = 0, kWrite = 1;
 
-// What the accesses of all launches since reset() cost a GPU.
+// What the accesses of all launches since reset() or reset_traffic() cost a GPU.
 struct Traffic {
   uint64_t bytes_read = 0, bytes_written = 0;  // global memory, every lane's access counted
   // Warp instructions on global memory: the 32-byte sectors they touch, and the bytes in them that they use.
@@ -32,9 +32,11 @@ void next_epoch();
 void join_lanes(int warp, unsigned mask);
 void access(const void* address, size_t bytes, int kind, const void* code);
 
-// Buffers that kernels may use; name and place appear in messages.
+// Buffers that kernels may use; name and place appear in messages. Added again, a buffer keeps what kernels have written
+// in it; `initialised`: others have written the rest.
 void add_buffer(const void* address, size_t bytes, const char* name, bool initialised, bool read_only);
 void reset();  // forgets buffers and traffic
+void reset_traffic();
 Traffic traffic();
 #else
 inline void start_launch() {}

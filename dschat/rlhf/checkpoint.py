@@ -11,10 +11,13 @@ shortest exact form, so nothing is rounded.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,15 +32,62 @@ from torch import Tensor, nn
 
 from .. import device as devices
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
-PREFIX, TEMPORARY = "step-", ".tmp-"
+PREFIX, TEMPORARY, LOCK = "step-", ".tmp-", ".lock"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names it and says what to do."""
 
 
+class WriteError(OSError):
+    """A file that cannot be written; the message names it, why, and what to do."""
+
+
 # ---------------------------------------------------------------------------------------------- atomic writes
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_CURES = {
+    **dict.fromkeys(FULL, ("the disk is full", "free some space")),
+    errno.EROFS: ("the file system is read-only", "make it writable or name another output_dir"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), ("it is not permitted", "change that or name another output_dir")
+    ),
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a full disk or a read-only folder makes of a write into WriteError, one sentence."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            number = error.errno
+        else:
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else None
+        if number not in _CURES:
+            raise
+        why, cure = _CURES[number]
+        raise WriteError(f"{path} cannot be written, {why}; {cure}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Raise WriteError where a folder, or the one that it would be made in, takes no files."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(
+            f"output_dir {folder} cannot be written ({there} takes no files); make it writable or name "
+            "another output_dir"
+        )
 
 
 def _sync(path: Path) -> None:
@@ -56,11 +106,11 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     Everything in it is on disk before the rename. An older `final` is replaced.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with writing(final), _vanishing(temporary):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*"), reverse=True):
             _sync(path)
@@ -71,22 +121,98 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
         os.rename(temporary, final)
         _sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _vanishing(temporary: Path) -> Iterator[None]:
+    """Removes what was being written when a write fails, which also gives its space back."""
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def atomic_text(path: str | Path, text: str) -> None:
     """Write a file so that it holds either the old or the new text."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.rename(temporary, path)
-    _sync(path.parent)
+    with writing(path), _vanishing(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(temporary, path)
+        _sync(path.parent)
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises CheckpointError, one sentence with the cure, for a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {cure}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no object); {cure}")
+    return content
+
+
+# ------------------------------------------------------------------------------------------ one run at a time
+
+_held: set[int] = set()
+"""Descriptors of locked files, which a forked child gives up: one that outlives a killed run would keep its lock."""
+
+
+def _let_go() -> None:
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
+class Lock:
+    """Keeps other processes from running in a folder; the kernel drops it when its process ends, however it ends, so
+    that the file `.lock` by itself means nothing. It holds the process's number, for the sentence."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where another process has it. Without locks (Windows, some network file systems, a
+        folder that cannot be written) nothing is held."""
+        self._fd: int | None = None
+        if fcntl is None:
+            return
+        try:
+            fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise CheckpointError(
+                f"output_dir {folder} is in use by process {pid}; wait for it or stop it, or name another output_dir"
+            ) from None
+        except OSError:
+            os.close(fd)
+            return
+        self._fd = fd
+        _held.add(fd)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, whatever its file says
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()}\n".encode())
+
+    def release(self) -> None:
+        if self._fd in _held:
+            _held.discard(self._fd)
+            os.close(self._fd)
+        self._fd = None
 
 
 # --------------------------------------------------------------------------------------- states as plain data
@@ -190,7 +316,6 @@ def save(
     left behind.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(rest, ignore_errors=True)
     final = step_folder(folder, step)

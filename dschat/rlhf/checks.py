@@ -5,7 +5,8 @@ first begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .. import parallel
 from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, StageConfig
 from ..engine.sharing import check_teams
 from . import data, models
+from . import rewards as reward_sources
 from .rewards import RewardFunction, is_function_name, load_function, other_tokenizer, require_same_tokenizer
 
 Made = Mapping[str, str]
@@ -33,9 +35,37 @@ def origin(name: str, made: Made) -> str:
 
 
 def require_rewards(config: OnlineConfig, functions: Sequence[RewardFunction] = ()) -> None:
-    """Raise ConfigError when nothing scores the answers. functions: given beside those that the config names."""
+    """Raise ConfigError when nothing scores the answers, or a function needs what the data does not have. functions:
+    given beside those that the config names."""
     if not config.reward and not functions and not config.environment:
         raise ConfigError("reward is empty; name a reward model folder or a function (module:function)")
+    for function in functions:
+        _require_columns(config, function)
+
+
+def _require_columns(config: OnlineConfig, function: RewardFunction) -> None:
+    """Every argument that a reward function needs is a column of some row; the data is read only for an argument that
+    nothing else gives, and what is wrong with it is said where it is read for good."""
+    wanted = reward_sources.needed_columns(function)
+    for group in (config.data, config.eval_data) if wanted else ():
+        have: set[str] = set()
+        with contextlib.suppress(data.DataError, OSError, ValueError):
+            for row in (row for source in group for row in _rows(source)):
+                have |= set(row.columns)
+                if have.issuperset(wanted):
+                    break
+        if have:
+            reward_sources.require_columns(function, have, " and ".join(group))
+
+
+def _rows(source: str) -> Iterator[data.Record]:
+    """The readable rows of a source, the lines of a .jsonl file one at a time."""
+    if not source.endswith(".jsonl"):
+        yield from (row for row in data.read_source(source) if isinstance(row, data.Record))
+        return
+    with open(source, "rb") as f:
+        parsed = (data.parse_line(line, source) for line in f if line.strip())
+        yield from (row for row in parsed if isinstance(row, data.Record))
 
 
 def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: Any = None) -> None:
@@ -94,4 +124,4 @@ def _check_rewards(
         load_environment(config.environment)
     for name in config.reward:
         if is_function_name(name):
-            load_function(name)
+            _require_columns(config, load_function(name))

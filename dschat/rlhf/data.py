@@ -4,9 +4,12 @@ Sources: .jsonl, .json (a list, as DeepSpeed-Chat's local files), .csv, .parquet
 parquet; anything else is the name of a hub data set, `org/name` or `org/name:split`, read through `datasets`.
 
 Columns: `prompt` is a text, or a list of chat messages {role, content}; `chosen`, `rejected`, `completion`,
-`response` are texts, or messages of which the last one counts; `messages` is a whole conversation whose last
-message is the response. Texts are taken literally; messages go through the tokenizer's chat template. All
-other columns are kept and reach reward functions by name.
+`response` are texts, or messages, which may begin with the prompt's; `messages` is a whole conversation whose last
+message is the response. Of an answer of several messages the assistant's are learnt. Texts are taken literally;
+messages go through the tokenizer's chat template. All other columns are kept and reach reward functions by name.
+
+Pairs without a prompt share one: the messages, or the text, that chosen and rejected both begin with. A prompt that
+is a text beside whole conversations is read out of them, in the same way.
 
 Masks are made from lengths, never from token ids, so a pad token that is also EOS does no harm. A completion
 ends with the token that ends a turn, so that stopping is learnt. Everything random is a function of (seed,
@@ -15,12 +18,16 @@ epoch), so that a data position is a step number.
 
 from __future__ import annotations
 
+import bisect
+import codecs
 import csv
 import gzip
 import io
 import json
+import math
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -34,9 +41,15 @@ from . import token_cache
 
 Message = Mapping[str, str]
 PromptText = str | list[dict[str, str]]
+Answer = str | list[dict[str, str]]
+"""A text, or the messages of several turns, of which the first and the last are the assistant's."""
 RESPONSE_COLUMNS = ("completion", "response", "chosen", "messages")
 MARKER = "dschat-marker"  # stands for an assistant's words, to see what a chat template puts behind them
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+DEEPEST = (
+    64  # lists and objects within each other; far from where Python's recursion ends, here and in libraries
+)
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 class DataError(ValueError):
@@ -87,7 +100,7 @@ def read(
     stats = DataStats()
     records: list[Record] = []
     for source in sources:
-        empty = True
+        empty, good, first_bad = True, False, ""
         for item in read_source(str(source)):
             empty = False
             if limit and len(records) >= limit:
@@ -97,9 +110,13 @@ def read(
                 if bad_rows == "error":
                     raise item
                 stats.bad += 1
-                stats.first_bad = stats.first_bad or str(item)
+                first_bad = first_bad or str(item)
             else:
+                good = True
                 records.append(item)
+        if first_bad and not good:
+            raise nothing_good(source, first_bad)
+        stats.first_bad = stats.first_bad or first_bad
         if empty:
             raise DataError(f"data file {source} holds no rows; give one that does, or leave it out")
     return records, stats
@@ -130,24 +147,63 @@ def require_source(source: str) -> None:
         require_file(source)
 
 
-def parse_line(line: str | bytes, where: str) -> Record | DataError:
+def nothing_good(source: str, first_bad: str) -> DataError:
+    """What is said of a source whose rows are all bad, where bad rows are skipped."""
+    return DataError(
+        f"{source} holds no good row, so skipping the bad ones leaves nothing; the first: {first_bad}"
+    )
+
+
+def parse_line(line: bytes, where: str) -> Record | DataError:
     """A row of a .jsonl file."""
     try:
-        row = json.loads(line)
+        text = line.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        return DataError(f"{where} is not UTF-8 ({byte}); save it as UTF-8")
+    try:
+        row = json.loads(text)
     except json.JSONDecodeError as error:
         return DataError(f"{where} is not valid JSON: {error.msg} (column {error.colno})")
-    except UnicodeDecodeError as error:
-        return DataError(f"{where} is not UTF-8: {error}")
+    except ValueError as error:  # a number of thousands of digits
+        return DataError(f"{where} is not valid JSON: {str(error).split(';')[0]}")
+    except RecursionError:
+        return too_deep(where)
+    return as_record(row, where)
+
+
+def too_deep(where: str) -> DataError:
+    return DataError(f"{where} is nested deeper than {DEEPEST} levels; flatten it")
+
+
+def as_record(row: Any, where: str) -> Record | DataError:
+    """A row that was parsed from a file: an object of texts that a tokenizer takes, not nested without end."""
     if not isinstance(row, dict):
         return DataError(f"{where} is a {type(row).__name__}, not an object")
-    return Record(where, row)
+    values: list[Any] = [row]
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        for value in values:
+            if isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str) and (half := _HALF.search(value)):
+                return DataError(
+                    f"{where} holds {half[0]!r}, half of a surrogate pair, which no text has; write the whole character"
+                )
+        values = inner
+        if not values:
+            return Record(where, row)
+    return too_deep(where)
 
 
 def read_source(source: str) -> Iterator[Record | DataError]:
     """The rows of one file or hub data set, with DataError in the place of a bad one."""
     require_source(source)
     if not os.path.exists(source):
-        yield from _read_hub(source)
+        yield from (Record(f"{source} row {i + 1}", dict(row)) for i, row in enumerate(load_stored(source)))
         return
     plain = source.removesuffix(".gz")
     if plain.endswith(".parquet"):
@@ -165,59 +221,84 @@ def read_source(source: str) -> Iterator[Record | DataError]:
         raise DataError(f"{source} has an ending that is not known; use one of {', '.join(FILE_ENDINGS)}")
     try:
         with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as f:
-            text = f.read().decode("utf-8-sig")  # some programs put a mark before the first character
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            content = f.read().removeprefix(
+                codecs.BOM_UTF8
+            )  # some programs put it before the first character
+    except (OSError, EOFError) as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     if plain.endswith(".csv"):
-        yield from _csv_rows(source, text)
-    elif plain.endswith(".json") and text.lstrip().startswith("["):
+        # Bytes that are no UTF-8 become halves of surrogate pairs, which nothing else in the file can.
+        yield from _csv_rows(source, content.decode(errors="surrogateescape"))
+    elif plain.endswith(".json") and content.lstrip().startswith(b"["):
         try:
-            rows = json.loads(text)
+            rows = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise DataError(
+                f"{source} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
+            ) from None
         except json.JSONDecodeError as error:
             raise DataError(f"{source} line {error.lineno} is not valid JSON: {error.msg}") from None
-        for i, row in enumerate(rows):
-            where = f"{source} row {i + 1}"
-            yield (
-                Record(where, row)
-                if isinstance(row, dict)
-                else DataError(f"{where} is a {type(row).__name__}, not an object")
-            )
+        except ValueError as error:
+            raise DataError(f"{source} is not valid JSON: {str(error).split(';')[0]}") from None
+        except RecursionError:
+            raise too_deep(source) from None
+        yield from (as_record(row, f"{source} row {i + 1}") for i, row in enumerate(rows))
     else:
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON texts may hold U+2028
-            if not line.strip():
-                continue
-            yield parse_line(line, f"{source} line {number}")
+        for number, row in enumerate(content.split(b"\n"), 1):
+            if row.strip():
+                yield parse_line(row, f"{source} line {number}")
 
 
 def _csv_rows(source: str, text: str) -> Iterator[Record | DataError]:
     reader = csv.DictReader(io.StringIO(text))
     try:
+        names = list(reader.fieldnames or [])
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{source} has the column {twice[0]!r} twice; rename or remove one")
+        if half := _HALF.search(" ".join(names)):
+            raise _not_utf8(f"{source} line 1", half[0])
         for row in reader:
             where = f"{source} line {reader.line_num}"
-            ragged = None in row or any(v is None for v in row.values())
-            yield (
-                DataError(f"{where} has another number of fields than the header")
-                if ragged
-                else Record(where, dict(row))
-            )
+            if None in row or any(v is None for v in row.values()):
+                yield DataError(f"{where} has another number of fields than the header")
+            elif half := _HALF.search(" ".join(row.values())):
+                yield _not_utf8(where, half[0])
+            else:
+                yield Record(where, dict(row))
     except csv.Error as error:
         raise DataError(
             f"{source} line {reader.line_num + 1} cannot be read: {error}; convert the file to .jsonl"
         ) from None
 
 
-def _read_hub(source: str) -> Iterator[Record]:
+FINGERPRINTS: dict[str, str] = {}
+"""Of hub data sets that were read: what `datasets` tells their content by."""
+
+
+def _not_utf8(where: str, half: str) -> DataError:
+    return DataError(f"{where} is not UTF-8 (byte 0x{ord(half) - 0xDC00:02x}); save it as UTF-8")
+
+
+def load_stored(source: str) -> Any:
+    """A parquet file or a hub data set as `datasets` keeps it: memory-mapped, rows by number."""
+    import datasets
+
+    file = source.endswith(".parquet") and os.path.exists(source)
     name, _, split = source.partition(":")
     try:
-        import datasets
-
+        if file:
+            return datasets.load_dataset("parquet", data_files=source, split="train")
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if file:
+            raise DataError(f"{source} is not a readable parquet file: {reason}") from None
         raise DataError(
             f"{source} is no file here, and as a hub data set it cannot be loaded: {reason}"
         ) from None
-    yield from (Record(f"{source} row {i + 1}", dict(row)) for i, row in enumerate(rows))
+    FINGERPRINTS[source] = str(getattr(rows, "_fingerprint", ""))
+    return rows
 
 
 def require_columns(records: Sequence[Record], *wanted: Sequence[str]) -> None:
@@ -236,6 +317,8 @@ def require_columns(records: Sequence[Record], *wanted: Sequence[str]) -> None:
 
 
 def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        raise DataError(f"{name} is the text {_short(value)}, but it must be a list of messages")
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"{name} is {_short(value)}, which is neither a text nor a list of messages")
     for message in value:
@@ -263,23 +346,110 @@ def answer_text(value: Any, name: str) -> str:
 
 
 def prompt_of(columns: Mapping[str, Any], answer: str | None = None) -> PromptText:
-    """The prompt of a row: its prompt column, or what precedes the last message of the `answer` or messages
-    column.
+    """The prompt of a row: its prompt column, or what precedes the assistant's last message in the `answer` or
+    messages column; all of it where the assistant has yet to speak.
     """
-    if "prompt" in columns:
-        value = columns["prompt"]
-        if isinstance(value, str):
-            if not value:
-                raise DataError("prompt is empty")
-            return value
+    value = columns.get("prompt")
+    if isinstance(value, str):
+        if not value:
+            raise DataError("prompt is empty")
+        return value
+    have = [name for name in columns if columns[name] is not None]
+    if "prompt" in have:
         return _messages(value, "prompt")
-    source = answer if answer is not None and answer in columns else "messages"
-    if source not in columns:
-        raise DataError(f"there is neither a prompt nor a messages column, but {', '.join(columns)}")
-    conversation = _messages(columns[source], source)
+    sources = [
+        n for n in (answer, "messages") if n in have and (n != answer or not isinstance(columns[n], str))
+    ]
+    if not sources:
+        raise DataError(
+            f"there is neither a prompt nor a messages column, but {', '.join(have) or 'nothing'}; add a prompt"
+        )
+    conversation = _messages(columns[str(sources[0])], str(sources[0]))
+    if conversation[-1]["role"] != "assistant":
+        return conversation
     if len(conversation) < 2:
-        raise DataError(f"{source} holds a single message, so there is no prompt before it")
+        raise DataError(f"{sources[0]} holds a single message, so there is no prompt before it; add a prompt")
     return conversation[:-1]
+
+
+def _turns(value: Any, name: str) -> list[dict[str, str]]:
+    """Messages that end with an answer."""
+    turns = _messages(value, name)
+    if turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"{name} ends with a message of {turns[-1]['role']!r}, so it has no answer; end with one of the assistant"
+        )
+    return turns
+
+
+def _is_whole(prompt: Any, turns: Sequence[Message]) -> bool:
+    """Whether messages hold the prompt too, because the row has none or only the text of one."""
+    return prompt is None or (isinstance(prompt, str) and turns[0]["role"] != "assistant")
+
+
+def _behind(prompt: PromptText, turns: list[dict[str, str]], name: str) -> Answer:
+    """The answer to a prompt that messages, which may begin with it, give."""
+    n = len(prompt)
+    answer = turns[n:] if len(turns) > n and turns[:n] == prompt else turns
+    if answer[0]["role"] != "assistant":
+        raise DataError(
+            f"{name} does not go on from the prompt but begins with another message of {answer[0]['role']!r}; begin it "
+            "with the prompt's messages or with one of the assistant"
+        )
+    return answer[0]["content"] if len(answer) == 1 else answer
+
+
+def answered(columns: Mapping[str, Any], name: str) -> tuple[PromptText, Answer]:
+    """Prompt and answer of a row whose answer is in column `name`."""
+    value = columns[name]
+    if isinstance(value, str):
+        return prompt_of(columns), value
+    turns = _turns(value, name)
+    whole = _is_whole(columns.get("prompt"), turns)
+    prompt = prompt_of({name: turns}, name) if whole else prompt_of(columns)
+    return prompt, _behind(prompt, turns, name)
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many of the first items of both are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def pair_of(columns: Mapping[str, Any]) -> tuple[PromptText, Answer, Answer]:
+    """Prompt, chosen and rejected of a row; without a prompt it is what the two share at their beginning."""
+    chosen, rejected, prompt = columns["chosen"], columns["rejected"], columns.get("prompt")
+    if chosen == rejected:
+        raise DataError("chosen and rejected are equal, so nothing can be learnt from them")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is not None or columns.get("messages") is not None:
+            return prompt_of(columns), chosen, rejected
+        # As in TRL: the space before the first words that differ is theirs.
+        shared = chosen[: _common(chosen, rejected)].removesuffix(" ")
+        if not shared:
+            raise DataError(
+                "there is neither a prompt nor a messages column, and chosen and rejected share no beginning; add a "
+                "prompt"
+            )
+        return shared, chosen[len(shared) :], rejected[len(shared) :]
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return prompt_of(columns), *(
+            v if isinstance(v, str) else _behind(prompt_of(columns), _turns(v, name), name)
+            for name, v in (("chosen", chosen), ("rejected", rejected))
+        )  # type: ignore[return-value]
+    both = _turns(chosen, "chosen"), _turns(rejected, "rejected")
+    given: PromptText
+    if _is_whole(prompt, both[0]):
+        n = min(_common(*both), *(len(turns) - 1 for turns in both))
+        if not n or any(turns[n]["role"] != "assistant" for turns in both):
+            raise DataError(
+                "chosen and rejected answer differing prompts; let both begin with the same messages, up to the "
+                "assistant's where they part"
+            )
+        given = both[0][:n]
+    else:
+        given = prompt_of(columns)
+    answers = _behind(given, both[0], "chosen"), _behind(given, both[1], "rejected")
+    return given, *answers
 
 
 class Encoder:
@@ -352,6 +522,22 @@ class Encoder:
         """Ids of an answer, the token that ends the turn included."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
 
+    def answer(self, said: Answer) -> list[int]:
+        """Ids of an answer, the tokens that end its turns included; ~id where others speak, which is not learnt."""
+        if isinstance(said, str):
+            return self.completion(said)
+        ids: list[int] = []
+        others: list[Message] = []
+        for message in said:
+            if message["role"] != "assistant":
+                others.append(message)
+                continue
+            if ids:
+                ids += [~i for i in self._between(others, "answer", ended=True)]
+            ids += self.completion(message["content"])
+            others = []
+        return ids
+
     def observation(self, said: str | Message, chat: bool, ended: bool) -> list[int]:
         """Ids of what an environment answers, up to where the policy speaks again.
 
@@ -369,13 +555,18 @@ class Encoder:
             if isinstance(said, str)
             else _messages([said], "observation")[0]
         )
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}, message]
+        return self._between([message], "observation", ended)
+
+    def _between(self, messages: Sequence[Message], what: str, ended: bool) -> list[int]:
+        """Ids from the end of an assistant's turn, without the token that ends it where it has `ended`, through the
+        messages of others up to the next turn."""
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}, *messages]
+        if not self.tokenizer.chat_template:
+            raise DataError(f"{self.name} has no chat template, which messages need; use texts")
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:
-            raise DataError(
-                f"the chat template refuses the observation: {str(error).splitlines()[0]}"
-            ) from None
+            raise DataError(f"the chat template refuses the {what}: {str(error).splitlines()[0]}") from None
         ids = self.tokenizer(text[text.rfind(MARKER) + len(MARKER) :], add_special_tokens=False)["input_ids"]
         return list(ids[1:] if ended and ids and ids[0] == self.end_id else ids)
 
@@ -386,13 +577,20 @@ class Encoder:
 
 @dataclass
 class Example:
-    """A prompt with its answers: none (PPO), one (SFT), or chosen and rejected (reward model)."""
+    """A prompt with its answers: none (PPO), one (SFT), or chosen and rejected (reward model).
+
+    learnt: of each answer, which of its tokens are the assistant's; empty where all are.
+    """
 
     prompt_ids: list[int]
     answers: list[list[int]]
     prompt: PromptText
     columns: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+    learnt: list[list[bool]] = field(default_factory=list)
+
+    def learnt_of(self, answer: int) -> list[bool]:
+        return self.learnt[answer] if self.learnt else [True] * len(self.answers[answer])
 
 
 E = TypeVar("E")
@@ -403,9 +601,9 @@ Outcome = token_cache.Outcome
 class Encoding:
     """How the rows of a data set become token ids.
 
-    encode: (prompt ids, answers' ids, cut) of a row's columns, None for one over the length limit. prompt: the
-    row's prompt as it was. limit: what the length limit is called. settings: everything that decides `encode`;
-    None: it must not be remembered.
+    encode: (prompt ids, answers' ids, cut) of a row's columns, None for one over the length limit; in an answer, ~id
+    is a token that is not learnt. prompt: the row's prompt as it was. limit: what the length limit is called.
+    settings: everything that decides `encode`; None: it must not be remembered.
     """
 
     encode: Callable[[Mapping[str, Any]], Outcome]
@@ -421,7 +619,9 @@ class Encoding:
             return f"{record.where}: {error}"
 
     def example(self, record: Record, outcome: tuple[list[int], list[list[int]], bool]) -> Example:
-        return Example(outcome[0], outcome[1], self.prompt(record.columns), record.columns, record.where)
+        answers = [[i if i >= 0 else ~i for i in ids] for ids in outcome[1]]
+        learnt = [] if answers == outcome[1] else [[i >= 0 for i in ids] for ids in outcome[1]]
+        return Example(outcome[0], answers, self.prompt(record.columns), record.columns, record.where, learnt)
 
 
 class StreamedExamples(Sequence[Example]):
@@ -561,23 +761,29 @@ def sft_examples(
     require_columns(records[:1] if stream else records, names)
 
     def name_in(columns: Mapping[str, Any]) -> str:
-        name = next((n for n in names if n in columns), None)
+        name = next((n for n in names if columns.get(n) is not None), None)
         if name is None:
             raise DataError(f"there is no response; a column {' or '.join(names)} is needed")
         return name
 
     def encode(columns: Mapping[str, Any]) -> Outcome:
-        name = name_in(columns)
-        text = answer_text(columns[name], name)
-        ids = encoder.prompt(prompt_of(columns, name))
-        return _fit(ids, [encoder.completion(text)], max_length, overlong)
+        prompt, answer = answered(columns, name_in(columns))
+        return _fit(encoder.prompt(prompt), [encoder.answer(answer)], max_length, overlong)
 
     settings = {"kind": "sft", "response": response, "max_length": max_length, "overlong": overlong}
     encoding = Encoding(
-        encode, lambda columns: prompt_of(columns, name_in(columns)), f"max_length {max_length}",
+        encode, lambda columns: answered(columns, name_in(columns))[0], f"max_length {max_length}",
         settings | encoder.settings(),
     )  # fmt: skip
     return _convert(records, stats, encoding, bad_rows, workers, cache, stream)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value, also a text of a .csv file, is a number to compute with."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def pair_examples(
@@ -596,17 +802,16 @@ def pair_examples(
         for name in ("chosen", "rejected", *([margin] if margin else [])):
             if columns.get(name) is None:
                 raise DataError(f"there is no {name}")
-        if margin and not isinstance(columns[margin], (int, float)):
-            raise DataError(f"{margin} is {_short(columns[margin])}, which is not a number")
-        chosen, rejected = (answer_text(columns[name], name) for name in ("chosen", "rejected"))
-        if chosen == rejected:
-            raise DataError("chosen and rejected are equal, so nothing can be learnt from them")
-        ids = encoder.prompt(prompt_of(columns, "chosen"))
-        return _fit(ids, [encoder.completion(chosen), encoder.completion(rejected)], max_length, overlong)
+        if margin and not _is_finite(columns[margin]):
+            raise DataError(
+                f"{margin} is {_short(columns[margin])}, which is not a number; give a finite one"
+            )
+        prompt, *answers = pair_of(columns)
+        return _fit(encoder.prompt(prompt), [encoder.answer(a) for a in answers], max_length, overlong)
 
     settings = {"kind": "pairs", "margin": margin, "max_length": max_length, "overlong": overlong}
     encoding = Encoding(
-        encode, lambda columns: prompt_of(columns, "chosen"), f"max_length {max_length}",
+        encode, lambda columns: pair_of(columns)[0], f"max_length {max_length}",
         settings | encoder.settings(),
     )  # fmt: skip
     return _convert(records, stats, encoding, bad_rows, workers, cache, stream)
@@ -701,10 +906,49 @@ class Sequences:
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
 
+def answer_batch(
+    examples: Sequence[Example], answers: Sequence[int], pad_id: int, device: torch.device | None = None
+) -> tuple[Sequences, Tensor]:
+    """The answers of these numbers, those of one number in a row, and which of their tokens are learnt: bool [B, C]."""
+    batch = Sequences.of(
+        [e.prompt_ids for _ in answers for e in examples], [e.answers[k] for k in answers for e in examples],
+        pad_id, device,
+    )  # fmt: skip
+    learnt, _ = pad([e.learnt_of(k) for k in answers for e in examples], 0, "right")
+    return batch, learnt.to(batch.completion_mask)
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n rows in an epoch, a function of its arguments alone."""
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
     return [int(i) for i in generator.permutation(n)]
+
+
+def fill(lengths: Sequence[int], budget: int, seed: int) -> list[list[int]]:
+    """Rows in batches of at most `budget` tokens: the longest first, each into the fullest batch that has room for it.
+
+    The seed decides which of the rows of one length go where. No row may be longer than the budget.
+    """
+    batches: list[list[int]] = []
+    rooms: list[int] = []  # sorted, each once
+    having: dict[int, list[list[int]]] = {}  # room -> batches
+    for row in sorted(epoch_order(len(lengths), seed, 0), key=lambda row: -lengths[row]):
+        place = bisect.bisect_left(rooms, lengths[row])
+        if place < len(rooms):
+            room = rooms[place]
+            batch = having[room].pop()
+            if not having[room]:
+                del having[room], rooms[place]
+        else:
+            room, batch = budget, []
+            batches.append(batch)
+        batch.append(row)
+        room -= lengths[row]
+        if room and room not in having:
+            bisect.insort(rooms, room)
+        if room:
+            having.setdefault(room, []).append(batch)
+    return batches
 
 
 @dataclass(frozen=True)

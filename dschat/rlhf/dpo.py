@@ -77,7 +77,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
         engine.stepper.load_state(run.restore({"policy": policy}, optimizers))
 
-        final: dict[str, Any] = {}
+        final = run.logged("loss", "accuracy", "eval/loss", "eval/accuracy", "eval/margin")
         for step in range(run.step, total):
             rows = schedule.indices(step)
             with metrics.phase("update"):
@@ -117,14 +117,13 @@ def pair_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of chosen and rejected answers, each float32 [B], from one packed forward over both.
 
-    mean: over the tokens of an answer (IPO); else their sum.
+    mean: over the assistant's tokens of an answer (IPO); else their sum.
     """
-    prompts = [e.prompt_ids for e in examples]
-    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
-    batch: Any = data.Sequences.of(prompts * 2, answers, pad_id, engine.device)
+    batch: Any
+    batch, learnt = data.answer_batch(examples, (0, 1), pad_id, engine.device)
     logp = engine.logprobs(batch, temperature=1.0)
     reduce = losses.masked_mean if mean else losses.masked_sum
-    rows = reduce(logp, batch.completion_mask, dim=-1)
+    rows = reduce(logp, learnt, dim=-1)
     return rows[: len(examples)], rows[len(examples) :]
 
 
@@ -193,7 +192,7 @@ def _digest(sets: dict[str, Sequence[data.Example]], mean: bool) -> str:
     """Name of the tokens of some pairs, so that a cache of other data is not taken for theirs."""
     h = hashlib.blake2b(b"mean" if mean else b"sum", digest_size=8)
     for name, examples in sets.items():
-        h.update(repr((name, [(e.prompt_ids, e.answers) for e in examples])).encode())
+        h.update(repr((name, [(e.prompt_ids, e.answers, e.learnt) for e in examples])).encode())
     return h.hexdigest()
 
 

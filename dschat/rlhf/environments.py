@@ -17,6 +17,7 @@ behind the very ids that were drawn, so their log-probs are those of one trainin
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
@@ -28,8 +29,18 @@ from ..config import ConfigError
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, RolloutStats, SamplingConfig
 from . import data
-from .rewards import load_function
+from .rewards import first_line, load_function
 from .run import derive_seed
+
+
+class EpisodeError(ConfigError):
+    """An environment that raised or gave what is no step; the message is one sentence. episode: the row's columns and
+    the actions up to there, which play it again. trace: the traceback of what it raised."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+        self.episode: dict[str, Any] = {}
 
 
 class Step(NamedTuple):
@@ -114,10 +125,8 @@ def first_prompt(factory: Factory, columns: Mapping[str, Any]) -> data.PromptTex
     """What an episode of this row begins with. Raises DataError where `reset` refuses the row."""
     try:
         prompt = factory().reset(**columns)
-    except Exception as error:
-        raise data.DataError(
-            f"the environment's reset refuses the row: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise data.DataError(f"the environment's reset refuses the row: {first_line(error)}") from error
     return data.prompt_of({"prompt": prompt})
 
 
@@ -126,6 +135,7 @@ class _Track:
     """One episode while it is played."""
 
     game: Environment
+    example: data.Example
     chat: bool
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
@@ -133,6 +143,7 @@ class _Track:
     actions: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     turns: int = 0
+    said: list[str] = field(default_factory=list)  # the actions as texts
     observation: str | Mapping[str, str] = ""
     ended: bool = False  # the last action ended by itself
     done: bool = False
@@ -143,6 +154,13 @@ class _Track:
         self.logprobs += logprobs
         self.actions += [action] * len(ids)
         self.rewards += [0.0] * len(ids)
+
+    def keep(self, error: EpisodeError) -> EpisodeError:
+        """The error with this episode, as far as it went."""
+        error.episode = {
+            "where": self.example.where, "columns": dict(self.example.columns), "actions": list(self.said),
+        }  # fmt: skip
+        return error
 
 
 def play(
@@ -172,13 +190,14 @@ def play(
     tracks = []
     for example in examples:
         for _ in range(sampling.n):
-            game = factory()
-            if game.reset(**example.columns) != example.prompt:
+            game, prompt = _begin(factory, example.columns)
+            if prompt != example.prompt:
                 raise ConfigError(
                     f"the environment's reset gave another prompt for {example.where} than before; "
                     "let it depend on the row alone"
                 )
-            tracks.append(_Track(game, not isinstance(example.prompt, str), list(example.prompt_ids)))
+            chat = not isinstance(example.prompt, str)
+            tracks.append(_Track(game, example, chat, list(example.prompt_ids)))
     stats = RolloutStats()
     going = tracks
     for turn in range(max_turns):
@@ -199,19 +218,65 @@ def play(
     return _gather(tracks, examples, sampling, stats, encoder.pad_id, engine.device)
 
 
+def _begin(factory: Factory, columns: Mapping[str, Any]) -> tuple[Environment, Any]:
+    """A new episode and its prompt."""
+    try:
+        game = factory()
+        return game, game.reset(**columns)
+    except (Exception, SystemExit) as error:
+        raised = _raised("reset", error)
+        raised.episode = {"columns": dict(columns), "actions": []}
+        raise raised from error
+
+
+def _take(game: Environment, action: str) -> Step:
+    """What an environment answers to an action. Raises EpisodeError for what is no answer."""
+    try:
+        result = game.step(action)
+    except (Exception, SystemExit) as error:
+        raise _raised("step", error) from error
+    if not isinstance(result, tuple) or not 1 <= len(result) <= 3:
+        raise EpisodeError(f"the environment's step returned {result!r}; return (observation, reward, done)")
+    step = Step(*result)
+    try:
+        return step._replace(reward=float(step.reward))
+    except (TypeError, ValueError):
+        raise EpisodeError(f"the environment's step gave reward {step.reward!r}; return a number") from None
+
+
+def _raised(method: str, error: BaseException) -> EpisodeError:
+    trace = "".join(traceback.format_exception(error))
+    return EpisodeError(f"the environment's {method} raised {first_line(error)}", trace)
+
+
+def play_again(factory: Factory, episode: Mapping[str, Any], encoder: data.Encoder) -> None:
+    """A failed episode once more, with the actions that it had. Raises EpisodeError where it fails again."""
+    game, prompt = _begin(factory, episode["columns"])
+    for action in episode["actions"]:
+        step = _take(game, action)
+        if not step.done:
+            _observe(step.observation, not isinstance(prompt, str), True, encoder)
+
+
+def _observe(said: Any, chat: bool, ended: bool, encoder: data.Encoder) -> list[int]:
+    """Token ids of an observation. Raises EpisodeError for what is none."""
+    try:
+        return encoder.observation(said, chat, ended)
+    except data.DataError as error:
+        raise EpisodeError(str(error)) from error
+
+
 def _act(track: _Track, encoder: data.Encoder, drawn: Rollout, row: int) -> None:
     """Hand one drawn action to its environment."""
     real = drawn.completion_mask[row].bool()
     action = drawn.completion_ids[row][real].tolist()
     track.add(action, drawn.logprobs[row][real].tolist(), True)
-    result = track.game.step(encoder.decode(action))
-    if not isinstance(result, tuple) or not 1 <= len(result) <= 3:
-        raise ConfigError(f"the environment's step returned {result!r}; return (observation, reward, done)")
-    step = Step(*result)
+    track.said.append(encoder.decode(action))
     try:
-        track.rewards[-1] = float(step.reward)
-    except (TypeError, ValueError):
-        raise ConfigError(f"the environment's step gave reward {step.reward!r}; return a number") from None
+        step = _take(track.game, track.said[-1])
+    except EpisodeError as error:
+        raise track.keep(error) from error.__cause__
+    track.rewards[-1] = step.reward
     track.turns += 1
     track.done = bool(step.done)
     track.observation, track.ended = step.observation, bool(drawn.finished[row])
@@ -221,7 +286,10 @@ def _go_on(track: _Track, encoder: data.Encoder, turn_tokens: int, max_tokens: i
     """Append the observation if the episode has another turn; whether it has."""
     if track.done:
         return False
-    seen = encoder.observation(track.observation, track.chat, track.ended)
+    try:
+        seen = _observe(track.observation, track.chat, track.ended, encoder)
+    except EpisodeError as error:
+        raise track.keep(error) from error.__cause__
     track.overflowed = len(track.ids) + len(seen) + turn_tokens > max_tokens
     if not track.overflowed:
         track.add(seen, [0.0] * len(seen), False)

@@ -23,16 +23,20 @@ if TYPE_CHECKING:
 
 
 def evaluate(trainer: Trainer, examples: Sequence[data.Example], seed: int) -> dict[str, Any]:
-    """Sample held-out prompts, always with the same random streams: scores, KL and texts."""
+    """Sample held-out prompts, always with the same random streams: scores, KL and texts. A prompt's score is the mean
+    over those of its answers that a reward judges; None where there is none."""
     samples = trainer.config.eval_samples
     rollout = trainer.generate(examples, samples, seed)
     texts = trainer.texts(rollout)
     scores, valid = trainer.score(rollout, examples, texts)
-    scores = torch.where(valid, scores, torch.zeros_like(scores))
     mask = action_mask(rollout)
     gap = losses.kl(rollout.logprobs, trainer.reference_logprobs(rollout), "k1", mask)
+    judged = valid.view(len(examples), -1)
+    means = torch.where(judged, scores.view_as(judged), 0.0).sum(1) / judged.sum(1)
     return {
-        "scores": scores.view(len(examples), -1).mean(1).tolist(),
+        "scores": [
+            score if bool(some) else None for score, some in zip(means.tolist(), judged.any(1), strict=True)
+        ],
         "kl": float(losses.masked_sum(gap, mask, dim=-1).mean()),
         "length": float(rollout.completion_mask.sum(1).float().mean()),
         "finished": float(rollout.finished.float().mean()),
@@ -54,11 +58,16 @@ def paired_bootstrap(
 
 
 def held_out(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """Two evaluations of the same prompts, compared."""
-    change, low, high = paired_bootstrap(before["scores"], after["scores"], seed)
-    found = {"prompts": len(before["scores"]), "change": change, "low": low, "high": high, "kl": after["kl"]}
-    for name, side in (("before", before), ("after", after)):
-        found[name] = float(np.mean(side["scores"]))
+    """Two evaluations of the same prompts, compared on those that have a score in both; {} where none has."""
+    pairs = list(zip(before["scores"], after["scores"], strict=True))
+    both = [i for i, pair in enumerate(pairs) if None not in pair]
+    if not both:
+        return {}
+    scores = [[side["scores"][i] for i in both] for side in (before, after)]
+    change, low, high = paired_bootstrap(scores[0], scores[1], seed)
+    found = {"prompts": len(both), "change": change, "low": low, "high": high, "kl": after["kl"]}
+    for name, side, own in zip(("before", "after"), (before, after), scores, strict=True):
+        found[name] = float(np.mean(own))
         found[f"length_{name}"], found[f"finished_{name}"] = side["length"], side["finished"]
     return found
 
@@ -71,9 +80,9 @@ def table(
         {
             "prompt": prompt_text(example.prompt),
             "before": before["texts"][i],
-            "score before": float(before["scores"][i]),
+            "score before": before["scores"][i],
             "after": after["texts"][i],
-            "score after": float(after["scores"][i]),
+            "score after": after["scores"][i],
         }
         for i, example in enumerate(examples)
     ]

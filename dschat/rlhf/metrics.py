@@ -6,6 +6,7 @@ Wall-clock keys start with `time/`; everything else is the same in a resumed run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import device as devices
+from .checkpoint import atomic_text, writing
 from .trackers import Tracker
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
@@ -41,22 +43,33 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
     data = (json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)
+    with writing(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            while data:  # all at once, but on a disk that fills up: the next write says so
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file; a last line without its end (the writer was killed) is left out; [] without
-    the file.
+    the file. Raises ValueError, one sentence, for a damaged line.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line.strip()]
+    out = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is damaged, no JSON object; mend or delete that line")
+            out.append(row)
+    return out
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -65,11 +78,7 @@ def drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in read_lines(path) if line.get("step", 0) <= step and "before" not in line]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    atomic_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def reset_peak_memory(device: torch.device = devices.CPU) -> None:
@@ -191,7 +200,8 @@ class Metrics:
         if self._writer is not None:
             for key, value in line.items():
                 if key != "time/unix":
-                    self._writer.add_scalar(f"{self.name}/{key}", value, step)
+                    with writing(self.folder / "tensorboard"):
+                        self._writer.add_scalar(f"{self.name}/{key}", value, step)
         for tracker in self._trackers:
             tracker.log(step, {f"{self.name}/{k}": v for k, v in line.items() if k != "time/unix"})
         status = "  ".join(f"{key.replace('/', ' ')} {line[key]:.3g}" for key in show if key in line)
@@ -223,7 +233,8 @@ class Metrics:
             self._bar.stop()
             self._bar = None
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # a full disk has been said where it came up
+                self._writer.close()
             self._writer = None
         for tracker in self._trackers:
             tracker.close()
@@ -249,6 +260,8 @@ def completions_table(rows: Sequence[Mapping[str, Any]], title: str = "", width:
 
 
 def _cell(value: Any, width: int) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.2f}"
     text = str(value).strip()

@@ -160,11 +160,11 @@ def load_adapter(model: Any, name: str) -> Any:
         return no_dropout(peft.PeftModel.from_pretrained(model, resolve(name)))
 
 
-def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "random") -> Any:
+def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str | None = "random") -> Any:
     """A sequence classifier with one label.
 
-    new_head: a head that the folder lacks is drawn from N(0, 1 / (hidden + 1)), as a reward model's
-    ("random"), or is zero, as a critic's ("zero").
+    new_head: a head that the folder lacks is drawn from N(0, 1 / (hidden + 1)), as a reward model's that is to be
+    trained ("random"), or is zero, as a critic's ("zero"). None: raises ConfigError where there is none.
     """
     import transformers
 
@@ -187,7 +187,13 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str = "r
         finally:
             transformers.utils.logging.set_verbosity(verbosity)
     head = score_head(model)
-    if any(k.endswith(("score.weight", "classifier.weight")) for k in info["missing_keys"]):
+    missing = [k for k in info["missing_keys"] if k.endswith(("score.weight", "classifier.weight"))]
+    if missing and new_head is None:
+        raise ConfigError(
+            f"{name} is no trained reward model, as it has no {missing[0]}; train one on it with dschat reward, or "
+            "name one"
+        )
+    if missing:
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(head.weight.shape, generator=generator, device="cpu") / math.sqrt(
             head.weight.shape[1] + 1

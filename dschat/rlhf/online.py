@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -40,12 +41,15 @@ from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_te
 from .metrics import Metrics, read_lines
 from .pretraining import PretrainingMix, WeightAverage
 from .rewards import (
+    HIDDEN,
     RewardError,
     RewardFunction,
     Rewards,
+    TrainerState,
     load_sources,
     prompt_text,
 )  # fmt: skip
+from .rewards import numbers as source_numbers
 from .run import (
     Run,
     at_scale,
@@ -69,12 +73,19 @@ class RatioError(ConfigError):
     """The first minibatch's ratio is not 1: rollout and training disagree about the policy."""
 
 
-class NotFinite(ConfigError):
-    """A loss or score that is nan or infinite, with what it was computed from."""
+class StepFailed(ConfigError):
+    """A step that cannot be computed, with what it was to be computed from. trace: the traceback of what the user's own
+    code raised; empty where it did not."""
 
-    def __init__(self, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, message: str, tensors: Mapping[str, Tensor], texts: Mapping[str, Any], trace: str = ""
+    ) -> None:
         super().__init__(message)
-        self.tensors, self.texts = dict(tensors), dict(texts)
+        self.tensors, self.texts, self.trace = dict(tensors), dict(texts), trace
+
+
+class NotFinite(StepFailed):
+    """A loss or a gradient that is nan or infinite."""
 
 
 class Trainer:
@@ -103,6 +114,9 @@ class Trainer:
         self.environment = environments.load_environment(config.environment) if config.environment else None
         self.mix = PretrainingMix(config, encoder) if config.unsup_coef else None
         self.average = WeightAverage(engine.model, config.ema_decay) if config.ema_decay else None
+        self.progress = TrainerState()
+        self.source_scores: dict[str, Tensor] = {}
+        """Each reward's own scores of the rollout that `score` was given last."""
 
     # ------------------------------------------------------------------------------ what an algorithm decides
 
@@ -180,10 +194,13 @@ class Trainer:
             pad_token_id=self.encoder.pad_id,
         )
         if self.environment is not None:
-            return environments.play(
-                self.engine, self.encoder, self.environment, examples, sampling,
-                max_turns=self.config.max_turns, max_tokens=self.config.max_new_tokens,
-            )  # fmt: skip
+            try:
+                return environments.play(
+                    self.engine, self.encoder, self.environment, examples, sampling,
+                    max_turns=self.config.max_turns, max_tokens=self.config.max_new_tokens,
+                )  # fmt: skip
+            except environments.EpisodeError as error:
+                raise StepFailed(str(error), {}, {"episode": error.episode}, error.trace) from error
         return self.engine.generate(ids, mask, sampling)
 
     def texts(self, rollout: Rollout) -> list[str]:
@@ -198,13 +215,16 @@ class Trainer:
         """
         n = len(texts) // len(examples)
         rows = [e for e in examples for _ in range(n)]
-        names = {k for e in examples for k in e.columns} - {"prompt", "prompts", "completion", "completions"}
+        names = {k for e in examples for k in e.columns} - HIDDEN
         columns = {k: [e.columns.get(k) for e in rows] for k in sorted(names)}
+        prompts = [e.prompt for e in rows]
         try:
-            scores, valid, _ = self.rewards(rollout, [e.prompt for e in rows], texts, columns)
+            scores, valid, parts = self.rewards(rollout, prompts, texts, columns, self.progress)
         except RewardError as error:
-            kept = {"prompts": [e.prompt for e in rows], "completions": list(texts), "columns": columns}
-            raise NotFinite(str(error), rollout_tensors(rollout), kept) from error
+            kept = {"prompts": prompts, "completions": list(texts), "columns": columns}
+            kept["progress"] = dataclasses.asdict(self.progress)
+            raise StepFailed(str(error), rollout_tensors(rollout), kept, error.trace) from error
+        self.source_scores = parts
         device = rollout.completion_mask.device
         return scores.to(device), valid.to(device)
 
@@ -280,11 +300,14 @@ class Trainer:
             "time/rollout_tokens_per_s": rollout.stats.completion_tokens / generation,
             **{f"gap/{k}": v for k, v in gap.items()},
             **(rollout.numbers() if isinstance(rollout, Episodes) else {}),
+            **source_numbers(self.source_scores),
+            **self.rewards.log.numbers(),
         }
+        extra = self.rewards.log.extra
         rows = [
             {"prompt": prompt_text(examples[i // config.samples_per_prompt].prompt), "completion": texts[i],
-             "score": float(scores[i])}
-            for i in range(min(len(texts), 4 * config.samples_per_prompt))
+             "score": float(scores[i])} | {k: v[i] for k, v in extra.items() if i < len(v)}
+            for i in range(min(len(texts), config.keep_completions * config.samples_per_prompt))
         ]  # fmt: skip
         metrics.completions(step + 1, rows)
         return experience, numbers
@@ -527,6 +550,11 @@ def train(
         if saved:
             trainer.load_state(saved)
         before: dict[str, Any] = saved.get("before") or {}
+
+        def done(step: int) -> None:
+            trainer.progress = TrainerState(step, total, step / schedule.steps_per_epoch, config.epochs)
+
+        done(run.step)
         if eval_set and not before:
             with _keeping(run, 0, modules):
                 before = evaluate.evaluate(trainer, eval_set, eval_seed)
@@ -534,18 +562,18 @@ def train(
         after: dict[str, Any] = {}
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
+            done(step)
             with _keeping(run, step + 1, modules):
                 experience, numbers = trainer.collect(examples, step, metrics)
                 with metrics.phase("update"):
                     numbers |= trainer.update(experience, step, total)
+                done(step + 1)
                 if eval_set and run.eval_due(step + 1, total):
                     with metrics.phase("eval"):
                         after = evaluate.evaluate(trainer, eval_set, eval_seed)
-                    numbers |= {
-                        "eval/score": float(np.mean(after["scores"])),
-                        "eval/kl": after["kl"],
-                        "eval/length": after["length"],
-                    }
+                    numbers |= {"eval/kl": after["kl"], "eval/length": after["length"]}
+                    if judged := [score for score in after["scores"] if score is not None]:
+                        numbers["eval/score"] = float(np.mean(judged))
             metrics.log(step + 1, numbers, show=["score/mean", "kl/sequence", "rollout/length"])
             extra = trainer.state() | {"before": before, "after": after}
             run.save(step + 1, modules, optimizers, extra)
@@ -604,12 +632,17 @@ def _check_room(config: OnlineConfig, sets: Sequence[Sequence[data.Example]], co
 
 @contextlib.contextmanager
 def _keeping(run: Run, step: int, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """A batch that makes something nan or infinite is kept with the weights that it met."""
+    """A batch on which a step fails is kept with the weights that it met."""
     try:
         yield
-    except NotFinite as error:
+    except StepFailed as error:
         where = run.save_failed(step, str(error), error.tensors, error.texts, modules)
-        raise ConfigError(f"{error}; the batch is in {where}, see dschat replay {where}") from error
+        message = f"{error}; the batch is in {where}, see dschat replay {where}"
+        if error.trace:
+            message += f"; the traceback is in {where / 'traceback.txt'}"
+            if parallel.lead():
+                (where / "traceback.txt").write_text(error.trace, encoding="utf-8")
+        raise ConfigError(message) from error
 
 
 def _examples(

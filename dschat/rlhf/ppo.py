@@ -3,9 +3,8 @@
     reward_t = -kl_coef * kl_t, plus the score at the last token       advantages, returns = gae(rewards, values)
     loss     = clipped surrogate(advantages) + clipped value loss(returns)
 
-Models kept in memory: the policy; the reference is the policy with its adapter switched off (a frozen copy
-when all weights are trained); the critic starts from the reward model and shares its weights unless it trains
-them. What is common to all algorithms is in dschat/rlhf/online.py.
+Models kept: the policy; the reference is the policy with its adapter switched off (a frozen copy when all weights are
+trained); the critic starts from the reward model and shares its weights unless it trains them. The rest: online.py.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from ..engine.stepper import Stepper
 from . import checkpoint, data, dpo, environments, models, online, ppo, reward, sft
 from .experience import Experience
 from .grpo import GRPO
-from .rewards import RewardError, is_function_name
+from .rewards import RewardError, TrainerState, is_function_name
 from .run import rollout_dtype
 
 BUILD: dict[str, Callable[..., online.Trainer]] = {
@@ -52,7 +52,7 @@ BATCH = (
 
 @dataclass
 class Replay:
-    """where: what has the first number that is not finite; empty if all are finite. lines: what was found."""
+    """where: what has the first number that is not finite, or failed; empty if nothing did. lines: what was found."""
 
     lines: list[str] = field(default_factory=list)
     where: str = ""
@@ -63,6 +63,12 @@ class Replay:
     def stop(self, what: str, said: str) -> Replay:
         self.where = what
         self.lines.append(f"not finite: {what}: {said}")
+        return self
+
+    def fail(self, what: str, error: RewardError | environments.EpisodeError) -> Replay:
+        """What the user's own code raised or gave."""
+        self.where = what
+        self.lines += [*error.trace.splitlines(), f"failed: {what}: {error}"]
         return self
 
 
@@ -81,6 +87,8 @@ def replay(path: str, device: str = "auto") -> Replay:
     out.ok(f"{len(weights)} trained weights")
     tokenizer = models.load_tokenizer(config.model)
     encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+    if "episode" in about:
+        return _episode(out, about["episode"], config, encoder)
     if stage in BUILD:
         batch = {name: tensor.to(place) for name, tensor in batch.items()}
         return _online(out, about, config, dtype, batch, weights, encoder)
@@ -194,7 +202,9 @@ def _rows(
     weights: Mapping[str, Tensor], encoder: data.Encoder,
 ) -> Replay:  # fmt: skip
     examples = [
-        data.Example(r["prompt_ids"], r["answers"], "", dict(r.get("columns", {})), r["where"])
+        data.Example(
+            r["prompt_ids"], r["answers"], "", dict(r.get("columns", {})), r["where"], r.get("learnt", [])
+        )
         for r in about["rows"]
     ]
     scale = _last_scale(config) if dtype == torch.float16 else None
@@ -301,6 +311,18 @@ def _rollout(batch: Mapping[str, Tensor], config: Any) -> Rollout:
     return kind(**values, sampling=SamplingConfig(temperature=config.temperature))
 
 
+def _episode(out: Replay, episode: Mapping[str, Any], config: Any, encoder: data.Encoder) -> Replay:
+    """The environment once more, with the row and the actions that it failed on."""
+    try:
+        environments.play_again(environments.load_environment(config.environment), episode, encoder)
+    except environments.EpisodeError as error:
+        return out.fail("environment", error)
+    out.lines.append(
+        f"the environment answers all {len(episode['actions'])} actions of {episode.get('where', 'the row')} this time"
+    )
+    return out
+
+
 def _scores(
     out: Replay, about: Mapping[str, Any], config: Any, trainer: online.Trainer, rollout: Rollout,
     rows: Sequence[Sequence[int]],
@@ -313,9 +335,10 @@ def _scores(
             if not _forward(out, what, scorer.model, rows):
                 return out
     try:
-        trainer.rewards(rollout, about["prompts"], about["completions"], about["columns"])
+        progress = TrainerState(**about.get("progress", {}))
+        trainer.rewards(rollout, about["prompts"], about["completions"], about["columns"], progress)
     except RewardError as error:
-        return out.stop("rewards", str(error))
+        return out.fail("rewards", error)
     named = [n for n in config.reward if is_function_name(n)]
     out.lines.append(
         "the rewards are numbers this time"

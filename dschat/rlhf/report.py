@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import ConfigError
 from . import evaluate
-from .checkpoint import atomic_text
+from .checkpoint import atomic_text, read_json
 from .metrics import read_lines
 
 STYLE = """<style>
@@ -92,7 +92,7 @@ class RunFiles:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(path, "delete it, or put back what it was") if path.is_file() else {}
 
 
 def stage_folders(folder: str | Path) -> dict[str, Path]:
@@ -295,11 +295,11 @@ def timings(run: RunFiles) -> list[dict[str, Any]]:
 def _before_after(run: RunFiles) -> list[dict[str, Any]]:
     """Held-out answers before and after; without them the samples of the first and of the last step."""
     held = [r for r in run.completions if "before" in r]
-    rows = held or [
-        r for r in run.completions if r["step"] in (run.completions[0]["step"], run.completions[-1]["step"])
-    ]
-    drop = {"step"} if held else set()
-    return [{k: v for k, v in row.items() if k not in drop} for row in rows[-ROWS:]]
+    if held:
+        return [{k: v for k, v in row.items() if k != "step"} for row in held[-ROWS:]]
+    steps = dict.fromkeys(run.completions[i]["step"] for i in (0, -1))
+    each = [[dict(r) for r in run.completions if r["step"] == step][: ROWS // len(steps)] for step in steps]
+    return [row for rows in each for row in rows]
 
 
 def _differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             metrics.say(eval_stats.sentence("reward held-out data"))
         stepper.load_state(run.restore({"reward": model}, optimizers))
 
-        final: dict[str, Any] = {}
+        final = run.logged("loss", "accuracy", "eval/loss", "eval/accuracy", "eval/margin")
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with metrics.phase("update"):
@@ -96,9 +96,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             model.config.reward_mean, model.config.reward_std = mean, std
             final |= {"reward_mean": mean, "reward_std": std}
         if eval_set:
-            longer = [len(e.answers[0]) > len(e.answers[1]) for e in eval_set]
             final["eval_pairs"] = len(eval_set)
-            final["eval_longer_wins"] = sum(longer) / len(longer)
+            final["eval_longer_wins"] = longer_wins(eval_set)
         final |= float16_result(stepper)
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
@@ -113,6 +112,12 @@ def _examples(
         **data.preparation(config),
     )  # fmt: skip
     return examples, stats
+
+
+def longer_wins(pairs: Sequence[data.Example]) -> float:
+    """How often the longer answer is the chosen one, equal lengths being right half of the time."""
+    gaps = [len(e.answers[0]) - len(e.answers[1]) for e in pairs]
+    return sum(0.5 + 0.5 * ((gap > 0) - (gap < 0)) for gap in gaps) / len(gaps)
 
 
 def _margins(examples: Sequence[data.Example], column: str, device: torch.device) -> torch.Tensor | None:
@@ -144,9 +149,7 @@ def pair_loss(
 
 def _both(scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int) -> data.Sequences:
     """Chosen answers, then rejected ones."""
-    prompts = [e.prompt_ids for e in examples]
-    answers = [e.answers[0] for e in examples] + [e.answers[1] for e in examples]
-    return data.Sequences.of(prompts * 2, answers, pad_id, scorer.device)
+    return data.answer_batch(examples, (0, 1), pad_id, scorer.device)[0]
 
 
 def pair_scores(

@@ -20,6 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
 from . import checkpoint, checks, data, models, trackers
-from .metrics import Metrics, reset_peak_memory
+from .metrics import Metrics, read_lines, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
 # computed (but for the rounding of sums over processes).
@@ -52,6 +53,7 @@ FREE_KEYS = {
     "run_name",
     "save_every",
     "keep_checkpoints",
+    "keep_completions",
     "threads",
     "device",
     "output_dir",
@@ -63,6 +65,10 @@ FREE_KEYS = {
     "offload",
     "deepspeed",
 }
+LENGTH_KEYS = {"max_steps", "epochs"}
+"""Keys that may differ when a run goes on where its learning rate does not depend on how long it will be."""
+ANEW = "put back what it was, name another output_dir, or add --overwrite to start anew"
+"""What to do about a folder whose run.json nobody can read."""
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -135,6 +141,33 @@ def require_data(config: StageConfig) -> None:
         raise ConfigError("data is empty; name at least one file (.jsonl, .csv, .parquet) or hub data set")
 
 
+def _length(settings: Mapping[str, Any]) -> str:
+    """What a run's settings say of its length, as the key that decides it."""
+    key = "max_steps" if settings.get("max_steps") else "epochs"
+    return f"{key} {settings.get(key)}"
+
+
+@cache
+def _digest(path: str, size: int, changed: int) -> str:
+    """Of a file's bytes; size and time of its last change: when a digest made before is no longer the file's."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+
+
+def data_digests(config: StageConfig, read: bool) -> dict[str, str]:
+    """What tells the content of a run's data from any other, by source: a digest of all bytes of a file (a run reads
+    them all in any case, and slower), of a hub data set its fingerprint, once it has been read. Others are left out."""
+    found = data.FINGERPRINTS if read else {}
+    out = {}
+    for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
+        if os.path.isfile(source):
+            about = os.stat(source)
+            out[source] = _digest(os.path.abspath(source), about.st_size, about.st_mtime_ns)
+        elif source in found:
+            out[source] = found[source]
+    return out
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -167,12 +200,22 @@ class Run:
         self.state: dict[str, Any] = {}
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.longer = False
+        """Whether it goes on to another number of steps than it was started with."""
         self.number = uuid.uuid4().hex
         """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
-        self._open()
-        if self.result is None:
-            checks.check_stage(config, made or {}, model, tokenizer)
+        self._data_before: dict[str, str] = {}
+        """What the rows were that the run began with; {} where it begins."""
+        self._lock: checkpoint.Lock | None = None
+        try:
+            self._open()
+            if self.result is None:
+                checks.check_stage(config, made or {}, model, tokenizer)
+                parallel.from_lead(partial(checkpoint.require_writable, self.folder))
+        except BaseException:
+            self.close()
+            raise
         parallel.barrier()  # every process has looked at the folder before the lead writes into it
 
     def _open(self) -> None:
@@ -182,13 +225,15 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"output_dir {self.folder} is a file; name a folder")
         file = self.folder / "run.json"
+        if file.is_file() and not self._finished():
+            self._take()
         if self.config.overwrite:
             if not file.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ConfigError(
                     f"output_dir {self.folder} holds files of no run, so it is not deleted; name another"
                 )
         elif file.is_file():
-            self._continue(json.loads(file.read_text(encoding="utf-8")))
+            self._continue(checkpoint.read_json(file, ANEW))
         if self.result is not None:
             return
         use_threads(self.config.threads)
@@ -196,6 +241,25 @@ class Run:
         np.random.seed(self.config.seed % 2**32)
         torch.manual_seed(self.config.seed)
         reset_peak_memory(self.device)
+
+    def _finished(self) -> bool:
+        return (self.folder / "result.json").is_file()
+
+    def _take(self) -> None:
+        """Hold the folder against other processes. Raises CheckpointError where one has it."""
+
+        def take() -> None:
+            self._lock = self._lock or checkpoint.Lock(self.folder)
+
+        parallel.from_lead(take)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self.metrics is not None:
+            self.metrics.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _continue(self, before: dict[str, Any]) -> None:
         if self.config.resume == "never":
@@ -206,36 +270,86 @@ class Run:
             raise ConfigError(
                 f"output_dir {self.folder} holds a run of {before.get('stage')}; name another folder"
             )
+        if not isinstance(before.get("config"), dict):
+            raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
         now = self.config.to_dict()
         for key, value in now.items():
-            if key not in FREE_KEYS and before["config"].get(key) != value:
+            if key not in FREE_KEYS | LENGTH_KEYS and before["config"].get(key) != value:
                 old = before["config"].get(key)
                 raise ConfigError(
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
+        self.longer = _length(now) != _length(before["config"])
+        if self.longer:
+            self._require_constant_rate(_length(before["config"]), _length(now))
+        self._data_before = before.get("data", {})
+        self._require_same_data()
         self.number = before.get("number", self.number)
         if "dtype" in before:  # what auto was where the run began
             self.dtype = models.pick_dtype(before["dtype"])
             self.rollout_dtype = rollout_dtype(self.config, self.dtype, self.device)
         done = self.folder / "result.json"
-        if done.is_file():
-            self.result = json.loads(done.read_text(encoding="utf-8"))
+        if done.is_file() and self.longer:
+            if checkpoint.latest(self.checkpoints) is None:
+                raise ConfigError(
+                    f"output_dir {self.folder} holds a finished run without checkpoints (save_every 0), so it cannot "
+                    "go on; name another output_dir, or add --overwrite"
+                )
+            self._take()
+        elif done.is_file():
+            self.result = checkpoint.read_json(done, "delete it and start again, to have it written anew")
             return
+        for name in ("metrics.jsonl", "completions.jsonl"):  # what `start` cuts back
+            read_lines(self.folder / name)
         newest = checkpoint.latest(self.checkpoints)
         if newest is not None:
             self.tensors, self.state, self.step = checkpoint.load(newest)
+            lacking = [k for k in ("optimizers", "rng", "extra") if not isinstance(self.state.get(k), dict)]
+            if lacking:
+                raise ConfigError(
+                    f"checkpoint {newest} has a damaged state.json (no {lacking[0]}); delete {newest} to go on from "
+                    "the one before, or from the start"
+                )
             self.best = self.state.get("best")
+
+    def _require_constant_rate(self, before: str, now: str) -> None:
+        if self.config.lr_schedule != "constant":
+            raise ConfigError(
+                f"output_dir {self.folder} holds a run with {before}, not {now}, and lr_schedule "
+                f"{self.config.lr_schedule}, by which the steps taken would have had other learning rates; name "
+                "another output_dir, or add --overwrite (with lr_schedule constant a run may go on to more steps)"
+            )
+
+    def _require_same_data(self, read: bool = False) -> None:
+        """Raise ConfigError where a source holds other rows than those that the run began with."""
+        for source, digest in parallel.from_lead(partial(data_digests, self.config, read)).items():
+            if self._data_before.get(source, digest) != digest:
+                raise ConfigError(
+                    f"{source} has changed since the run in {self.folder} began; put the first file back, name another "
+                    "output_dir, or add --overwrite"
+                )
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.metrics is not None:
-            self.metrics.close()
+        self.close()
 
     def start(self, total_steps: int) -> Metrics:
         """Write what the run is started with, and open its metrics at the step where it goes on."""
+        if total_steps < self.step:
+            raise ConfigError(
+                f"output_dir {self.folder} holds a run that has taken {self.step} steps, more than the {total_steps} "
+                "asked for; set max_steps to more, name another output_dir, or add --overwrite"
+            )
+        self._require_same_data(read=True)
+        if parallel.lead():
+            with checkpoint.writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self._lock is None
+        self._take()
+        parallel.from_lead(partial(self._require_untouched, fresh))
         sinks: list[trackers.Tracker] = []
         if parallel.lead():
             self._write_start()
@@ -252,6 +366,23 @@ class Run:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
 
+    def logged(self, *names: str) -> dict[str, Any]:
+        """The last values of these metrics before the step where the run goes on, as a result names them: a run that
+        was killed after its last step has their result too."""
+        assert self.metrics is not None
+        found: dict[str, Any] = {}
+        for line in read_lines(self.metrics.path):
+            found |= {name.replace("/", "_"): line[name] for name in names if line.get(name) is not None}
+        return found
+
+    def _require_untouched(self, fresh: bool) -> None:
+        """Raise ConfigError where another process has begun a run here since this one looked."""
+        if fresh and not self.config.overwrite and not self.step and (self.folder / "run.json").is_file():
+            raise ConfigError(
+                f"another process has begun a run in output_dir {self.folder} meanwhile; start again to go on from it, "
+                "or name another output_dir"
+            )
+
     def _tracker(self, package: str) -> trackers.Tracker:
         name = self.config.run_name or self.folder.resolve().name
         return trackers.Tracker(
@@ -260,13 +391,17 @@ class Run:
 
     def _write_start(self) -> None:
         if self.config.overwrite and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if path.name != checkpoint.LOCK:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with checkpoint.writing(self.folder):  # a finished run that goes on is not done any more
+            (self.folder / "result.json").unlink(missing_ok=True)
         content = {"stage": self.stage, "seed": self.config.seed, "versions": versions()}
         content["processes"], content["dtype"] = parallel.world(), str(self.dtype).removeprefix("torch.")
         content["device"], content["number"] = devices.describe(self.device), self.number
         if self.rollout_dtype is not None:
             content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
+        content["data"] = self._data_before | data_digests(self.config, read=True)
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
@@ -367,7 +502,13 @@ class Run:
         if math.isfinite(value):
             return
         kept = [
-            {"where": e.where, "prompt_ids": e.prompt_ids, "answers": e.answers, "columns": e.columns}
+            {
+                "where": e.where,
+                "prompt_ids": e.prompt_ids,
+                "answers": e.answers,
+                "learnt": e.learnt,
+                "columns": e.columns,
+            }
             for e in rows
         ]
         message = f"the {what} is {value} at step {step} of {self.stage}; lower the learning rate"
@@ -490,15 +631,15 @@ def _module_state(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Ctrl-C, and the loss of another process, end a run with one line that says how to go on."""
+    """Ctrl-C, a full disk, and the loss of another process, end a run with one line that says how to go on."""
     try:
         yield
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, checkpoint.WriteError) as error:
         if isinstance(error, RuntimeError) and not parallel.is_parted(error):
             raise
         newest = checkpoint.latest(run.checkpoints)
         where = f"after {newest.name}" if newest else "from the start"
-        what = "interrupted"
+        what = str(error) if isinstance(error, checkpoint.WriteError) else "interrupted"
         if isinstance(error, RuntimeError):
             what = "another process of this run has ended or does not answer"
         raise ConfigError(f"{what}; the same command goes on {where} ({os.fspath(run.folder)})") from None

@@ -5,7 +5,7 @@ on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -46,8 +46,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             model, optimizer, run.zero, make_loss_scale(config, run.dtype), dtype=run.rollout_dtype
         )
 
-        per_step = config.batch_size * config.gradient_accumulation_steps
-        schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
+        batches, per_step = _batches(train_set, config, train_stats)
+        schedule = data.Schedule(len(batches), per_step, config.epochs, config.max_steps, config.seed)
         total = schedule.total_steps
         metrics = run.start(total)
         metrics.say(train_stats.sentence("SFT data"))
@@ -56,11 +56,14 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         optimizers = {"policy": engine.optimizer}
         engine.stepper.load_state(run.restore({"policy": model}, optimizers))
 
-        final: dict[str, Any] = {}
+        final = run.logged("loss", "eval/loss")
         for step in range(run.step, total):
-            examples = [train_set[i] for i in schedule.indices(step)]
+            pieces = [[train_set[i] for i in batches[k]] for k in schedule.indices(step)]
+            examples = [e for piece in pieces for e in piece]
             with metrics.phase("update"):
-                loss, tokens = accumulate(engine, examples, encoder.pad_id, config)
+                loss, tokens = accumulate(
+                    engine, examples, encoder.pad_id, config, pieces if config.max_tokens_per_batch else None
+                )
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(engine.optimizer, lr)
                 norm = engine.step(config.max_grad_norm or None)
@@ -90,26 +93,38 @@ def _examples(
     return examples, stats
 
 
-def _batch(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int) -> Any:
-    prompts, answers = [e.prompt_ids for e in examples], [e.answers[0] for e in examples]
-    return data.Sequences.of(prompts, answers, pad_id, engine.device)
+def _batches(
+    examples: Sequence[data.Example], config: SFTConfig, stats: data.DataStats
+) -> tuple[Sequence[Sequence[int]], int]:
+    """What a step is put together from, as rows of `examples`, and how many of them: single rows, or batches filled
+    with tokens.
+    """
+    if not config.max_tokens_per_batch:
+        each = [range(i, i + 1) for i in range(len(examples))]
+        return each, config.batch_size * config.gradient_accumulation_steps
+    lengths = [len(e.prompt_ids) + len(e.answers[0]) for e in examples]
+    batches = data.fill(lengths, config.max_tokens_per_batch, config.seed)
+    full = sum(lengths) / max(1, len(batches) * config.max_tokens_per_batch)
+    stats.notes.append(f"in {len(batches)} batches, {full:.0%} full")
+    return batches, config.gradient_accumulation_steps
 
 
 def accumulate(
-    engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig
-) -> tuple[float, int]:
-    """Gradients of one step, in pieces of `batch_size` rows; the loss is over all of them, whatever the
-    pieces.
+    engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig,
+    pieces: Sequence[Sequence[data.Example]] | None = None,
+) -> tuple[float, int]:  # fmt: skip
+    """Gradients of one step, a forward and backward for each of `pieces` (None: of `batch_size` rows); the loss is
+    over all of them, whatever the pieces.
     """
-    tokens = sum(len(e.answers[0]) for e in examples)
+    if pieces is None:
+        pieces = list(data.chunks(examples, config.batch_size))
+    tokens = sum(sum(e.learnt_of(0)) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
-    for piece, own in parallel.shares(examples, config.batch_size):
-        batch = _batch(engine, piece, pad_id)
-        logp = engine.logprobs(batch, temperature=1.0)
-        loss, _ = losses.nll_loss(
-            logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count
-        )
+    for piece, own in (part for rows in pieces for part in parallel.shares(rows, len(rows))):
+        batch, learnt = data.answer_batch(piece, (0,), pad_id, engine.device)
+        logp = engine.logprobs(cast(Any, batch), temperature=1.0)
+        loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         engine.backward(loss if own else loss * 0.0)
         total += float(loss.detach()) * own
     return parallel.total({"loss": total})["loss"], tokens
@@ -118,14 +133,12 @@ def accumulate(
 @torch.no_grad()
 def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig) -> float:
     """Mean loss of held-out responses, aggregated as in training."""
-    tokens = sum(len(e.answers[0]) for e in examples)
+    tokens = sum(sum(e.learnt_of(0)) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
     for piece, own in parallel.shares(examples, config.batch_size):
-        batch = _batch(engine, piece, pad_id)
-        logp = engine.logprobs(batch, temperature=1.0)
-        loss, _ = losses.nll_loss(
-            logp, batch.completion_mask, aggregation=config.aggregation, normalizer=count
-        )
+        batch, learnt = data.answer_batch(piece, (0,), pad_id, engine.device)
+        logp = engine.logprobs(cast(Any, batch), temperature=1.0)
+        loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         total += float(loss) * own
     return parallel.total({"loss": total})["loss"]

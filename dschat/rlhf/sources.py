@@ -6,14 +6,16 @@ does not move when rows are added, sorted or repeated, and no prompt stands on b
     data_split: "2,4,4"    SFT, reward model and RL each get their own part, as in DeepSpeed-Chat
     eval_split: 0.05       this share of a stage's rows is held out
     data_weights: [3, 1]   rows from the sources in these proportions; a small source is repeated
-    stream: true           rows stay in the file (.jsonl) and are read and encoded when a step needs them
+    stream: true           rows stay on disk (.jsonl, .parquet, hub) and are read and encoded when a step needs them
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ..config import StageConfig
@@ -104,67 +106,93 @@ def _kept(config: StageConfig, source: str, which: str, stats: DataStats) -> Ite
     """Rows of a source on the wanted side of both splits."""
     shares = [float(s) for s in config.data_split.split(",")] if config.data_split else []
     part = PARTS.get(config.command, len(shares) - 1)
-    rows = _lines(source) if config.stream else data.read_source(source)
+    rows = _stored(source) if config.stream else data.read_source(source)
+    good, first_bad = False, ""
     for row in rows:
         stats.read += 1
         if isinstance(row, DataError):
             if config.bad_rows == "error":
                 raise row
             stats.bad += 1
-            stats.first_bad = stats.first_bad or str(row)
+            first_bad = first_bad or str(row)
+            stats.first_bad = stats.first_bad or first_bad
             continue
+        good = True
         if shares and not in_part(row.columns, shares, part):
             continue
         held_out = bool(config.eval_split) and place(row.columns, "eval") < config.eval_split
         if held_out == (which == "eval"):
-            yield row.forget() if isinstance(row, LineRecord) else row
+            yield row.forget() if isinstance(row, StoredRecord) else row
+    if first_bad and not good:
+        raise data.nothing_good(source, first_bad)
 
 
 # ------------------------------------------------------------------------------------------------ rows on disk
 
 
-class LineRecord(Record):
-    """A row of a .jsonl file that keeps its place in the file and reads it when its columns are asked for."""
+class StoredRecord(Record):
+    """A row that keeps its place on disk alone and is read when its columns are asked for."""
 
-    def __init__(self, path: str, number: int, offset: int, columns: dict[str, Any]) -> None:
-        self.path, self.number, self.offset = path, number, offset
+    def __init__(self, where: str, columns: dict[str, Any], read: Callable[[], dict[str, Any]]) -> None:
+        self._where, self._read = where, read
         self._columns: dict[str, Any] | None = columns
 
     @property
     def where(self) -> str:  # type: ignore[override]
-        return f"{self.path} line {self.number}"
+        return self._where
 
     @property
     def columns(self) -> dict[str, Any]:  # type: ignore[override]
-        if self._columns is not None:
-            return self._columns
-        try:
-            with open(self.path, "rb") as f:
-                f.seek(self.offset)
-                row = json.loads(f.readline())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.where} has changed since the run began: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{self.where} has changed since the run began: it is no object any more")
-        return row
+        return self._read() if self._columns is None else self._columns
 
-    def forget(self) -> LineRecord:
+    def forget(self) -> StoredRecord:
         """Keep the place alone."""
         self._columns = None
         return self
 
 
-def _lines(source: str) -> Iterator[LineRecord | DataError]:
-    """The rows of a .jsonl file, one at a time."""
-    if not source.endswith(".jsonl"):
+def _stored(source: str) -> Iterator[StoredRecord | DataError]:
+    """The rows of a source that stay on disk, one at a time."""
+    data.require_source(source)
+    if source.endswith(".jsonl"):
+        yield from _lines(source)
+        return
+    if os.path.exists(source) and not source.endswith(".parquet"):
         raise DataError(
-            f"{source} cannot be streamed; unpack or convert it to .jsonl, or set stream to false"
+            f"{source} cannot be streamed; unpack or convert it to .jsonl or .parquet, or set stream to false"
         )
-    data.require_file(source)
+    # Steps take rows in a new order every epoch and a resumed run goes on at any of them, which an iterable data set
+    # cannot give; this one is a memory-mapped file.
+    rows = data.load_stored(source)
+    for i in range(len(rows)):
+        read = functools.partial(_row, rows, i)
+        yield StoredRecord(f"{source} row {i + 1}", read(), read)
+
+
+def _row(rows: Any, i: int) -> dict[str, Any]:
+    return dict(rows[i])
+
+
+def _lines(source: str) -> Iterator[StoredRecord | DataError]:
+    """The rows of a .jsonl file."""
     with open(source, "rb") as f:
         offset = 0
         for number, line in enumerate(iter(f.readline, b""), 1):
             here, offset = offset, offset + len(line)
+            where = f"{source} line {number}"
             if line.strip():
-                row = data.parse_line(line, f"{source} line {number}")
-                yield row if isinstance(row, DataError) else LineRecord(source, number, here, row.columns)
+                row = data.parse_line(line, where)
+                read = functools.partial(_line, source, here, where)
+                yield row if isinstance(row, DataError) else StoredRecord(where, row.columns, read)
+
+
+def _line(source: str, offset: int, where: str) -> dict[str, Any]:
+    try:
+        with open(source, "rb") as f:
+            f.seek(offset)
+            row = data.parse_line(f.readline(), "it")
+    except OSError as error:
+        raise DataError(f"{where} has changed since the run began: {error}") from None
+    if isinstance(row, DataError):
+        raise DataError(f"{where} has changed since the run began: {row}")
+    return row.columns

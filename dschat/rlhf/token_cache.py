@@ -18,10 +18,11 @@ from safetensors.torch import load, save
 
 from .checkpoint import atomic_folder
 
-FORMAT = 1
+FORMAT = 2
 
 Outcome = tuple[list[int], list[list[int]], bool] | str | None
-"""Of a row: (prompt ids, answers' ids, whether they were cut), why it is bad, or None where it is too long."""
+"""Of a row: (prompt ids, answers' ids, in them ~id for what is not learnt, whether they were cut), why it is bad, or
+None where it is too long."""
 
 
 def fingerprint(tokenizer: Any) -> str:

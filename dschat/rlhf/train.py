@@ -10,7 +10,7 @@ from typing import Any
 from .. import config as configs
 from .. import device as devices
 from .. import parallel
-from ..config import OnlineConfig, TrainConfig
+from ..config import ConfigError, OnlineConfig, StageConfig, TrainConfig
 from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
 from .checks import origin, require_rewards
@@ -36,11 +36,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     stages = {name: found for name in configs.STAGES if (found := getattr(config, name)) is not None}
     for settings in stages.values():
         devices.resolve(settings.device)  # before any process group is joined for another one
+    grown: dict[str, str] = {}
     for stage, settings in stages.items():  # a stage that cannot run ends the pipeline before it begins
         if isinstance(settings, OnlineConfig):
             require_rewards(settings)
-        if Run(settings, stage, made=made).result is None:
-            made[settings.output_dir] = origin(settings.model, made)
+        _require_anew(stage, settings, grown)
+        with Run(settings, stage, made=made) as looked_at:
+            if looked_at.longer:
+                grown[settings.output_dir] = stage
+            if looked_at.result is None:
+                made[settings.output_dir] = origin(settings.model, made)
     for stage, settings in stages.items():
         results[stage] = TRAINERS[stage](settings)
     if parallel.lead():
@@ -49,6 +54,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
         table = _table(Path(config.ppo.output_dir)) if config.ppo else []
         report.write(folder, f"Run {folder.name}", sentences(results), table[:20])
     return results
+
+
+def _require_anew(stage: str, settings: StageConfig, grown: Mapping[str, str]) -> None:
+    """Raise ConfigError where a stage has begun from what another wrote that is to go on now."""
+    names = [settings.model, *(getattr(settings, key, "") for key in ("reference", "critic"))]
+    if settings.overwrite or not (Path(settings.output_dir) / "run.json").is_file():
+        return
+    for name in filter(None, [*names, *getattr(settings, "reward", ())]):
+        before = origin(name, grown)
+        if before != name:
+            raise ConfigError(
+                f"{before} is to go on, but {stage} in {settings.output_dir} has begun from what it wrote; add "
+                f"--{stage}.overwrite, or name another output_dir"
+            )
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@
     ifeval           share of the instructions (columns `instruction_id_list`, `kwargs`) that the answer follows
     ifeval_all       1 where it follows all of them, else 0
 
-All are called as every reward function is (dschat.rlhf.rewards); a row without the columns scores None. The
+All are called as every reward function is (dschat.rlhf.rewards), with texts or with conversations; a row without the
+columns scores None. The
 instructions are those of IFEval (Zhou et al. 2023), checked here by their description; the language of an
 answer is not recognised, so `language:response_language` counts neither way.
 """
@@ -55,29 +56,34 @@ def last_number(text: str, marked: bool = False) -> Decimal | None:
     return parse_number(found[-1]) if found else None
 
 
-def _numbers(completions: Sequence[str], answers: Sequence[Any], marked: bool) -> Score:
+def texts(completions: Sequence[Any]) -> list[str]:
+    """Completions as texts: themselves, or the content of their last message."""
+    return [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+
+
+def _numbers(completions: Sequence[Any], answers: Sequence[Any], marked: bool) -> Score:
     out: Score = []
-    for completion, answer in zip(completions, answers, strict=True):
+    for completion, answer in zip(texts(completions), answers, strict=True):
         wanted = parse_number(answer) if answer is not None else None
         out.append(None if wanted is None else float(last_number(completion, marked) == wanted))
     return out
 
 
-def number(prompts: Sequence[Any], completions: Sequence[str], answer: Any = None, **columns: Any) -> Score:
+def number(prompts: Sequence[Any], completions: Sequence[Any], answer: Any = None, **columns: Any) -> Score:
     """1 where the last number of the completion equals the answer exactly (12.50 = 12.5), else 0."""
     return _numbers(completions, _column(answer, completions), marked=False)
 
 
 def marked_number(
-    prompts: Sequence[Any], completions: Sequence[str], answer: Any = None, **columns: Any
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Any = None, **columns: Any
 ) -> Score:
     """1 where the last *marked* number equals the answer, else 0."""
     return _numbers(completions, _column(answer, completions), marked=True)
 
 
-def text(prompts: Sequence[Any], completions: Sequence[str], answer: Any = None, **columns: Any) -> Score:
+def text(prompts: Sequence[Any], completions: Sequence[Any], answer: Any = None, **columns: Any) -> Score:
     """1 where completion and answer are the same words, else 0."""
-    pairs = zip(completions, _column(answer, completions), strict=True)
+    pairs = zip(texts(completions), _column(answer, completions), strict=True)
     return [None if a is None else float(_words(c) == _words(str(a))) for c, a in pairs]
 
 
@@ -85,7 +91,7 @@ def _words(value: str) -> list[str]:
     return [w for w in re.findall(r"\w+", value.lower()) if w not in ("a", "an", "the")]
 
 
-def _column(values: Any, completions: Sequence[str]) -> Sequence[Any]:
+def _column(values: Any, completions: Sequence[Any]) -> Sequence[Any]:
     """A column of the data, or one None a completion where there is none."""
     return [None] * len(completions) if values is None else values
 
@@ -93,20 +99,20 @@ def _column(values: Any, completions: Sequence[str]) -> Sequence[Any]:
 # ------------------------------------------------------------------------------------------------------ formats
 
 
-def marked(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> Score:
+def marked(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Score:
     """1 where exactly one number is marked and nothing but punctuation follows it, else 0."""
     out: Score = []
-    for completion in completions:
+    for completion in texts(completions):
         found = list(_MARKED.finditer(completion))
         out.append(float(len(found) == 1 and not re.search(r"\w", completion[found[0].end() :])))
     return out
 
 
-def think_tags(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> Score:
+def think_tags(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Score:
     """1 where the completion is one thought and one answer, each in its tags, in this order, else 0."""
     pattern = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
     out: Score = []
-    for completion in completions:
+    for completion in texts(completions):
         match = pattern.fullmatch(completion)
         nested = match and any(re.search(r"</?(think|answer)>", part) for part in match.groups())
         out.append(float(bool(match) and not nested))
@@ -117,13 +123,16 @@ def think_tags(prompts: Sequence[Any], completions: Sequence[str], **columns: An
 
 
 def ifeval(
-    prompts: Sequence[Any], completions: Sequence[str], instruction_id_list: Any = None, kwargs: Any = None,
+    prompts: Sequence[Any], completions: Sequence[Any], instruction_id_list: Any = None, kwargs: Any = None,
     **columns: Any,
 ) -> Score:  # fmt: skip
     """Share of the row's instructions that the completion follows."""
     out: Score = []
     rows = zip(
-        completions, _column(instruction_id_list, completions), _column(kwargs, completions), strict=True
+        texts(completions),
+        _column(instruction_id_list, completions),
+        _column(kwargs, completions),
+        strict=True,
     )
     for completion, names, settings in rows:
         found = [] if names is None else followed(completion, names, settings or [{}] * len(names))
@@ -133,7 +142,7 @@ def ifeval(
 
 
 def ifeval_all(
-    prompts: Sequence[Any], completions: Sequence[str], instruction_id_list: Any = None, kwargs: Any = None,
+    prompts: Sequence[Any], completions: Sequence[Any], instruction_id_list: Any = None, kwargs: Any = None,
     **columns: Any,
 ) -> Score:  # fmt: skip
     """1 where the completion follows all of the row's instructions, else 0."""

@@ -79,12 +79,25 @@ def implementations() -> dict[str, Callable[..., Any]]:
     return {op: _on_cuda(function) for op, function in _common.offered("cpu").items()}
 
 
+def no_gpu() -> str:
+    """Why PyTorch finds no GPU, as far as it can tell."""
+    if not torch.backends.cuda.is_built():
+        return f"PyTorch finds no CUDA GPU: version {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if "no NVIDIA driver" in str(error):
+            return "PyTorch finds no NVIDIA driver on this machine, and without one no CUDA GPU"
+        if "driver" in str(error) and "too old" in str(error):
+            return f"the NVIDIA driver of this machine is too old for PyTorch {torch.__version__}"
+    return "this machine has no CUDA GPU"
+
+
 @_common.constant_result
 def unavailable() -> str | None:
     """Why no CUDA kernel can run in this process (no GPU, driver or nvcc, an old GPU), or None."""
     if not torch.cuda.is_available():
-        cpu_only = f", and PyTorch {torch.__version__} is built without CUDA"
-        return f"this machine has no CUDA GPU{'' if torch.backends.cuda.is_built() else cpu_only}"
+        return no_gpu()
     try:
         build.load_cuda(torch.cuda.get_device_capability())
     except build.BuildError as error:

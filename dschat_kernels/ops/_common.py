@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -153,6 +153,14 @@ def _have_native() -> bool:
     return native() is not None
 
 
+PLAIN: tuple[type, ...] = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(value: Any) -> TypeGuard[Tensor]:
+    """Whether kernels may take it for what it looks like: a tensor, no subclass that acts in its own way."""
+    return type(value) in PLAIN
+
+
 def runs_directly(*tensors: Tensor | None) -> bool:
     """Nothing of torch needs to see this call: no gradient, no trace, no fake or wrapped tensor.
 
@@ -169,7 +177,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or (grad and tensor.requires_grad):
+        if not is_plain(tensor) or (grad and tensor.requires_grad):
             return False
     return True
 

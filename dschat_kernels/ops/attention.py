@@ -39,6 +39,7 @@ from dschat_kernels.ops._common import (
     register,
     resolve_backend,
     runs_on_cuda,
+    say_once,
 )
 from dschat_kernels.ops.rope_append import (
     check_cache,
@@ -109,8 +110,8 @@ def run(
     check_heads(op, "q", q)
     check_cache(op, q, k_cache, v_cache, block_table)
     _check_options(op, q, k_cache.shape[1], scale, window, softcap, alibi_slopes)
-    q_lens = _check_cu_seqlens(op, cu_seqlens, q.shape[0])
-    check_index(op, "kv_lens", kv_lens, len(q_lens))
+    q_lens = _check_cu_seqlens(op, cu_seqlens, q)
+    check_index(op, "kv_lens", kv_lens, len(q_lens), q)
     lens = kv_lens.tolist()
     for row, (queries, keys) in enumerate(zip(q_lens, lens, strict=True)):
         check(
@@ -135,7 +136,7 @@ def run(
         "tokens; "
         "make the cache with more pages per slot.",
     )
-    used = torch.arange(block_table.shape[1], device=table.device) * PAGE < kv_lens.to(table.device)[:, None]
+    used = torch.arange(block_table.shape[1], device=table.device) * PAGE < kv_lens[:, None]
     check_pages(op, table[used], k_cache)
     backend = resolve_backend(op, backend, q, k_cache)
     if backend == "reference":
@@ -143,7 +144,7 @@ def run(
             q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale=scale, window=window,
             softcap=softcap, alibi_slopes=alibi_slopes, slots=slots,
         )  # fmt: skip
-    check_head_dim(op, q.shape[2])
+    check_head_dim(op, q.shape[2], backend)
     arguments = (
         q,
         k_cache,
@@ -261,13 +262,13 @@ def packed_attention(
     op = "packed_attention"
     check_qkv(op, q, k, v)
     _check_options(op, q, k.shape[1], scale, window, softcap, alibi_slopes)
-    _check_cu_seqlens(op, cu_seqlens, q.shape[0])
+    _check_cu_seqlens(op, cu_seqlens, q)
     backend = resolve_backend(op, backend, q, k, v)
     if backend == "reference":
         return packed_attention_reference(
             q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
         )
-    check_head_dim(op, q.shape[2])
+    check_head_dim(op, q.shape[2], backend)
     call = implementation("packed_attention", backend, q, k, v)
     return call(q, k, v, cu_seqlens, float(scale), window, softcap, alibi_slopes)
 
@@ -325,11 +326,12 @@ def _check_options(
         check_device(op, "alibi_slopes", alibi_slopes, q)
 
 
-def _check_cu_seqlens(op: str, cu_seqlens: Any, tokens: int) -> list[int]:
+def _check_cu_seqlens(op: str, cu_seqlens: Any, q: Tensor) -> list[int]:
     """Lengths of the rows."""
+    tokens = q.shape[0]
     check_tensor(op, "cu_seqlens", cu_seqlens, floating=False)
     check(cu_seqlens.dim() == 1, f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}; give [rows + 1].")
-    check_index(op, "cu_seqlens", cu_seqlens, max(1, cu_seqlens.shape[0]))
+    check_index(op, "cu_seqlens", cu_seqlens, max(1, cu_seqlens.shape[0]), q)
     bounds = cu_seqlens.tolist()
     lens = [end - begin for begin, end in pairwise(bounds)]
     check(
@@ -387,7 +389,8 @@ def attention_cpu(
         q.shape[1], k_cache.shape[1], q.shape[2], scale, window or 0, softcap or 0.0, ptr(slopes)
     )  # fmt: skip
     if runs_on_cuda():
-        _attention_cuda(q, (*where, q.shape[0], *how), block_table.shape[1], num_splits)
+        blocks = kv_lens.shape[0] * k_cache.shape[1]  # at least, of a GPU, without splits
+        _attention_cuda(q, (*where, q.shape[0], *how), block_table.shape[1], num_splits, blocks)
     else:
         kernels().attention(*where, *how, num_splits)
     return out
@@ -395,12 +398,21 @@ def attention_cpu(
 
 SCRATCH = 2**28
 """Numbers of partial results beyond which a CUDA call does not split its keys; its bits are the same."""
+BLOCKS = 1024
+"""Of a grid that splits would not make faster: kBlocks of csrc/cuda/attention_decode.cu."""
 
 
-def _attention_cuda(q: Tensor, arguments: tuple[Any, ...], pages: int, num_splits: int) -> None:
-    """csrc/cuda keeps a split's partial results, for every page of the longest row that the table can hold."""
+def _attention_cuda(q: Tensor, arguments: tuple[Any, ...], pages: int, num_splits: int, blocks: int) -> None:
+    """csrc/cuda keeps a split's partial results, for every page of the longest row that the table can hold: however
+    many splits there are."""
     size = q.shape[0] * q.shape[1] * pages * (q.shape[2] + 2)
     if num_splits == 1 or size > SCRATCH:
+        if num_splits > 1 or (num_splits == 0 and blocks < BLOCKS):
+            say_once(
+                f"attention_decode: keys are not split among blocks, which is slower, because the partial results of "
+                f"{q.shape[0]} tokens over {pages} pages a row would take {size * 4 / 2**30:.1f} GiB; make the cache "
+                "with fewer pages per slot."
+            )
         kernels().attention(*arguments)
     else:
         scratch = torch.empty(size, dtype=torch.float32, device=q.device)

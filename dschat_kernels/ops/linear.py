@@ -69,6 +69,9 @@ def linear(
         f"linear: x is {x.dtype} and the packed weight {packed.dtype}; pack the weight in the dtype of x.",
         TypeError,
     )
+    held = packed.panels if packed.dense is None else packed.dense
+    if held is not None:
+        check_device("linear", "packed", held, x)
     check_choice("linear", "activation", activation, ACTIVATIONS)
     if residual is not None:
         check_tensor("linear", "residual", residual)

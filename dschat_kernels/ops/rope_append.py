@@ -119,7 +119,7 @@ def rope_append(
     rotary_dim = _check_rotary(op, "q", q, cos, sin, positions, style, rotary_dim)
     check_cache(op, k, k_cache, v_cache, block_table)
     check_qkv(op, q, k, v)
-    check_index(op, "positions", positions, q.shape[0])
+    check_index(op, "positions", positions, q.shape[0], q)
     check_slots(op, slots, q.shape[0], block_table)
     if q.shape[0]:
         place = positions.long() // PAGE
@@ -146,7 +146,7 @@ def rope_append(
             style=style,
             rotary_dim=rotary_dim,
         )
-    check_head_dim(op, q.shape[2])
+    check_head_dim(op, q.shape[2], backend)
     run = implementation("rope_append", backend, q, k, v)
     return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, block_table, rotary_dim, style)
 
@@ -211,7 +211,7 @@ def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
 
 def check_slots(op: str, slots: Any, size: int, block_table: Tensor) -> None:
     """Every slot is a row of the block table."""
-    check_index(op, "slots", slots, size)
+    check_index(op, "slots", slots, size, block_table)
     low, high = (int(slots.min()), int(slots.max())) if size else (0, 0)
     check(
         not size or (low >= 0 and high < block_table.shape[0]),
@@ -219,15 +219,15 @@ def check_slots(op: str, slots: Any, size: int, block_table: Tensor) -> None:
     )
 
 
-def check_head_dim(op: str, head_dim: int) -> None:
+def check_head_dim(op: str, head_dim: int, backend: str) -> None:
     check(
         head_dim <= MAX_HEAD_DIM,
-        f"{op}: head_dim is {head_dim}, the cpu backend goes to {MAX_HEAD_DIM}; use backend='reference'.",
+        f"{op}: head_dim is {head_dim}, the {backend} backend goes to {MAX_HEAD_DIM}; use backend='reference'.",
     )
 
 
-def check_index(op: str, name: str, index: Any, size: int) -> None:
-    """`index` is an int32 or int64 vector [size]."""
+def check_index(op: str, name: str, index: Any, size: int, like: Tensor) -> None:
+    """`index` is an int32 or int64 vector [size] on the device of `like`."""
     check_tensor(op, name, index, floating=False)
     check(
         index.dtype in (torch.int32, torch.int64),
@@ -238,6 +238,7 @@ def check_index(op: str, name: str, index: Any, size: int) -> None:
         index.dim() == 1 and index.shape[0] == size,
         f"{op}: {name} has shape {list(index.shape)}; give [{size}].",
     )
+    check_device(op, name, index, like)
 
 
 def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: Any) -> None:
@@ -282,6 +283,7 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
         f"{op}: block_table is {block_table.dtype} {list(block_table.shape)}; give an int32 tensor [slots, "
         "max_pages].",
     )
+    check_device(op, "block_table", block_table, like)
 
 
 def check_pages(op: str, pages: Tensor, k_cache: Tensor) -> None:
@@ -300,7 +302,7 @@ def _check_rotary(
     """Checks the tables against x and returns rotary_dim (0: no rotation)."""
     check_heads(op, name, x)
     check_choice(op, "style", style, STYLES)
-    check_index(op, "positions", positions, x.shape[0])
+    check_index(op, "positions", positions, x.shape[0], x)
     if cos is None and sin is None and op == "rope_append":
         check(
             rotary_dim in (None, 0), f"{op}: rotary_dim is {rotary_dim} without cos and sin; give the tables."

@@ -9,8 +9,11 @@ The cpu backend walks over the vocabulary in chunks of 1024 and folds them by th
 csrc/cpu/logsumexp.h; its logits have the bits of `linear` and its log-probabilities those of `sample`, so
 that the ratio of a rollout to its recomputation is exactly one. The backward recomputes logits block by
 block; a block's gradient is rounded to the dtype of the weight before its products, whose sums are float32 and
-are rounded once at the end. (Where the gradient of a bias is wanted, all of it is
-float32.)
+are rounded once at the end. (Where the gradient of a bias is wanted, all of it is float32.)
+
+Where the hidden states alone have a gradient (a frozen head), the forward leaves d logprob / d hidden, summed
+in float32 while a chunk's logits are there (csrc/cpu/token_logprobs_gradient.h), and the backward scales its
+rows: two products with the head instead of three. A gradient of the entropies still recomputes the logits.
 
 Fused linear cross-entropy: Hsu et al., "Liger Kernel", 2024, https://arxiv.org/abs/2410.10989
 """
@@ -167,11 +170,19 @@ def token_logprobs(
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
         )
-    call = implementation("token_logprobs", backend, hidden, weight, bias)
-    logprob, _, entropy = call(
+    name = "token_logprobs"
+    if backend == "cpu" and _only_hidden_has_gradient(hidden, weight, bias):
+        name = "token_logprobs_gradient"
+    call = implementation(name, backend, hidden, weight, bias)
+    logprob, _, entropy, *_ = call(
         hidden, weight, targets, bias, float(temperature), logit_softcap, return_entropy
     )
     return (logprob, entropy) if return_entropy else logprob
+
+
+def _only_hidden_has_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not trained
 
 
 def token_logprobs_reference(
@@ -201,6 +212,10 @@ def token_logprobs_reference(
 LIBRARY.define(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
     "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy)"
+)
+LIBRARY.define(
+    "token_logprobs_gradient(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
+    "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy, Tensor gradient)"
 )
 LIBRARY.define(
     "token_logprobs_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor "
@@ -253,6 +268,47 @@ def _forward_fake(
         for n in (tokens, tokens, tokens if with_entropy else 0)
     )
     return logprob, lse, entropy
+
+
+def _gradient_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_forward_cpu`, and d logprob / d hidden, float32 [T, H]: csrc/cpu/token_logprobs_gradient.h."""
+    rows, stride = as_rows(hidden)
+    weight, targets = weight.contiguous(), targets.to(torch.int64).contiguous()
+    bias = widen(bias)
+    tokens, size = hidden.shape
+    logprob, lse, entropy, gradient = _gradient_fake(
+        hidden, weight, targets, bias, temperature, logit_softcap, with_entropy
+    )
+    dtype = DTYPES[hidden.dtype]
+    panels = torch.empty(
+        kernels().token_logprobs_gradient_panels(dtype, size), dtype=hidden.dtype, device=hidden.device
+    )
+    kernels().token_logprobs_gradient(
+        dtype, ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size, weight.shape[0], temperature,
+        logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if with_entropy else 0, ptr(gradient), ptr(panels),
+    )  # fmt: skip
+    return logprob, lse, entropy, gradient
+
+
+def _gradient_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = _forward_fake(hidden, weight, targets, bias, temperature, logit_softcap, with_entropy)
+    return *sums, torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
 
 
 def _backward_cpu(
@@ -430,5 +486,30 @@ def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tens
     return dh, dw, None, db, None, None, None
 
 
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, targets, bias, ctx.temperature, ctx.logit_softcap, with_entropy = inputs
+    _, lse, entropy, gradient = output
+    ctx.mark_non_differentiable(lse, gradient)
+    ctx.set_materialize_grads(False)  # None, not zeros, for entropies that are only looked at
+    ctx.dtype = hidden.dtype
+    again = (hidden, weight, targets, bias, lse, entropy) if with_entropy else ()
+    ctx.save_for_backward(gradient, *again)
+
+
+def _scale_gradient(
+    ctx: Any, dlogprob: Tensor | None, _: Any, dentropy: Tensor | None, __: Any
+) -> tuple[Tensor | None, ...]:
+    gradient, *again = ctx.saved_tensors
+    if dentropy is not None and again:
+        dlogprob = torch.zeros_like(dentropy) if dlogprob is None else dlogprob
+        dh: Tensor | None = ctx.ops.token_logprobs_backward(
+            dlogprob, dentropy, *again, ctx.temperature, ctx.logit_softcap, [True, False, False]
+        )[0]
+    else:
+        dh = None if dlogprob is None else (dlogprob[:, None] * gradient).to(ctx.dtype)
+    return dh, None, None, None, None, None, None
+
+
 register("token_logprobs", _forward_cpu, _forward_fake, _save, _grad)
+register("token_logprobs_gradient", _gradient_cpu, _gradient_fake, _save_gradient, _scale_gradient)
 register("token_logprobs_backward", _backward_cpu, _backward_fake)

@@ -11,6 +11,7 @@ rounds. A launch uses a fixed configuration (see `_launch` for tuning).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dschat_kernels.ops import _common
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = {"cuda"}
@@ -54,6 +57,24 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+CAPABILITY = (8, 0)
+"""The compute capability that the kernels need of an NVIDIA GPU: bfloat16, and asynchronous copies."""
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@_common.constant_result
+def too_old(index: int | None = None) -> str | None:
+    """Why the kernels cannot run on the GPU `index` (None: the current one), or None."""
+    if torch.version.hip or not torch.cuda.is_available() or _capability(index) >= CAPABILITY:
+        return None
+    (major, minor), needed = _capability(index), ".".join(map(str, CAPABILITY))
+    return f"Triton's kernels need a GPU of compute capability {needed}, and this one has {major}.{minor}"
+
+
 def why_not(op: str, tensors: Iterable[Tensor | None]) -> str | None:
     """Why the backend cannot run `op` on these tensors, or None."""
     for tensor in tensors:
@@ -64,6 +85,8 @@ def why_not(op: str, tensors: Iterable[Tensor | None]) -> str | None:
         if tensor.dtype not in DTYPES:
             name = str(tensor.dtype).removeprefix("torch.")
             return f"{op}: the triton backend has float32, float16 and bfloat16, not {name}"
+        if tensor.device.type == "cuda" and (reason := too_old(tensor.device.index)):
+            return f"{op}: {reason}"
     if not installed():
         return f"{op}: Triton is not installed (pip install 'dschat[triton]')"
     return None

@@ -4,8 +4,10 @@
 put the interpreter there, and the static gates a recorder that compiles exactly what would have run.
 
 Tuning is off unless DSCHAT_TRITON_AUTOTUNE=1. It then times the alternatives of a launch once for each kernel, dtype
-and width on the GPU at hand and keeps the fastest for this process. The number of rows is no part of that key, so
-that tuning cannot make a row's bits depend on its batch; between processes it can.
+and all arguments that are specialised on (widths, strides of rows, which tensors are there) on the GPU at hand, and
+keeps the fastest for this process. The number of rows is no part of that key, so that tuning cannot make a row's bits
+depend on its batch. The alternatives of a norm sum a row in other orders, so that another process, a strided view, or a
+norm with a residual beside one without may get other last bits.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ def launch(
 ) -> None:
     """Runs `kernel` over `grid`; nothing happens for an empty grid.
 
-    Only kernels whose second run leaves what the first left may have alternatives, and these may not differ in what
-    the grid depends on.
+    Only kernels whose second run leaves what the first left may have alternatives. What the grid depends on, and
+    whatever anything but the widths chooses, is among the arguments and not in `config.blocks`: what is fastest is kept
+    by the arguments.
     """
     if 0 in grid:
         return

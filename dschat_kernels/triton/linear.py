@@ -46,13 +46,10 @@ def _linear(
     tl.store(y + place, z, mask=inside)
 
 
-def options(config: Config) -> list[Config]:
-    """Other pipelines for the same tile, to be timed."""
-    return [
-        Config(config.blocks, warps, stages)
-        for warps, stages in ((4, 3), (4, 4), (8, 3))
-        if config.num_stages > 2  # the float32 tile has one
-    ]
+def pipelines(config: Config) -> list[Config]:
+    """That of the tile, and others for the same tile, to be timed: they move the same blocks, in the same order."""
+    others = ((4, 3), (4, 4), (8, 3)) if config.num_stages > 2 else ()  # the float32 tile has one
+    return [Config({}, warps, stages) for warps, stages in ((config.num_warps, config.num_stages), *others)]
 
 
 def linear(
@@ -71,14 +68,17 @@ def linear(
     bias = float32(bias)
     config = tile(x.dtype, rows.shape[0], n, k)
     grid = (-(-rows.shape[0] // config.blocks["M"]), -(-n // config.blocks["N"]))
+    # The number of rows chooses the blocks. As arguments they fit the grid whichever pipeline runs, and tell tiles that
+    # were tuned apart.
+    pipeline, *others = pipelines(config)
     launch(
         _linear, grid,
         {
             "x": rows, "weight": weight, "bias": bias, "up": weight[n:] if gated else None,
             "up_bias": bias[n:] if gated and bias is not None else None, "residual": aligned(residual), "y": y,
             "rows": rows.shape[0], "columns": n, "depth": k, "x_stride": stride, "weight_stride": weight.stride(0),
-            "ACTIVATION": activation,
+            "ACTIVATION": activation, **config.blocks,
         },
-        config, options(config),
+        pipeline, others,
     )  # fmt: skip
     return y

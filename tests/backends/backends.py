@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from dschat_kernels.build import BuildError, find_nvcc
 
 ALL = (torch.float32, torch.bfloat16, torch.float16)
 EVERYTHING = os.environ.get("DSCHAT_TEST_ALL_KERNELS") == "1"
-"""The nightly run: every size, dtype and architecture, and the kernels' source in the checking build."""
+"""The nightly run: every size and dtype, a newer architecture, and the kernels' source in the checking build."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Backend:
 
     def runs(self) -> tuple[torch.dtype, ...]:
         return self.nightly if EVERYTHING else self.dtypes
+
+    def parameter(self, *others: Any, id: str | None = None) -> Any:
+        """Itself and the others as the parameters of a test, which `make gpu-check` runs where a GPU is needed."""
+        marks = [pytest.mark.gpu] if self.device == "cuda" else []
+        return pytest.param(self, *others, marks=marks, id=id or self.name)
 
 
 def _cuda_source() -> contextlib.AbstractContextManager[Any]:

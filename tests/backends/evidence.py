@@ -69,7 +69,11 @@ From the strongest to the weakest:
   (sm_100) is compiled only.
 
 `make test` runs what stands in front; what follows "nightly" is a test of `make test-full`, with every size, and is no
-claim that it has passed: the report of that run says so. The cells of sm_120 take few sizes there.
+claim that it has passed: the report of that run says so. The cells of sm_120 and of the checking build take few sizes
+there.
+
+No kernels for GPUs: products with int8 weights, whose only backends are `cpu` and `reference`. The gradients of
+`token_logprobs` on the cuda backend, and those of `lora_linear` on either, are PyTorch's operations there.
 """
 
 

@@ -1,7 +1,7 @@
 """Every op on every backend by one criterion: the cases of cases.py on the backends of backends.py.
 
 By default backends that compile every kernel first take the short form; DSCHAT_TEST_ALL_KERNELS=1 (make test-full)
-takes every size, dtype and architecture.
+takes every size and dtype, and few sizes on the backends that run only then.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from tests.backends.cases import CASES
 
 def _parameters() -> list[object]:
     return [
-        pytest.param(
-            backend, dtype, op, id=f"{op.strip('_')}-{backend.name}-{str(dtype).removeprefix('torch.')}"
-        )
+        backend.parameter(dtype, op, id=f"{op.strip('_')}-{backend.name}-{str(dtype).removeprefix('torch.')}")
         for backend in BACKENDS
         for dtype in backend.runs()
         for op in CASES

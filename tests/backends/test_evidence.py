@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from benchmarks import gpu_sources
 from dschat_kernels.ops import _common
 from tests.backends import evidence
-from tests.backends.backends import BACKENDS
+from tests.backends.backends import BACKENDS, Backend
 from tests.backends.cases import CASES
-from tests.backends.evidence import PAGE, README, page, readme, unchanged
+from tests.backends.evidence import PAGE, README, REPO, page, readme, unchanged
 from tests.helpers import CPU_ONLY
 
 
@@ -80,6 +82,28 @@ def test_every_op_has_a_case() -> None:
     assert not CPU_ONLY & _common.offered("triton").keys()
     ops = {op for op in _common._OPS if not op.endswith("_backward")}
     assert ops - CPU_ONLY == {name.strip("_") for name in CASES}
+
+
+def test_what_needs_a_gpu_is_marked() -> None:
+    """`make gpu-check` runs the tests marked `gpu`: among them every case on a GPU's backends."""
+    seen = set()
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        module = importlib.import_module(f"tests.backends.{path.stem}")
+        for name, function in vars(module).items():
+            for mark in getattr(function, "pytestmark", ()) if name.startswith("test_") else ():
+                for given in mark.args[1] if mark.name == "parametrize" else ():
+                    values = given.values if isinstance(given, ParameterSet) else [given]
+                    marks = [m.name for m in given.marks] if isinstance(given, ParameterSet) else []
+                    for backend in (value for value in values if isinstance(value, Backend)):
+                        assert ("gpu" in marks) == (backend.device == "cuda"), (
+                            f"{path.name}: {name}: {backend.name}"
+                        )
+                        seen.add((path.stem, backend.name))
+    on_gpus = {b.name for b in BACKENDS if b.device == "cuda"}
+    assert {("test_backends", name) for name in on_gpus} | {("test_tiles", "triton-gpu")} <= seen
+    for path in (REPO / "tests").rglob("test_*.py"):
+        skips = re.search(r"skip\w*\([^)]*not torch\.cuda\.is_available", path.read_text())
+        assert not skips, f"{path.name}: give it the mark `gpu`, which skips where there is no GPU"
 
 
 def test_every_backend_runs_by_night() -> None:

@@ -11,11 +11,11 @@ from dschat_kernels.triton import installed
 from tests.backends.backends import BACKENDS, Backend
 from tests.paged import same_bits
 
-COMPILED = [b for b in BACKENDS if b.name in ("triton-sm_80", "triton-gpu")]
+COMPILED = [b.parameter() for b in BACKENDS if b.name in ("triton-sm_80", "triton-gpu")]
 
 
 @pytest.mark.skipif(not installed(), reason="Triton is not installed")
-@pytest.mark.parametrize("backend", COMPILED, ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_a_row_has_the_bits_of_every_tile(backend: Backend) -> None:
     """Rows of tiles for up to 64, up to 1024 and more rows, by the compiled kernels, and against float64."""
     from dschat_kernels.triton._gemm import tile
@@ -32,3 +32,30 @@ def test_a_row_has_the_bits_of_every_tile(backend: Backend) -> None:
         for n in counts[1:]:
             assert same_bits(linear(x[-n:], packed, backend="triton", float_output=True), whole[-n:]), n
     torch.testing.assert_close(whole.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not installed(), reason="Triton is not installed")
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("rows", [3, 65, 1025])
+def test_a_row_has_the_bits_of_every_pipeline(
+    rows: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tuning may choose for a tile; the kernels of that tile, on few rows."""
+    from dschat_kernels.triton import _gemm, _launch
+    from dschat_kernels.triton import linear as module
+
+    if backend.missing:
+        pytest.skip(backend.missing)
+    depth, columns, dtype = 160, 24, torch.bfloat16
+    chosen = _gemm.tile(dtype, rows, columns, depth)
+    number = len(module.pipelines(chosen))
+    monkeypatch.setattr(module, "tile", lambda *_: chosen)
+    monkeypatch.setattr(_launch, "_tuning", lambda _: True)
+    found = []
+    with backend.within(), torch.device(backend.device):
+        x = torch.randn(5, depth).to(dtype)
+        packed = PackedLinear.from_weight((torch.randn(columns, depth) / depth**0.5).to(dtype), dense=True)
+        for i in range(number):
+            monkeypatch.setattr(_launch, "_fastest", lambda *a, i=i: a[-1][i])
+            found.append(linear(x, packed, backend="triton", float_output=True))
+    assert number == 4 and all(same_bits(y, found[0]) for y in found)

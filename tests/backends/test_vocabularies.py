@@ -13,12 +13,12 @@ from dschat_kernels.triton import installed
 from tests.backends.backends import BACKENDS, Backend
 from tests.paged import same_bits
 
-COMPILED = [b for b in BACKENDS if b.name in ("triton-sm_80", "triton-gpu")]
+COMPILED = [b.parameter() for b in BACKENDS if b.name in ("triton-sm_80", "triton-gpu")]
 LAST_ONLY = 131072 + 1024 * 3 - 5  # a second block of chunks, whose last chunk is not full
 
 
 @pytest.mark.skipif(not installed(), reason="Triton is not installed")
-@pytest.mark.parametrize("backend", COMPILED, ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize(
     ("vocab", "options"),
     [

@@ -110,7 +110,7 @@ def emulated_cuda(order: Order = Order.ASCENDING, seed: int = 0) -> Iterator[Mod
 
 
 class _Recorder:
-    """Knows the memory of every tensor whose address a kernel may get, and whether anything was written there yet."""
+    """Knows the memory of every tensor whose address a kernel may get, and whether torch has written there yet."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self.storages: dict[int, torch.UntypedStorage] = {}
@@ -127,6 +127,11 @@ class _Recorder:
                 self.fresh.add(place)
         if tensor._version:  # torch has written into it
             self.fresh.discard(place)
+
+    def place(self, address: int) -> int | None:
+        """The beginning of the memory that an address lies in."""
+        inside = (p for p, storage in self.storages.items() if p <= address < p + storage.nbytes())
+        return next(inside, None)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -150,7 +155,8 @@ class _Recorder:
 
 
 class _CheckedKernels(CudaKernels):
-    """Tells the checking build before every launch what memory there is."""
+    """Tells the checking build before every launch what memory there is, and that only what the launcher takes through
+    pointers to what is not const may be written."""
 
     def __init__(self, module: ModuleType, recorder: _Recorder) -> None:
         super().__init__(module, 0)
@@ -158,12 +164,15 @@ class _CheckedKernels(CudaKernels):
         self.traffic: list[tuple[str, dict[str, int]]] = []
 
     def _launch(self, function: Callable[..., None], *arguments: Any) -> None:
-        self.module.reset()
+        self.module.reset_traffic()
+        pointers = zip(
+            self.module.pointers[function.__name__], arguments, strict=False
+        )  # the stream is no memory
+        writable = {self.recorder.place(address) for letter, address in pointers if letter == "w"}
         for place, storage in self.recorder.storages.items():
             written = place not in self.recorder.fresh
-            self.module.add_buffer(place, storage.nbytes(), "tensor", written, False)
+            self.module.add_buffer(place, storage.nbytes(), "tensor", written, place not in writable)
         super()._launch(function, *arguments)
-        self.recorder.fresh.clear()
         self.traffic.append((function.__name__, self.module.traffic()))
 
 
@@ -171,9 +180,10 @@ class _CheckedKernels(CudaKernels):
 def checked_cuda(
     *tensors: torch.Tensor, order: Order = Order.ASCENDING, seed: int = 0
 ) -> Iterator[_CheckedKernels]:
-    """`emulated_cuda` in the checking build: a race, or an access to anything but the memory of `tensors` and of
-    tensors made within, is an error of the op."""
+    """`emulated_cuda` in the checking build: a race, an access to anything but the memory of `tensors` and of tensors
+    made within, a write into an input, or a read of what nothing has written, is an error of the op."""
     module = emulated_module(checking=True)
+    module.reset()
     module.set_order(order.value, seed)
     recorder = _Recorder(tensors)
     checked = _CheckedKernels(module, recorder)

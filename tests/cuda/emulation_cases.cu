@@ -152,6 +152,36 @@ __global__ void planted(int bug, const float* x, float* out, int n) {
     case 20:  // uninitialised global memory
       if (i == 0) out[1] = out[0];
       break;
+    case 22:  // a warp's loads lie in 32 sectors
+      out[i] = x[i % 32 * 8];
+      break;
+    case 23:  // ... and in one sector more than they fill
+      if (i < 32) out[i] = x[i + 1];
+      break;
+    case 24:  // two lanes a bank
+    case 25:  // eight lanes a bank
+      if (i < 32) {
+        const int stride = bug == 24 ? 2 : 8;
+        stage[i * stride] = x[i];
+        __syncwarp();
+        out[i] = stage[(i ^ 1) * stride];
+      }
+      break;
+    case 26:  // 16-byte stores, two lanes of a quarter of a warp a bank, and 4-byte loads, eight lanes a bank
+      if (i < 32) {
+        auto* wide = reinterpret_cast<uint4*>(stage);
+        wide[2 * i] = reinterpret_cast<const uint4*>(x)[i];
+        __syncwarp();
+        out[i] = float(wide[2 * (i ^ 1)].x);
+      }
+      break;
+    case 27:  // one word for all lanes
+      if (i < 32) {
+        stage[i] = x[i];
+        __syncwarp();
+        out[i] = stage[0];
+      }
+      break;
     default:  // 21: no bug, everything that the bugs are about done right
       stage[i] = x[i];
       dynamic[i] = x[i];

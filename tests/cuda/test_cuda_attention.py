@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers import assert_close_to_fp64
 from paged import Batch, cumulative, int_tensor, make_batch, same_bits
 from torch import Tensor
 
+from dschat_kernels.ops import _common
 from dschat_kernels.ops.attention import attention, packed_attention, packed_attention_reference
 from dschat_kernels.ops.attention_decode import attention_decode
 
@@ -118,3 +120,24 @@ def test_packed_has_the_bits_of_attention(dtype: torch.dtype) -> None:
         batch.q, torch.cat(batch.k), torch.cat(batch.v), cumulative([70, 1, 20]), scale=0.25, backend="cuda"
     )
     assert same_bits(y, attention(*batch.arguments, scale=0.25, backend="cuda"))
+
+
+def test_keys_that_are_not_split_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the partial results would not fit, with the same bits; silent where a split would not help."""
+    batch = make_batch([1, 1], [300, 70], 4, 2, 24)
+    split = attention_decode(*batch.arguments, scale=0.2, backend="cuda")
+    monkeypatch.setattr(_common, "_said", set())
+    monkeypatch.setattr("dschat_kernels.ops.attention.SCRATCH", 99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(*batch.arguments, scale=0.2, backend="cuda")
+        attention_decode(*batch.arguments, scale=0.2, num_splits=1, backend="cuda")
+        with monkeypatch.context() as patch:
+            patch.setattr("dschat_kernels.ops.attention.BLOCKS", 4)
+            attention_decode(*batch.arguments, scale=0.2, backend="cuda")
+    with pytest.warns(UserWarning, match="keys are not split among blocks.* of 2 tokens over 5 pages a row"):
+        whole = attention_decode(*batch.arguments, scale=0.2, backend="cuda")
+    assert same_bits(whole, split)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention_decode(*batch.arguments, scale=0.2, num_splits=2, backend="cuda")

@@ -145,6 +145,37 @@ def test_an_error_of_a_kernel_is_an_error_of_the_op() -> None:
             bias_act(x, None, "silu", backend="cuda")
 
 
+def test_inputs_are_what_a_launcher_takes_as_const(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that writes what its launcher declares as an input is an error; in place it may be both."""
+    x = torch.randn(3, 40)
+    with checked_cuda(x) as checked:
+        pointers = checked.module.pointers
+        assert pointers["bias_act"] == "--rrw---w" and pointers["rope_append"].count("w") == 4
+        y = torch.empty(3, 40)
+        checked.bias_act(0, 4, x.data_ptr(), 0, y.data_ptr(), 3, 40, 40)
+        checked.bias_act(0, 4, x.data_ptr(), 0, x.data_ptr(), 3, 40, 40)
+        assert same_bits(x, y)
+        monkeypatch.setitem(pointers, "bias_act", "--rrr---w")
+        with pytest.raises(
+            RuntimeError, match=r"bias_act: CUDA reports error 719, read-only: write to tensor\+0"
+        ):
+            checked.bias_act(0, 4, x.data_ptr(), 0, y.data_ptr(), 3, 40, 40)
+
+
+def test_what_one_launch_left_out_the_next_may_not_read() -> None:
+    x = torch.randn(3, 40)
+    with checked_cuda(x) as checked:
+        half, y = torch.empty(3, 40), torch.empty(3, 40)
+        checked.bias_act(0, 4, x.data_ptr(), 0, half.data_ptr(), 2, 40, 40)
+        checked.bias_act(0, 4, half.data_ptr(), 0, y.data_ptr(), 2, 40, 40)
+        with pytest.raises(
+            RuntimeError, match=r"uninitialised: read of tensor\+320, which nobody has written"
+        ):
+            checked.bias_act(0, 4, half.data_ptr(), 0, y.data_ptr(), 3, 40, 40)
+        half[2] = 1.0
+        checked.bias_act(0, 4, half.data_ptr(), 0, y.data_ptr(), 3, 40, 40)
+
+
 # -------------------------------------------------------------------------------------------------- memory traffic
 
 

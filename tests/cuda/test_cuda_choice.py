@@ -7,6 +7,8 @@ import torch
 from emulated import emulated_cuda
 from torch._subclasses import FakeTensorMode
 
+from dschat_kernels import triton
+from dschat_kernels.backends import _triton
 from dschat_kernels.ops import _common
 from dschat_kernels.ops.bias_act import bias_act
 from tests.helpers import cuda_refusal
@@ -59,3 +61,56 @@ def test_the_refusal_on_either_kind_of_machine(monkeypatch: pytest.MonkeyPatch) 
         assert error is expected
         with pytest.raises(error, match=f"bias_act: {message}; use backend=None or 'reference'"):
             bias_act(x, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU", "finds no NVIDIA driver"),
+        ("The NVIDIA driver on your system is too old (found version 11040).", "driver .* is too old for PyTorch"),
+        ("No CUDA GPUs are available", "this machine has no CUDA GPU"),
+        (None, "this machine has no CUDA GPU"),
+    ],
+)  # fmt: skip
+def test_a_missing_driver_is_not_a_missing_gpu(
+    error: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init() -> None:
+        if error:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(
+        RuntimeError, match=f"the cuda backend cannot run, because .*{reason}.*; use backend=None"
+    ):
+        bias_act(torch.randn(3, 8), backend="cuda")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(RuntimeError, match=r"PyTorch finds no CUDA GPU: version .* is built without CUDA"):
+        bias_act(torch.randn(3, 8), backend="cuda")
+
+
+@pytest.mark.parametrize(("capability", "able"), [((7, 5), False), ((8, 0), True), ((12, 0), True)], ids=str)
+def test_triton_needs_a_gpu_of_today(
+    capability: tuple[int, int], able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    triton._capability.cache_clear()
+    monkeypatch.setattr(triton, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    found = _triton()
+    try:
+        assert found.runs == able
+        if able:
+            assert _common.resolve_backend("bias_act", "triton", x) == "triton"
+            return
+        sentence = "Triton's kernels need a GPU of compute capability 8.0, and this one has 7.5"
+        assert found.why == f"{sentence}."
+        with pytest.raises(ValueError, match=f"bias_act: {sentence}; use backend=None"):
+            _common.resolve_backend("bias_act", "triton", x)
+    finally:
+        triton._capability.cache_clear()

@@ -21,14 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_there_and_here_agree() -> None:
-    """Rollouts, log-probs, updates, the cache's data and `generate`; on the cuda backend graphs, for llama `verify`."""
+    """Rollouts, log-probs, updates, the cache's data and `generate`; on the cuda backend graphs, and what a decode step
+    sends and fetches, for llama `verify`. And the device refuses and sees what it should."""
     runs = ("llama:cuda", "gpt2:cuda", "gemma2:reference")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.pretend", *runs], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.cuda.pretend", "rules", *runs], cwd=ROOT, capture_output=True, text=True,
         timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{run.split(':')[0]}: 9 results agree" for run in runs]
+    said = [f"{run.split(':')[0]}: 11 results agree" for run in runs]
+    assert done.stdout.splitlines() == ["rules: 37 hold", *said]
 
 
 def test_the_block_table_of_a_device_is_a_mirror() -> None:

@@ -245,3 +245,22 @@ def test_traffic_of_known_patterns() -> None:
     assert traffic["bytes_read"] == 4 * (64 * 2 + 32 + 32) and traffic["bytes_written"] == 4 * (64 + 32)
     assert traffic["used_bytes"] == 32 * traffic["sectors"], "neighbours read neighbours"
     assert traffic["shared_passes"] == traffic["shared_requests"], "no bank conflicts"
+
+
+@pytest.mark.parametrize(
+    "bug, expected",
+    [
+        # Two warps load 32 floats each from 32 sectors, and store them in 4.
+        (22, {"requests": 4, "sectors": 2 * (32 + 4), "used_bytes": 4 * 128, "shared_requests": 0}),
+        (23, {"requests": 2, "sectors": 5 + 4, "used_bytes": 2 * 128, "shared_requests": 0}),
+        # One warp stores into shared memory and loads from there, in two passes each, eight, two, and one.
+        (24, {"sectors": 8, "shared_requests": 2, "shared_passes": 4}),
+        (25, {"sectors": 8, "shared_requests": 2, "shared_passes": 16}),
+        (26, {"shared_requests": 2, "shared_passes": 2 + 8}),
+        (27, {"sectors": 8, "shared_requests": 2, "shared_passes": 2}),
+    ],
+)  # fmt: skip
+def test_wasted_traffic_is_counted(bug: int, expected: dict[str, int]) -> None:
+    assert plant_checked(bug) == ""
+    traffic = cases(checking=True).traffic()
+    assert {name: traffic[name] for name in expected} == expected

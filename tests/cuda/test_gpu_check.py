@@ -14,6 +14,7 @@ from emulated import emulated_cuda
 
 from benchmarks import gpu_check, gpu_sources
 from benchmarks.gpu_check import DRY, Machine
+from tests.conftest import STORIES
 
 OPS = (
     "rms_norm", "layer_norm", "bias_act", "gated_act", "linear", "lora_linear", "fuse_lora", "attention",
@@ -33,16 +34,23 @@ def test_the_dry_run_writes_the_whole_report(tmp_path: Path) -> None:
             assert row["sides"][side]["median_us"] > 0
         assert row["sides"][report["backends"][0]]["good"] and row["bytes"] > 0
     (row,) = report["generation"]
-    assert row["sides"][report["backends"][0]]["tokens_of_hf"] == 1.0
+    ours = report["backends"][0]
+    assert row["dtype"] == "float32" and set(row["sides"]) == {"HF eager", ours, f"{ours}, HF patched"}
+    for side in row["sides"].values():
+        assert side["tokens_of_hf"] == 1.0 and side["tokens_per_s"] > 0
+    shown = {row["op"] for row in report["kernels"] if row["op"].startswith("sample")}
+    assert {f"sample, top-k {k}, top-p {p}" for k in ("off", 50) for p in ("off", 0.9)} < shown
     assert report["tests"]["status"] == 0 and "2/" in report["tests"]["summary"]
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# GPU check on the CPU: a DRY RUN, no figure here is a GPU's")
     assert all(f"| {op}" in text for op in OPS) and "- HF eager: " in text
+    assert f"- {ours}, HF patched: " in text and ", 100.0% of the tokens are HF's" in text
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_its_kernels_call_the_gpu_backends_rightly(backend: str) -> None:
-    """Every case within the criterion on the sources compiled for the CPU, and in Triton's interpreter."""
+    """Every case within the criterion on the sources compiled for the CPU, and in Triton's interpreter, and the tokens
+    of `generate`, patched and not."""
     with contextlib.ExitStack() as stack:
         if backend == "cuda":
             stack.enter_context(emulated_cuda())
@@ -55,6 +63,11 @@ def test_its_kernels_call_the_gpu_backends_rightly(backend: str) -> None:
         dtypes = (torch.bfloat16,) if backend == "triton" else (torch.bfloat16, torch.float16, torch.float32)
         machine = Machine(torch.device("cpu"), (backend,), dtypes, DRY, True)
         rows = list(gpu_check.kernels(machine, "", PEAKS))
+        with torch.no_grad():
+            (generated,) = gpu_check.generation(machine, str(STORIES))
+    assert {
+        name: side.get("tokens_of_hf", side) for name, side in generated["sides"].items()
+    } == dict.fromkeys(("HF eager", backend, f"{backend}, HF patched"), 1.0)
     bad = [
         (row["op"], row["dtype"], row["sides"][backend])
         for row in rows
@@ -78,6 +91,40 @@ def test_a_wrong_kernel_and_one_that_fails_are_reported(monkeypatch: pytest.Monk
     found = gpu_check.failures(report)
     assert any("rms_norm 3x64 float32, cpu: error" in line for line in found)
     assert "rms_norm + residual 3x64 float32, cpu: RuntimeError: no residual today" in found
+
+
+def test_other_tokens_in_float32_and_forwards_left_to_transformers_are_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of an engine that changed a token of each row, and a `generate` that somebody hooks into."""
+    real = gpu_check.ours, gpu_check.patched
+
+    def other(*arguments: Any) -> Any:
+        return lambda: real[0](*arguments)() ^ torch.tensor([0, 0, 1, 0])
+
+    def left(model: Any, *arguments: Any) -> Any:
+        work = real[1](model, *arguments)
+        return lambda: with_hook(work)
+
+    def with_hook(work: Any) -> Any:
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
+        try:
+            return work()
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(gpu_check, "ours", other)
+    monkeypatch.setattr(gpu_check, "patched", left)
+    machine = Machine(torch.device("cpu"), ("reference",), (torch.float32,), DRY, True)
+    with torch.no_grad():
+        rows = list(gpu_check.generation(machine, str(STORIES)))
+    report: dict[str, Any] = {
+        "backends": ["reference"], "build": {}, "tests": {}, "peaks": PEAKS, "kernels": [], "generation": rows,
+    }  # fmt: skip
+    tokens, forwards = gpu_check.failures(report)
+    assert tokens == "generation of batch 2 in float32, reference: 75.0% of the tokens are Hugging Face's"
+    assert "float32, reference, HF patched: RuntimeError: left to transformers: generate ran" in forwards
+    assert "a global forward hook is registered" in forwards
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import os
 import pytest
 import torch
 
+from dschat.config import SFTConfig
 from dschat.rlhf import data as D
+from dschat.rlhf import sources
 
 MODEL = os.path.join(os.path.dirname(__file__), "..", "data", "stories260k")
 TEMPLATE = (
@@ -94,6 +96,72 @@ def test_bad_lines_have_file_and_number(tmp_path):
     ragged.write_text("a,b\n1,2\n3\n")
     with pytest.raises(D.DataError, match=r"x\.csv line 3 has another number of fields"):
         D.read([str(ragged)])
+
+
+UNREADABLE = {
+    "bytes": (
+        b'{"prompt": "b", "chosen": "\xff"}',
+        r"is not UTF-8 \(byte 0xff at column 28\); save it as UTF-8",
+    ),
+    "surrogate": (
+        rb'{"prompt": "b", "chosen": ["\ud800"]}',
+        r"holds '\\ud800', half of a surrogate pair, .*; write the whole character",
+    ),
+    "key": (rb'{"\udc80": "b"}', r"holds '\\udc80', half of a surrogate pair"),
+    "depth": (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"is nested deeper than 64 levels"),
+    "less deep": (b'{"prompt": ' + b"[" * 65 + b"]" * 65 + b"}", r"is nested deeper than 64 levels"),
+    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", r"is not valid JSON: .*digits"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_line_that_cannot_be_read_is_a_bad_row(tmp_path, kind, stream):
+    """With its number; the rows around it are read, and a tokenizer takes every text that is."""
+    line, message = UNREADABLE[kind]
+    path = tmp_path / "x.jsonl"
+    good = '{"prompt": "caf\u00e9 \\ud83d\\ude00", "chosen": "c"}\n'.encode()
+    path.write_bytes(good + line + b"\n" + good)
+    keys = {"data": [str(path)], "stream": stream, "eval_split": 1e-9}
+    for config in (SFTConfig(**keys), SFTConfig(data=[str(path)])):
+        with pytest.raises(D.DataError, match=rf"^\S*x\.jsonl line 2 {message}") as error:
+            sources.records(config, "train")
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    rows, stats = sources.records(SFTConfig(**keys, bad_rows="skip"), "train")
+    assert [r.columns["prompt"] for r in rows] == ["caf\u00e9 \U0001f600"] * 2
+    assert (stats.read, stats.bad) == (3, 1) and "line 2" in stats.first_bad
+    assert [r.where.rsplit(" ", 1)[1] for r in rows] == ["1", "3"]
+
+
+def test_bad_cells_and_items_are_bad_rows(tmp_path):
+    """Of a .csv and of a list, as of a .jsonl file."""
+    table, listed = tmp_path / "x.csv", tmp_path / "x.json"
+    table.write_bytes(b"a,b\n1,2\n3,caf\xe9\n5,6\n")
+    listed.write_bytes(rb'[{"a": "1"}, {"a": "\ud800"}, 7, {"a": "5"}]')
+    for path, where, message, bad in (
+        (table, "line 3", "is not UTF-8 \\(byte 0xe9", 1),
+        (listed, "row 2", "half of a surrogate pair", 2),
+    ):
+        with pytest.raises(D.DataError, match=f"{path.name} {where} .*{message}"):
+            D.read([str(path)])
+        rows, stats = D.read([str(path)], bad_rows="skip")
+        assert [r.columns["a"] for r in rows] == ["1", "5"] and stats.bad == bad
+    table.write_bytes(b"a,caf\xe9\n1,2\n")
+    with pytest.raises(D.DataError, match=r"x\.csv line 1 is not UTF-8 .*; save it as UTF-8"):
+        D.read([str(table)], bad_rows="skip")
+    listed.write_text("[" * 100_000)
+    with pytest.raises(D.DataError, match=r"x\.json is nested deeper than 64 levels"):
+        D.read([str(listed)], bad_rows="skip")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_of_bad_rows_alone(tmp_path, stream):
+    """Such as one in UTF-16: skipping all of it leaves nothing to train on."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes("".join('{"prompt": "a"}\n' * 2).encode("utf-16"))
+    config = SFTConfig(data=[str(path)], stream=stream, bad_rows="skip")
+    with pytest.raises(D.DataError, match=r"x\.jsonl.*no (good )?row.*line 1 is not UTF-8"):
+        sources.records(config, "train")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
@@ -231,6 +299,137 @@ def test_bad_rows(encoder, row, message):
         == stats.bad
         == 1
     )
+
+
+U, A = (lambda t: {"role": "user", "content": t}), (lambda t: {"role": "assistant", "content": t})
+
+
+def test_answers_of_several_messages(chat, plain):
+    """As TRL takes them; the assistant's turns are learnt, what others say in between is only read."""
+    said = [A("Hello"), U("How are you?"), A("Fine"), A("Bye")]
+    rows = records(
+        {"prompt": [U("Hi")], "completion": said},
+        {"prompt": [U("Hi")], "completion": [U("Hi"), *said]},
+        {"prompt": [U("Hi")], "completion": "Hello"},
+    )
+    first, repeated, single = D.sft_examples(rows, chat, D.DataStats())
+    text = chat.tokenizer.apply_chat_template([U("Hi"), *said], tokenize=False)
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = plain.decode(first.prompt_ids + first.answers[0])
+    # This tokenizer puts a space before the first word of whatever it is given.
+    assert found.replace("<assistant> ", "<assistant>") == plain.decode(ids)
+    learnt = [i for i, own in zip(first.answers[0], first.learnt[0], strict=True) if own]
+    assert learnt == [i for t in ("Hello", "Fine", "Bye") for i in chat.completion(t)]
+    assert first.answers[0][: len(single.answers[0])] == single.answers[0] and single.learnt == []
+    assert (repeated.prompt_ids, repeated.answers) == (first.prompt_ids, first.answers)
+    batch, mask = D.answer_batch([first, single], (0,), 0)
+    assert mask.sum(1).tolist() == [len(learnt), len(single.answers[0])]
+    assert batch.completion_mask.sum(1).tolist() == [len(first.answers[0]), len(single.answers[0])]
+    (cut,) = D.sft_examples(
+        rows[:1], chat, D.DataStats(), max_length=len(first.prompt_ids) + 9, overlong="cut"
+    )
+    assert cut.answers[0] == first.answers[0][:9] and cut.learnt[0] == first.learnt[0][:9]
+
+
+def test_prompts_that_pairs_share(chat, plain):
+    """What both begin with is the prompt, be it messages or texts; a prompt given as a text beside whole
+    conversations is theirs, and is put into the template with them."""
+    begin = [U("Hi"), A("Hello"), U("So?")]
+    rows = records(
+        {"prompt": begin, "chosen": [A("a")], "rejected": [A("b")]},
+        {"prompt": begin, "chosen": [*begin, A("a")], "rejected": [*begin, A("b")]},
+        {"chosen": [*begin, A("a")], "rejected": [*begin, A("b")]},
+        {"prompt": "So?", "chosen": [*begin, A("a")], "rejected": [*begin, A("b")]},
+        {"prompt": None, "chosen": [*begin, A("a"), U("c"), A("d")], "rejected": [*begin, A("b")]},
+    )
+    pairs = D.pair_examples(rows, chat, D.DataStats())
+    assert all(p.prompt_ids == chat.prompt(begin) and p.prompt == begin for p in pairs)
+    assert all(p.answers == [chat.completion("a"), chat.completion("b")] for p in pairs[:4])
+    assert len(pairs[4].answers[0]) > sum(pairs[4].learnt[0]) and all(pairs[4].learnt[1])
+    (example,) = D.sft_examples(records({"prompt": "Hi", "messages": [*begin, A("a")]}), chat, D.DataStats())
+    assert (example.prompt_ids, example.answers) == (pairs[0].prompt_ids, pairs[0].answers[:1])
+    (text,) = D.pair_examples(records({"chosen": "It is red", "rejected": "It is blue"}), chat, D.DataStats())
+    assert text.prompt == "It is" and text.answers[0] == chat.completion(" red")
+    (asked,) = D.prompt_examples(records({"messages": begin}), chat, D.DataStats())
+    assert asked.prompt == begin, "a conversation that ends with the user is all prompt"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": [U("a"), A("b"), U("c")]},
+            "messages ends with a message of 'user', .* end with .*assistant",
+        ),
+        ({"prompt": [U("a")], "completion": [U("c")]}, "completion ends with a message of 'user'"),
+        ({"prompt": [U("a")], "completion": [U("b"), A("c")]}, "completion does not go on from the prompt"),
+        (
+            {"prompt": None, "completion": "b"},
+            "there is neither a prompt nor a messages column, but completion",
+        ),
+        ({"prompt": None, "messages": [A("b")]}, "messages holds a single message, so there is no prompt"),
+        ({"prompt": "a", "completion": None}, "there is no response"),
+        ({"prompt": "", "completion": [A("b")]}, "prompt is empty"),
+    ],
+)
+def test_bad_answers(chat, row, message):
+    rows = records({"prompt": "a", "completion": "b"}, row)
+    with pytest.raises(D.DataError, match=f"^f.jsonl line 2: {message}"):
+        D.sft_examples(rows, chat, D.DataStats())
+    stats = D.DataStats()
+    assert len(D.sft_examples(rows, chat, stats, bad_rows="skip")) == stats.bad == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chosen": [U("a"), A("b")], "rejected": [U("c"), A("d")]},
+            "chosen and rejected answer differing prompts",
+        ),
+        (
+            {"chosen": [U("a"), A("b"), U("c"), A("d")], "rejected": [U("a"), A("b"), U("x"), A("d")]},
+            "chosen and rejected answer differing prompts",
+        ),
+        (
+            {"prompt": [U("a")], "chosen": [U("a"), A("b")], "rejected": [U("c"), A("d")]},
+            "rejected does not go on from the prompt",
+        ),
+        ({"chosen": [U("a"), A("b")], "rejected": [U("a"), A("b")]}, "chosen and rejected are equal"),
+        (
+            {"chosen": [U("a"), A("b")], "rejected": [U("a"), U("b")]},
+            "rejected ends with a message of 'user'",
+        ),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "there is neither a prompt nor .* share no beginning; add a prompt",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")},
+            "margin is nan, .* a finite",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": -float("inf")},
+            "margin is -inf, .* a finite",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "margin is 1000.*, .* a finite"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "nan"}, "margin is 'nan', .* a finite"),
+    ],
+)
+def test_bad_pairs(chat, row, message):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "0.5"}  # as a .csv file gives it
+    rows = records(good, {"margin": 1} | row)
+    with pytest.raises(D.DataError, match=f"^f.jsonl line 2: {message}"):
+        D.pair_examples(rows, chat, D.DataStats(), margin="margin")
+    stats = D.DataStats()
+    assert len(D.pair_examples(rows, chat, stats, margin="margin", bad_rows="skip")) == stats.bad == 1
+
+
+def test_columns_named_twice(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,chosen,prompt\na,b,c\n")
+    with pytest.raises(D.DataError, match=r"x\.csv has the column 'prompt' twice; rename or remove one"):
+        D.read([str(path)], bad_rows="skip")
 
 
 @pytest.mark.parametrize(

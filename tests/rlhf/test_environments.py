@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers_rlhf import Killed, numbers, same_weights
 
+from dschat import cli
 from dschat import config as configs
 from dschat.config import ConfigError, GRPOConfig, PPOConfig
 from dschat.engine import HybridEngine, SamplingConfig
-from dschat.rlhf import data, environments, grpo, ppo
+from dschat.rlhf import data, environments, grpo, ppo, replay
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -262,6 +263,55 @@ def test_bad_environments_are_said(base, tmp_path, body, message):
     )
     with pytest.raises(ConfigError, match=message):
         grpo.train(GRPOConfig(**keys(base, tmp_path, environment=f"{file}:Bad")))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('first\\nsecond line')", "the environment's step raised ValueError: first"),
+        ("raise SystemExit(0)", "the environment's step raised SystemExit: 0"),
+        ("return 'no', 'much', True", "the environment's step gave reward 'much'; return a number"),
+        ("return 'no'", "the environment's step returned 'no'"),
+        ("return 7, 1.0, False", "the observation is 7"),
+    ],
+)
+def test_an_environment_that_fails_keeps_its_episode(base, tmp_path, capsys, body, said):
+    """By its command: exit code 2 and one sentence; the failed episode's row and actions are played again by replay."""
+    file = tmp_path / "game.py"
+    source = (
+        "class Game:\n"
+        "    def reset(self, number, **columns):\n        self.turn = 0\n        return 'Once upon a time'\n"
+        "    def step(self, action):\n        self.turn += 1\n"
+        "        if self.turn == 2:\n            {}\n"
+        "        return ' Then', 1.0, False\n"
+    )
+    file.write_text(source.format(body))
+    keys = {**base, "lora_r": 2, "batch_size": 4, "prompts_per_step": 2, "samples_per_prompt": 2, "max_turns": 3,
+            "max_new_tokens": 24, "turn_tokens": 4, "environment": f"{file}:Game", "max_steps": 2}  # fmt: skip
+    flags = [f"--{k}={v[0] if isinstance(v, list) else v}" for k, v in keys.items()]
+    assert cli.main(["grpo", *flags]) == 2
+    folder = tmp_path / "run" / "failed-step-000001"
+    error = capsys.readouterr().err
+    assert said in error and f"the batch is in {folder}" in error and error.count("\n") == 1
+    kept = json.loads((folder / "batch.json").read_text())["episode"]
+    assert set(kept["columns"]) >= {"number", "chosen"} and len(kept["actions"]) == 2
+    assert (folder / "traceback.txt").is_file() == ("raise" in body)
+    again = replay.replay(str(folder))
+    assert again.where == "environment" and said in again.lines[-1]
+    if "second" in body:
+        assert any("second line" in line for line in again.lines)
+    file.write_text(source.format("pass"))
+    assert not replay.replay(str(folder)).where
+
+
+def test_a_reset_that_ends_the_process_is_refused(base, tmp_path):
+    file = tmp_path / "game.py"
+    file.write_text(
+        "class Game:\n    def reset(self, **columns):\n        raise SystemExit(0)\n"
+        "    def step(self, action):\n        return '', 0.0, True\n"
+    )
+    with pytest.raises(data.DataError, match="reset refuses the row: SystemExit: 0"):
+        grpo.train(GRPOConfig(**{**base, "environment": f"{file}:Game", "max_new_tokens": 8}))
 
 
 def test_reset_that_changes_is_refused(base, tmp_path):

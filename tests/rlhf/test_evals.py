@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dschat import cli
 from dschat.config import ConfigError, EvalConfig
-from dschat.rlhf import data, evals, models
+from dschat.rlhf import data, evals, models, reward
 
 PROMPTS = ["Once upon a time", "One day, a girl", "Tom and his dog", "The sun was", "Lily saw"]
 
@@ -108,6 +110,74 @@ def test_win_rate_at_equal_length():
     assert evals.win_rates([1.0] * 3, [0.0] * 3, [1.0, 2.0, 3.0])["win_rate_length_controlled"] == 1.0
 
 
+def test_length_control_is_scikit_learns():
+    """The fit in closed steps against LogisticRegression: ordinary, one-sided, tied and separable cases."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(5)
+    for n, share, slope in (
+        (200, 0.5, 0.0),
+        (200, 0.5, 9.0),
+        (200, 0.01, 0.0),
+        (40, 0.95, -3.0),
+        (4, 0.5, 1.0),
+    ):
+        d = rng.normal(3.0, 20.0, n)
+        wins = (
+            rng.random(n) < 1 / (1 + np.exp(-np.log(share / (1 - share)) - slope * np.tanh(d / d.std())))
+        ) * 1.0
+        wins[:3] = 0.5, 1.0, 0.0
+        x = np.tanh(d / d.std())[:, None]
+        y, weight = np.repeat([1.0, 0.0], n), np.concatenate([wins, 1 - wins])
+        fit = LogisticRegression(tol=1e-10, max_iter=1000).fit(
+            np.concatenate([x, x]), y, sample_weight=weight
+        )
+        mine = evals.length_controlled(wins, d, np.arange(n)[None])
+        assert mine[0] == pytest.approx(1 / (1 + np.exp(-fit.intercept_[0])), abs=1e-5)
+    separable = evals.length_controlled(
+        np.array([1.0, 1.0, 0.0, 0.0]), np.array([9.0, 9.0, -9.0, -9.0]), np.arange(4)[None]
+    )
+    assert separable[0] == pytest.approx(0.5)
+    assert evals.length_controlled(np.ones(3), np.arange(3.0), np.arange(3)[None])[0] == 1.0
+    assert evals.length_controlled(np.zeros(3), np.arange(3.0), np.arange(3)[None])[0] == 0.0
+
+
+def test_interval_at_equal_length():
+    """A win by length alone leaves 0.5 in the interval of the controlled rate, a true preference does not."""
+    held = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        d = rng.normal(5.0, 10.0, 200)
+        half = [0.5] * 200
+
+        def rates(wins, d=d, half=half):
+            return evals.win_rates(wins.astype(float).tolist(), half, d.tolist())
+
+        start = time.process_time()
+        longer = rates(rng.random(200) < 1 / (1 + np.exp(-2.5 * np.tanh(d / d.std()))))
+        assert time.process_time() - start < 1, "1000 resamples"
+        low, high = (longer[f"win_rate_length_controlled_{side}"] for side in ("low", "high"))
+        assert low < longer["win_rate_length_controlled"] < high < low + 0.3
+        assert longer["win_rate"] > 0.55 and longer["low"] > 0.5, (
+            "the plain rate takes length for a preference"
+        )
+        held += low < 0.5 < high
+    assert held >= 8, "19 of 20 are promised"
+    better = rates(rng.random(200) < 0.85)
+    low, high = (better[f"win_rate_length_controlled_{side}"] for side in ("low", "high"))
+    assert 0.5 < low < better["win_rate_length_controlled"] < high < 1
+    again = rates(rng.random(200) < 2)
+    assert again["win_rate_length_controlled_low"] == again["win_rate_length_controlled_high"] == 1.0
+    shown = dict(evals.rows(better))
+    assert shown["win_rate_length_controlled"].endswith(f"  [{low:.4g}, {high:.4g}]")
+    assert "win_rate_length_controlled_low" not in shown
+    values = [1.0, 0.0, 1.0, 1.0, 0.0]
+    pair = [evals.win_rates(values, [0.5] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], seed=s) for s in (3, 3)]
+    assert pair[0] == pair[1], "seeded"
+    with pytest.raises(ConfigError, match=r"the score of row 2 is nan; load the model in float32"):
+        evals.win_rates([1.0, float("nan")], [0.5] * 2, [1.0, 2.0])
+
+
 # ------------------------------------------------------------------------------------------------------- tasks
 
 
@@ -151,13 +221,39 @@ def test_reward_on_pairs(config, rows, judge, pairs):
         )
         wins.append(gap > 0)
         nats.append(math.log1p(math.exp(-gap)))
-        longer.append(len(c) > len(r))
+        longer.append((len(c) > len(r)) + 0.5 * (len(c) == len(r)))
     assert found["accuracy"] == sum(wins) / 12 and found["rows"] == 12
     assert found["longer_wins"] == sum(longer) / 12
     assert found["calibration"]["log_loss"] == pytest.approx(sum(nats) / 12, rel=1e-3)
     sides = found["classification"]
     assert sides["accuracy"] == pytest.approx(found["accuracy"]), "turning pairs round changes no decision"
     assert sum(map(sum, sides["confusion"])) == 12 and 0 < sum(sides["confusion"][0]) < 12
+
+
+def test_a_language_model_judges_nothing(config, pairs, stories_dir):
+    with pytest.raises(ConfigError, match="no trained reward model"):
+        evals.reward_pairs(config("reward", data=[pairs]))
+
+
+def test_answers_of_one_length_are_half_right():
+    gaps = [(3, 1), (2, 2), (1, 4)]
+    assert reward.longer_wins([data.Example([], [[0] * a, [0] * b], "") for a, b in gaps]) == 0.5
+    assert reward.longer_wins([data.Example([], [[0] * 3, [0]], "")]) == 1.0
+
+
+def test_perplexity_is_of_the_assistants_tokens(config, rows, stories_model, stories_tokenizer):
+    said = [
+        {"role": r, "content": c} for r, c in (("assistant", "a dog"), ("user", "and"), ("assistant", "ran"))
+    ]
+    tokenizer = copy.deepcopy(stories_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    encoder = data.Encoder(tokenizer)
+    found = evals.perplexity(
+        config("perplexity", data=[rows([{"prompt": [{"role": "user", "content": "Once"}], "completion": said}])]),
+        stories_model, tokenizer,
+    )  # fmt: skip
+    whole = [i for text in ("a dog", "ran") for i in encoder.completion(text)]
+    assert found["tokens"] == len(whole)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -187,6 +283,85 @@ def test_classifier(config, rows, judge, tmp_path, stories_tokenizer, stories_di
         v["label"] += v["text"]
     with pytest.raises(ConfigError, match=r"column label has 10 values"):
         evals.classify(config("classify", model=folder, data=[rows(values)]))
+
+
+def test_classifier_of_many_classes(config, rows, tmp_path, stories_tokenizer, stories_dir):
+    """Every number is scikit-learn's over Hugging Face's logits; labels by name or number; unknown ones refused."""
+    from sklearn import metrics
+
+    torch.manual_seed(1)
+    names = ["bad", "fair", "good", "odd"]
+    model = AutoModelForSequenceClassification.from_pretrained(
+        stories_dir,
+        num_labels=4,
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
+    ).eval()
+    model.config.pad_token_id = 0
+    models.save_model(model, stories_tokenizer, tmp_path / "four", merge=True)
+    folder = str(tmp_path / "four")
+    y = [0, 1, 2, 2, 1, 0, 0, 2, 1, 3, 3, 2]
+    texts = [p + " and" * (i // 5) for i, p in enumerate((PROMPTS * 3)[:12])]
+    values = [{"text": t, "label": names[k]} for t, k in zip(texts, y, strict=True)]
+    with torch.no_grad():
+        p = torch.cat(
+            [model(torch.tensor([stories_tokenizer(t)["input_ids"]])).logits for t in texts]
+        ).softmax(-1)
+    said = p.argmax(1).tolist()
+    found = evals.classify(config("classify", model=folder, data=[rows(values)]))
+    assert found["labels"] == names and found["rows"] == 12 and len(set(said)) > 1
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(y, said))
+    assert found["confusion"] == metrics.confusion_matrix(y, said, labels=range(4)).tolist()
+    for average in ("macro", "weighted"):
+        expected = metrics.precision_recall_fscore_support(y, said, average=average, zero_division=0.0)[:3]
+        assert [found[average][k] for k in ("precision", "recall", "f1")] == pytest.approx(expected)
+    auc = metrics.roc_auc_score(
+        y, p.double().numpy() / p.double().numpy().sum(1, keepdims=True), multi_class="ovr"
+    )
+    assert found["auc"] == pytest.approx(auc, abs=1e-6) and "note" not in found
+    shown = dict(evals.rows(found))
+    assert shown["accuracy"].endswith(f"  [{found['low']:.4g}, {found['high']:.4g}]")
+    assert shown["labels"] == "bad, fair, good, odd"
+    confidence = p.double().max(1).values.numpy()
+    right = np.array(y) == np.array(said)
+    assert found["calibration"]["brier"] == pytest.approx(((confidence - right) ** 2).mean(), abs=1e-6)
+
+    numbered = [{"text": t, "label": k} for t, k in zip(texts, y, strict=True)]
+    assert (
+        evals.classify(config("classify", model=folder, data=[rows(numbered)]))["confusion"]
+        == found["confusion"]
+    )
+    fewer = evals.classify(config("classify", model=folder, data=[rows(values[:9])]))
+    assert (
+        fewer["note"]
+        == "no row is of class odd, so the area under the ROC is the mean of the other 3 classes"
+    )
+    one = evals.classify(config("classify", model=folder, data=[rows(values[:1])]))
+    assert one["note"] == "all rows are of class bad, so there is no ROC; give rows of other classes too"
+    assert "auc" not in one and "NaN" not in json.dumps(one)
+    values[0]["label"] = "great"
+    with pytest.raises(
+        ConfigError, match=r"column label has 1 values that model .* lacks \(great\).* bad, fair, good"
+    ):
+        evals.classify(config("classify", model=folder, data=[rows(values)]))
+    with pytest.raises(data.DataError, match=r"line 2 has no label; give it one, or leave the row out"):
+        evals.classify(config("classify", model=folder, data=[rows([*values[1:2], {"text": "x"}])]))
+
+
+def test_classes_of_one_kind(config, rows, judge):
+    """A one-label model: 0 and 1 are classes by themselves, a lone name is none; no ROC is said, not NaN."""
+    found = evals.classify(
+        config("classify", model=judge, data=[rows([{"text": p, "label": 1} for p in PROMPTS])])
+    )
+    assert (
+        found["confusion"][0] == [0, 0] and sum(found["confusion"][1]) == 5 and found["labels"] == ["0", "1"]
+    )
+    assert found["note"] == "all rows are of class 1, so there is no ROC; give rows of other classes too"
+    assert dict(evals.rows(found))["note"] == found["note"] and "NaN" not in json.dumps(found)
+    with pytest.raises(
+        ConfigError, match=r"column label has the one value good, .* give rows of both classes"
+    ):
+        evals.classify(config("classify", model=judge, data=[rows([{"text": "Once", "label": "good"}])]))
 
 
 def test_win_rate_of_a_model_with_itself_and_another(
@@ -250,6 +425,64 @@ def test_kl(config, rows, tmp_path, stories_tokenizer, new_stories_model, storie
     expected = sum(exact) / len(exact)
     assert found["k3"]["low"] < expected < found["k3"]["high"]
     assert found["k1"]["low"] < expected < found["k1"]["high"] and found["k1_token"] > 0
+
+
+def test_rows_over_the_limit_are_counted(config, rows, judge, stories_tokenizer, pairs):
+    """Every task says what became of rows that are too long, in JSON and table; none is left out in silence."""
+    encoder = data.Encoder(stories_tokenizer)
+    records = data.read([pairs])[0]
+    sizes = [
+        len(encoder.prompt(r.columns["prompt"]))
+        + max(len(encoder.completion(r.columns[k])) for k in ("chosen", "rejected"))
+        for r in records
+    ]
+    limit = sorted(sizes)[6]
+    over = sum(n > limit for n in sizes)
+    found = evals.reward_pairs(config("reward", model=judge, data=[pairs], max_length=limit))
+    assert 0 < over < 12 and (found["rows"], found["dropped"]) == (12 - over, over)
+    assert ("dropped", str(over)) in evals.rows(found)
+    with pytest.raises(ConfigError, match=r"all 12 pairs are over max_length 2; raise it"):
+        evals.reward_pairs(config("reward", model=judge, data=[pairs], max_length=2))
+
+    long = {"prompt": "Once", "completion": " upon a time" * 9}
+    full = {"prompt": "Once upon a time" * 9, "completion": " there"}
+    file = rows([{"prompt": "Once", "completion": " was"}, long, full])
+    found = evals.perplexity(config("perplexity", data=[file], max_length=12))
+    assert (found["rows"], found["cut"], found["dropped"]) == (2, 1, 1), (
+        "a prompt that fills the row has no response"
+    )
+    with pytest.raises(
+        ConfigError, match=r"all 3 prompts fill max_length 1, so no response is left; raise it"
+    ):
+        evals.perplexity(config("perplexity", data=[file], max_length=1))
+    texts = [{"text": "Once upon a time" * 9}, {"text": "Once upon"}, {"text": ""}]
+    found = evals.perplexity(config("perplexity", data=[rows(texts)], max_length=12))
+    assert (found["cut"], found["dropped"]) == (1, 1) and found["rows"] > 2
+    with pytest.raises(
+        ConfigError, match=r"none of the 1 texts has a token after its first; give longer texts"
+    ):
+        evals.perplexity(config("perplexity", data=[rows(texts[2:])]))
+    with pytest.raises(data.DataError, match=r"line 2: text is None, which is no text"):
+        evals.perplexity(config("perplexity", data=[rows([{"text": "Once"}, {"text": None}])]))
+
+    values = [{"text": t["text"], "label": str(i % 2)} for i, t in enumerate(texts[:2])]
+    found = evals.classify(config("classify", model=judge, data=[rows(values)], max_length=12))
+    assert found["cut"] == 1 and found["rows"] == 2 and ("cut", "1") in evals.rows(found)
+
+    file = rows([{"prompt": "Once upon a time" * 9, "answer": "1"}, {"prompt": "Lily saw", "answer": "1"}])
+    model = str(config("kl").model)
+    assert evals.answers(config("answers", data=[file], max_length=12))["cut"] == 1
+    assert evals.kl(config("kl", data=[file], max_length=12, against=model))["cut"] == 1
+    found = evals.win_rate(config("win_rate", data=[file], max_length=12, against=model, judge=judge))
+    assert (found["cut"], found["cut_against"]) == (1, 1)
+    with pytest.raises(
+        ConfigError, match=r"max_new_tokens is 512, which leaves the context of 512 .* no room"
+    ):
+        evals.answers(config("answers", data=[file], max_new_tokens=512))
+    with pytest.raises(
+        ConfigError, match=r"max_length is 600, but the context of .* is 512; use at most that"
+    ):
+        evals.perplexity(config("perplexity", data=[file], max_length=600))
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -259,7 +259,9 @@ def test_columns_reach_the_reward(pieces):
 
     p = pieces(functions=(fn,))
     p.collect()
-    assert set(seen) == {"chosen", "rejected", "number", "prompts"} and len(seen["number"]) == 8
+    beside = {"completion_ids", "trainer_state", "log_metric", "log_extra"}
+    assert set(seen) - beside == {"chosen", "rejected", "number", "prompts"} and beside < set(seen)
+    assert len(seen["number"]) == len(seen["completion_ids"]) == 8
     assert seen["number"][0] == seen["number"][1] == p.examples[0].columns["number"], (
         "samples of a prompt are neighbours"
     )
@@ -463,6 +465,31 @@ def test_paired_bootstrap():
     mean, low, high = evaluate.paired_bootstrap(before, [b + (-1) ** i for i, b in enumerate(before)])
     assert mean == 0 and low < 0 < high
     assert evaluate.paired_bootstrap(before, [0.0] * 50) == evaluate.paired_bootstrap(before, [0.0] * 50)
+
+
+def test_held_out_prompts_that_nothing_judges_are_left_out():
+    common = {"kl": 0.5, "length": 3.0, "finished": 1.0}
+    before = {"scores": [1.0, None, 3.0, 0.0], **common}
+    after = {"scores": [2.0, 7.0, 5.0, None], **common}
+    held = evaluate.held_out(before, after, 0)
+    assert (held["prompts"], held["before"], held["after"], held["change"]) == (2, 2.0, 3.5, 1.5)
+    assert evaluate.held_out(before, {"scores": [None, 1.0, None, None], **common}, 0) == {}
+
+
+def test_answers_that_nothing_judges_do_not_count_as_zero(pieces):
+    p = pieces(functions=[lambda completions, **_: [4.0, None] * (len(completions) // 2)], eval_samples=2)
+    found = evaluate.evaluate(p.ppo, p.examples, 3)
+    assert found["scores"] == [4.0] * len(p.examples)
+    p = pieces(functions=[lambda completions, **_: [None] * len(completions)], eval_samples=2)
+    with pytest.warns(UserWarning):
+        assert evaluate.evaluate(p.ppo, p.examples, 3)["scores"] == [None] * len(p.examples)
+
+
+def test_a_language_model_is_no_reward_model(base, stories_dir, tmp_path):
+    """Its head would be a random one."""
+    with pytest.raises(ConfigError, match=r"no trained reward model, as it has no score\.weight; train one"):
+        run(base, reward=[str(stories_dir)])
+    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_are_a_function_of_purpose_and_step():

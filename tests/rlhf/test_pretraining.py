@@ -156,7 +156,7 @@ def other_model(tmp_path, stories_dir, stories_tokenizer):
     return str(folder)
 
 
-def test_reward_model_with_its_own_tokenizer(other_model, base, stories_tokenizer, stories_dir):
+def test_reward_model_with_its_own_tokenizer(other_model, base, stories_tokenizer, stories_dir, tmp_path):
     """Answers are decoded and encoded anew: the score is that of the text in the reward model's own tokens."""
     encoder = data.Encoder(stories_tokenizer)
     config = GRPOConfig(**keys(base, reward=[other_model]))
@@ -172,7 +172,9 @@ def test_reward_model_with_its_own_tokenizer(other_model, base, stories_tokenize
     )
     torch.testing.assert_close(found, scorer.rate(rows), rtol=1e-4, atol=1e-5)
     assert valid.all()
-    same, kept = load_sources(GRPOConfig(**keys(base, reward=[str(stories_dir)])), torch.float32, (), encoder)
+    like = tmp_path / "like"
+    models.save_model(models.load_scorer(str(stories_dir), torch.float32, 3), stories_tokenizer, like, True)
+    same, kept = load_sources(GRPOConfig(**keys(base, reward=[str(like)])), torch.float32, (), encoder)
     assert not isinstance(same[0][1], OwnTokenizer) and kept
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dschat.config import ConfigError, RewardConfig, SFTConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, losses, models, reward, sft
+from dschat.rlhf import data, dpo, losses, models, reward, sft
 from dschat.rlhf.checkpoint import CheckpointError, latest
 from dschat.rlhf.run import learning_rate, make_optimizer, set_lr
 
@@ -62,6 +62,28 @@ def test_sft_loss_is_hugging_faces_on_the_responses(new_stories_model, stories_t
         )
 
 
+def test_others_words_within_an_answer_are_not_learnt(new_stories_model):
+    """The loss of an answer of several turns is Hugging Face's with the user's turn labelled -100."""
+    model = new_stories_model()
+    answer, learnt = [40, 41, 2, 50, 51, 52, 60, 2], [True] * 3 + [False] * 3 + [True] * 2
+    example = data.Example([1, 30, 31], [answer], "", learnt=[learnt])
+    labels = [-100] * 3 + [i if own else -100 for i, own in zip(answer, learnt, strict=True)]
+    with torch.no_grad():
+        expected = float(model(torch.tensor([[1, 30, 31, *answer]]), labels=torch.tensor([labels])).loss)
+    for aggregation in ("token", "sequence"):
+        found = sft.evaluate(HybridEngine(model), [example], 0, SFTConfig(aggregation=aggregation))
+        assert found == pytest.approx(expected, rel=1e-4)
+    chosen, rejected = dpo.pair_logprobs(
+        HybridEngine(model.requires_grad_(False)),
+        [data.Example([1, 30, 31], [answer] * 2, "", learnt=[learnt, [True] * 8])],
+        0,
+        mean=True,
+    )
+    assert float(chosen) == pytest.approx(-expected, rel=1e-4) and float(rejected) != pytest.approx(
+        -expected, rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_changes_nothing(stage, base, tmp_path):
     """checklist 2.1 #16: 1 x 4 and 4 x 1 rows take the same steps, but for rounding."""
@@ -71,6 +93,77 @@ def test_accumulation_changes_nothing(stage, base, tmp_path):
         run(stage, base, **keys, output_dir=str(tmp_path / f"{batch_size}"))
         seen.append([line["loss"] for line in numbers(tmp_path / f"{batch_size}")])
     assert seen[0] == pytest.approx(seen[1], rel=1e-3)
+
+
+def test_batches_filled_to_a_number_of_tokens():
+    """Every row once, no batch over the limit, close to as few as can be, and the seed alone decides which."""
+    lengths = [int(x) for x in torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0))]
+    found = data.fill(lengths, 100, seed=3)
+    assert sorted(i for batch in found for i in batch) == list(range(500))
+    sizes = [sum(lengths[i] for i in batch) for batch in found]
+    assert max(sizes) <= 100 and len(found) <= 1.03 * sum(lengths) / 100
+    assert found == data.fill(lengths, 100, seed=3) != data.fill(lengths, 100, seed=4)
+    assert data.fill([5, 5], 5, seed=0) in ([[0], [1]], [[1], [0]]) and data.fill([], 5, seed=0) == []
+
+
+def test_filled_batches_take_the_steps_of_their_rows_alone(base, tmp_path, monkeypatch):
+    """max_tokens_per_batch: loss and gradient of each step are those of its rows one by one, and all rows are seen in
+    an epoch."""
+    keys = {"lora_r": 2, "max_length": 40, "max_tokens_per_batch": 60, "gradient_accumulation_steps": 2}
+    seen, original = [], sft.accumulate
+
+    def spy(engine, examples, pad_id, config, pieces=None):
+        loss, tokens = original(engine, examples, pad_id, config, pieces)
+        gradients = [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+        engine.model.zero_grad()
+        alone, _ = original(engine, examples, pad_id, config, [[e] for e in examples])
+        again = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        assert alone == pytest.approx(loss, rel=1e-5)
+        for one, other in zip(gradients, again, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+        assert pieces and all(sum(len(e.prompt_ids) + len(e.answers[0]) for e in p) <= 60 for p in pieces)
+        seen.append([e.where for e in examples])
+        return loss, tokens
+
+    monkeypatch.setattr(sft, "accumulate", spy)
+    result = run("sft", base, **keys, output_dir=str(tmp_path / "straight"))
+    monkeypatch.undo()
+    half = len(seen) // 2
+    assert result["steps"] == len(seen)
+    for epoch in (seen[:half], seen[half:]):
+        assert sorted(w for rows in epoch for w in rows) == sorted({w for rows in seen for w in rows})
+    assert len({w for rows in seen for w in rows}) == 12 and seen[:half] != seen[half:]
+
+
+def test_filled_batches_resume(base, tmp_path, kill_after):
+    keys = {"lora_r": 2, "max_length": 40, "max_tokens_per_batch": 60}
+    run("sft", base, **keys, output_dir=str(tmp_path / "straight"))
+    kill_after(3)
+    with pytest.raises(Killed):
+        run("sft", base, **keys)
+    kill_after(None)
+    run("sft", base, **keys)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
+    assert same_weights(tmp_path / "run" / "model", tmp_path / "straight" / "model")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"max_tokens_per_batch": 100},
+            "max_tokens_per_batch is 100, less than max_length 512; set it to 512",
+        ),
+        ({"max_tokens_per_batch": -1}, "max_tokens_per_batch is -1, but it must be 0 or more"),
+        (
+            {"max_tokens_per_batch": 600, "stream": True},
+            "max_tokens_per_batch is 600 and stream true, .* leave out",
+        ),
+    ],
+)
+def test_limits_that_cannot_be(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        SFTConfig(**keys)
 
 
 # -------------------------------------------------------------------------------------------- what is written

@@ -143,7 +143,60 @@ def test_streamed_run_is_the_run_in_memory(base, tmp_path):
     assert numbers(tmp_path / "memory") == numbers(tmp_path / "stream")
     assert same_weights(tmp_path / "memory" / "model", tmp_path / "stream" / "model")
     rows, _ = sources.records(config, "train")
-    assert all(isinstance(r, sources.LineRecord) and r._columns is None for r in rows)
+    assert all(isinstance(r, sources.StoredRecord) and r._columns is None for r in rows)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_parquet_and_hub_are_streamed(base, tmp_path, monkeypatch, kind):
+    """Rows come one at a time out of a memory-mapped file, and the run is the one on the same rows in memory."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [json.loads(line) for line in Path(base["data"][0]).read_text().splitlines()]
+    source = str(tmp_path / "d.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(source)
+    if kind == "hub":
+        stored = datasets.load_dataset("parquet", data_files=source, split="train")
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"org/name": stored}[name])
+        source = "org/name:train"
+
+    def run(folder, **more):
+        keys = {"response": "chosen", "max_length": 64, "lora_r": 2, "batch_size": 4, "max_steps": 2}
+        config = SFTConfig(
+            **{
+                **base,
+                **more,
+                **keys,
+                "data": [source],
+                "eval_split": 0.2,
+                "output_dir": str(tmp_path / folder),
+            }
+        )
+        sft.train(config)
+        return config
+
+    run("memory")
+    config = run("stream", stream=True)
+    assert numbers(tmp_path / "memory") == numbers(tmp_path / "stream")
+    found, _ = sources.records(config, "train")
+    assert all(isinstance(r, sources.StoredRecord) and r._columns is None for r in found)
+    held, _ = sources.records(config, "eval")
+    assert sorted(json.dumps(r.columns) for r in [*found, *held]) == sorted(map(json.dumps, rows))
+    assert {r.where for r in [*found, *held]} == {f"{source} row {i + 1}" for i in range(12)}
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    for name, message in (
+        ("bad.parquet", r"bad\.parquet is not a readable parquet file"),
+        ("no.parquet", r"no\.parquet does not exist"),
+        ("a.csv", r"a\.csv cannot be streamed; unpack or convert it to \.jsonl or \.parquet"),
+        ("a.jsonl.gz", r"a\.jsonl\.gz cannot be streamed"),
+    ):
+        if "no" not in name:
+            (tmp_path / name).write_text("garbage")
+        with pytest.raises(data.DataError, match=message) as error:
+            sources.records(SFTConfig(data=[str(tmp_path / name)], stream=True), "train")
+        assert "\n" not in str(error.value)
 
 
 def test_streamed_rows(tmp_path, stories_tokenizer):
@@ -165,7 +218,7 @@ def test_streamed_rows(tmp_path, stories_tokenizer):
     file.write_text("x" * 10)
     with pytest.raises(data.DataError, match="line 1 has changed since the run began"):
         examples[0]
-    with pytest.raises(data.DataError, match=r"cannot be streamed; unpack or convert it to \.jsonl"):
+    with pytest.raises(data.DataError, match=r"data file a\.csv does not exist"):
         sources.records(SFTConfig(data=["a.csv"], stream=True), "train")
     with pytest.raises(data.DataError, match="does not exist"):
         sources.records(SFTConfig(data=[str(tmp_path / "no.jsonl")], stream=True), "train")

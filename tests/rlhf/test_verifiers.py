@@ -71,6 +71,21 @@ def test_svamp_rows_through_the_reward_of_a_run():
         assert scores.tolist() == [1.0 - shift] * 20
 
 
+def test_conversations_score_as_their_texts():
+    """Every ready-made function gives a conversation what it gives the text of its last message."""
+    texts = ["<think>a</think><answer>7</answer>", "#### 7", "The answer is 8.", ""]
+    chats = [[{"role": "assistant", "content": t}] for t in texts]
+    names = [["punctuation:no_comma", "length_constraints:number_words"]] * 4
+    given = [[{}, {"num_words": 2, "relation": "at least"}]] * 4
+    columns = {"answer": ["7"] * 4, "instruction_id_list": names, "kwargs": given}
+    functions = ["number", "marked_number", "text", "marked", "think_tags", "ifeval", "ifeval_all"]
+    for name in functions:
+        fn = getattr(V, name)
+        assert call(fn, chats, **columns) == call(fn, texts, **columns), name
+        through = rewards.call_function(fn, [[{"role": "user", "content": "?"}]] * 4, texts, columns)
+        assert through.tolist() == call(fn, texts, **columns), name
+
+
 def test_rows_without_the_column_say_nothing():
     assert call(V.number, ["1"]) == call(V.text, ["1"]) == call(V.ifeval, ["1"]) == [None]
     assert call(V.number, ["1", "2"], answer=[None, "2"]) == [None, 1.0]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dschat_kernels.triton import _launch, rms_norm
+from dschat_kernels.triton import _launch, linear, rms_norm
 from dschat_kernels.triton._launch import Config, Launch, aligned, as_rows, launch
 from tests.helpers import CPU_ONLY
 
@@ -48,6 +48,20 @@ def test_tuning_keeps_the_fastest_whatever_the_number_of_rows(
         launch(rms_norm._backward, (rows,), arguments, DEFAULT, [OTHER])
     assert [run.config for run in runs] == [OTHER] * 3
     assert timed == [DEFAULT, OTHER] * 2, "once for each width"
+
+
+def test_a_tuned_product_covers_its_result(runs: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of rows chooses the tile: what was fastest for one tile must not run on the grid of another."""
+    monkeypatch.setattr(_launch, "_tuning", lambda arguments: True)
+    monkeypatch.setattr(_launch, "_time", lambda this: this.config.num_stages)
+    weight = torch.zeros(1024, 256, dtype=torch.bfloat16)
+    for rows in (3, 4096, 100, 3):
+        linear.linear(torch.zeros(rows, 256).bfloat16(), weight, None, 1024, 256, False, "none", None, False)
+        values = {**runs[-1].arguments, **runs[-1].config.blocks}
+        assert runs[-1].grid == (-(-rows // values["M"]), -(-1024 // values["N"]))
+    assert len({values["M"] * values["N"] for values in (run.arguments for run in runs)}) == 3, (
+        "tiles of their own"
+    )
 
 
 def test_an_empty_grid_runs_nothing(runs: list[Launch]) -> None:
