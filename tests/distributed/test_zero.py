@@ -60,13 +60,15 @@ def test_rollouts_are_those_of_one_process_token_for_token(many, world, kind, st
     assert not torch.equal(before.completion_ids, rollout.completion_ids), "the steps changed something"
 
 
-@pytest.mark.parametrize(("world", "kind", "stage"), [c for c in CASES if c[1] != "full-bf16"])
+@pytest.mark.parametrize(("world", "kind", "stage"), CASES)
 def test_losses_and_gradient_norms_are_those_of_one_process(many, alone, world, kind, stage):
     """Accumulated over backwards of unequal size, normalised by all rows: within 1e-4 in float32, 2e-2 in bfloat16.
-    (A full bfloat16 model has float32 masters with DeepSpeed and none without.)"""
+    (A full bfloat16 model's weights round otherwise after a step, and draw other tokens: its first step alone.)"""
     found, one = many(world)[f"{kind}/{stage}"], alone(kind)
+    steps = 1 if kind == "full-bf16" else 2
     for name in ("loss", "norm"):
-        assert found[name] == pytest.approx(one[name], rel=2e-2 if "bf16" in kind else 1e-4), name
+        close = pytest.approx(one[name][:steps], rel=2e-2 if "bf16" in kind else 1e-4)
+        assert found[name][:steps] == close, name
     assert found["norm"][0] > 0.5, "the clip has something to do"
 
 
