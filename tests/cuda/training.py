@@ -33,8 +33,10 @@ ROWS = [
     {"prompt": p, "chosen": " there was a happy dog.", "rejected": " fell." + " No." * i, "number": i}
     for i, p in enumerate(PROMPTS)
 ]
+JUDGE = ["judge"]
+"""Stands for what `judge` makes."""
 ONLINE = {
-    "reward": [str(STORIES)], "max_new_tokens": 5, "max_prompt_length": 16, "prompts_per_step": 2,
+    "reward": JUDGE, "max_new_tokens": 5, "max_prompt_length": 16, "prompts_per_step": 2,
     "samples_per_prompt": 2, "batch_size": 2, "ppo_epochs": 2, "compare_hf": 2,
 }  # fmt: skip
 TURNS = {
@@ -107,6 +109,8 @@ def compare(stage: str, folder: Path, device: str, away: Any = contextlib.nullco
     other way round. Raises AssertionError where numbers differ; returns how many steps were compared."""
     train, config, keys = STAGES[stage]
     keys = common(folder) | keys
+    if keys.get("reward") == JUDGE:
+        keys["reward"] = [judge(folder)]
     if keys.get("unsup_coef"):
         keys["unsup_data"] = keys["data"]
 
@@ -143,6 +147,13 @@ def common(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def judge(folder: Path) -> str:
+    """A reward model in `folder`, with the head that a seed draws."""
+    scorer = models.load_scorer(str(STORIES), torch.float32)
+    models.save_model(scorer, models.load_tokenizer(str(STORIES)), folder / "judge", merge=True)
+    return str(folder / "judge")
+
+
 def compare_evaluations(folder: Path, device: str, away: Any = contextlib.nullcontext) -> int:
     """The tasks of `dschat eval`, here and there; returns how many."""
     data = common(folder)["data"]
@@ -150,13 +161,11 @@ def compare_evaluations(folder: Path, device: str, away: Any = contextlib.nullco
     labelled.write_text(
         "".join(json.dumps({"text": r["prompt"], "label": i % 2}) + "\n" for i, r in enumerate(ROWS))
     )
-    judge = str(folder / "judge")
-    scorer = models.load_scorer(str(STORIES), torch.float32)
-    models.save_model(scorer, models.load_tokenizer(str(STORIES)), judge, merge=True)
+    scorer = judge(folder)
     tasks: list[dict[str, Any]] = [
         {"task": "perplexity"}, {"task": "kl", "against": str(STORIES), "samples": 2},
-        {"task": "win_rate", "against": str(STORIES), "judge": judge, "temperature": 0.0},
-        {"task": "reward", "model": judge}, {"task": "classify", "model": judge, "data": [str(labelled)]},
+        {"task": "win_rate", "against": str(STORIES), "judge": scorer, "temperature": 0.0},
+        {"task": "reward", "model": scorer}, {"task": "classify", "model": scorer, "data": [str(labelled)]},
     ]  # fmt: skip
     for keys in tasks:
         found = []
@@ -174,7 +183,8 @@ def compare_evaluations(folder: Path, device: str, away: Any = contextlib.nullco
 def compare_replays(folder: Path, device: str, away: Any = contextlib.nullcontext) -> int:
     """Failed steps of runs of here and of there, computed again here and there; returns how many."""
     keys = common(folder)
-    too_fast = {"dpo": {"learning_rate": 1e25}, "ppo": {**STAGES["ppo"][2], "critic_learning_rate": 1e25}}
+    online = {**STAGES["ppo"][2], "reward": [judge(folder)], "critic_learning_rate": 1e25}
+    too_fast = {"dpo": {"learning_rate": 1e25}, "ppo": online}
     for stage, more in too_fast.items():
         found = set()
         for there in (False, True):
