@@ -17,8 +17,15 @@ from .. import parallel
 from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, StageConfig
 from ..engine.sharing import check_teams
 from . import data, models
-from . import rewards as reward_sources
-from .rewards import RewardFunction, is_function_name, load_function, other_tokenizer, require_same_tokenizer
+from .rewards import (
+    RewardFunction,
+    is_function_name,
+    load_function,
+    needed_columns,
+    other_tokenizer,
+    require_columns,
+    require_same_tokenizer,
+)  # fmt: skip
 
 Made = Mapping[str, str]
 """Folder of a stage that is still to run -> the model that it starts from, whose modules and tokenizer its own has."""
@@ -46,7 +53,7 @@ def require_rewards(config: OnlineConfig, functions: Sequence[RewardFunction] = 
 def _require_columns(config: OnlineConfig, function: RewardFunction) -> None:
     """Every argument that a reward function needs is a column of some row; the data is read only for an argument that
     nothing else gives, and what is wrong with it is said where it is read for good."""
-    wanted = reward_sources.needed_columns(function)
+    wanted = needed_columns(function)
     for group in (config.data, config.eval_data) if wanted else ():
         have: set[str] = set()
         with contextlib.suppress(data.DataError, OSError, ValueError):
@@ -55,7 +62,7 @@ def _require_columns(config: OnlineConfig, function: RewardFunction) -> None:
                 if have.issuperset(wanted):
                     break
         if have:
-            reward_sources.require_columns(function, have, " and ".join(group))
+            require_columns(function, have, " and ".join(group))
 
 
 def _rows(source: str) -> Iterator[data.Record]:

@@ -14,6 +14,7 @@ to those.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import dataclasses
@@ -88,7 +89,7 @@ class NotFinite(StepFailed):
     """A loss or a gradient that is nan or infinite."""
 
 
-class Trainer:
+class Trainer(abc.ABC):
     """Policy, reference and rewards, and what one step does with them."""
 
     def __init__(
@@ -130,14 +131,11 @@ class Trainer:
         scorers = [(n, models.Scorer(s) if isinstance(s, nn.Module) else s) for n, s in sources]
         return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
 
+    @abc.abstractmethod
     def credit(
         self, experience: Experience, scores: Tensor, valid: Tensor, metrics: Metrics
     ) -> dict[str, float]:
-        """Fill `experience.advantages` from the shaped scores [B]; returns numbers for the log. An algorithm has its
-        own."""
-        raise NotImplementedError(
-            f"{type(self).__name__} says nothing about credit: it is for its algorithm to define"
-        )
+        """Fill `experience.advantages` [B, C] from the shaped scores [B]; returns numbers for the log."""
 
     def extra_loss(
         self, experience: Experience, rows: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]
@@ -155,6 +153,7 @@ class Trainer:
 
     def extra_step(self, skip: bool = False) -> None:
         """Optimizer step of what is trained beside the policy. skip: drop its gradients instead."""
+        return None
 
     def steppers(self) -> dict[str, Stepper]:
         """Of everything that is trained, by the name that its numbers have in the log."""

@@ -298,17 +298,10 @@ def _gradient_cpu(
     return logprob, lse, entropy, gradient
 
 
-def _gradient_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = _forward_fake(hidden, weight, targets, bias, temperature, logit_softcap, with_entropy)
-    return *sums, torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+def _gradient_fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_forward_fake(hidden, *others), torch.empty(
+        hidden.shape, dtype=torch.float32, device=hidden.device
+    )
 
 
 def _backward_cpu(

@@ -318,3 +318,13 @@ def test_an_algorithm_is_a_small_file():
         lines = Path(module.__file__).read_text().splitlines()
         assert len(lines) < 150, module.__name__
     assert issubclass(ppo.PPO, online.Trainer) and issubclass(grpo.GRPO, online.Trainer)
+
+
+def test_an_algorithm_without_credit_cannot_be_made():
+    """So it ends before its first rollout."""
+
+    class Nothing(online.Trainer):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract.*credit"):
+        Nothing(None, None, None, None, None)
