@@ -444,13 +444,20 @@ def completion_ids(batch: Any) -> list[list[int]] | None:
     return [ids[mask].tolist() for ids, mask in rows]
 
 
+def _short(name: str) -> str:
+    """The last folder of a path, but for the `model` that every run writes."""
+    *before, last = name.rstrip("/").split("/")
+    return before[-1] if before and last == "model" else last
+
+
 def numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean and deviation of each source's own scores, for the log, under TRL's names."""
     out = {}
+    shorts = {name: _short(name) for name in parts}
     for name, scores in parts.items():
         said = scores[~torch.isnan(scores)]
         if len(said):
-            short = name.rstrip("/").rpartition("/")[2]
+            short = name if list(shorts.values()).count(shorts[name]) > 1 else shorts[name]
             out[f"rewards/{short}/mean"] = float(said.mean())
             out[f"rewards/{short}/std"] = float(said.std()) if len(said) > 1 else 0.0
     return out

@@ -366,3 +366,14 @@ def test_a_batch_without_any_reward_is_said(base):
 
     with pytest.warns(UserWarning, match="reward function silent, mute returned None for all 4 completions"):
         grpo.train(GRPOConfig(**{**base, **SMALL, "max_steps": 1}), rewards=(silent, mute))
+
+
+def test_numbers_of_each_reward_have_a_name_of_their_own():
+    one, two = torch.tensor([1.0, 3.0]), torch.tensor([float("nan"), 5.0])
+    found = R.numbers({"runs/a/model": one, "short": two})
+    assert found == {
+        "rewards/a/mean": 2.0, "rewards/a/std": pytest.approx(2**0.5), "rewards/short/mean": 5.0,
+        "rewards/short/std": 0.0,
+    }  # fmt: skip
+    found = R.numbers({"x/reward/model": one, "y/reward/model": two})
+    assert (found["rewards/x/reward/model/mean"], found["rewards/y/reward/model/mean"]) == (2.0, 5.0)
