@@ -204,7 +204,10 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     ]
     critic_stage = stage if run.critic_zero_stage is None else run.critic_zero_stage
     parts += _trained("critic", scorer.parameters, critic, size, critic_stage, run.offload, gpus)
-    if run.critic_update == "all":
+    if run.critic_trunk == "policy":  # the base is the policy's
+        parts[-3] = Part("critic: weights", critic * 4)
+    own = run.reward_trunk == "own" and any(":" not in name for name in run.reward)
+    if run.critic_update == "all" or (own and run.critic_trunk == "policy"):
         parts.append(Part("reward model (whole on each GPU)", scorer.parameters * size))
     fed = -(-run.batch_size // gpus) * length
     again = stage == 3 or run.gradient_checkpointing

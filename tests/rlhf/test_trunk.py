@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dschat.config import ConfigError, GRPOConfig, PPOConfig, RewardConfig
+from dschat.engine import HybridEngine
 from dschat.rlhf import data, grpo, models, online, ppo, reward
 from dschat.rlhf.trunk import Trunk, digest
 from tests.tiny_models import build
@@ -145,6 +146,7 @@ def test_where_policy_critic_and_reward_model_begin_and_what_moves(
     everything = modules_of(trainer)
     trained = {id(p) for p in models.trainable(trainer.engine.model)}
     assert trained.isdisjoint(id(p) for p in models.trainable(critic.module))
+    assert not any(f".{models.UNDER}." in n for n, p in critic.module.named_parameters() if p.requires_grad)
     assert {id(p) for g in trainer.policy_optimizer.param_groups for p in g["params"]} == trained
     frozen = [p for m in everything for p in m.parameters() if not p.requires_grad]
     before = [p.detach().clone() for p in frozen]
@@ -197,3 +199,158 @@ def test_a_killed_run_is_the_straight_run(base, scored, tmp_path, update, kill_a
     assert numbers(straight) == numbers(again)
     for part in ("model", "adapter", "critic", "checkpoints"):
         assert same_weights(straight / part, again / part), part
+
+
+@pytest.mark.parametrize("weights", ["model", "int8"])
+@pytest.mark.parametrize("update", ["lora", "head"])
+@pytest.mark.parametrize("start", ["model", "reward"])
+def test_what_is_written_is_what_was_trained(base, pairs, tmp_path, monkeypatch, update, start, weights):
+    """Policy and critic on disk, each from plain folders: log-probs and values of the end of the run, though policy and
+    critic merge their adapters into what was one base."""
+    kept: dict[str, Any] = {}
+    conclude = online._conclude
+
+    def remember(run: Any, trainer: Any, *args: Any) -> Any:
+        kept["rollout"] = rollout = rollout_of(trainer, base)
+        critic = trainer.critic
+        with torch.no_grad():
+            kept["logp"] = trainer.engine.logprobs(rollout)
+            kept["values"] = critic.values(rollout, critic.features(rollout))
+        return conclude(run, trainer, *args)
+
+    more = {"critic_trunk": "policy", "critic_update": update, "base_weights": weights}
+    if start == "reward":
+        name = reward_run(base["model"], pairs, tmp_path / "rm", base_weights=weights)
+        more |= {"reward": [name], "reward_trunk": "policy"}
+    monkeypatch.setattr(online, "_conclude", remember)
+    folder = run(base, tmp_path / "ppo", () if start == "reward" else (short,), **more)
+    rollout = kept["rollout"]
+    policy = HybridEngine(models.load_policy(str(folder), torch.float32))
+    torch.testing.assert_close(policy.logprobs(rollout).detach(), kept["logp"], rtol=1e-4, atol=1e-4)
+    critic = models.Scorer(models.load_scorer(str(folder / "critic"), torch.float32, new_head=None))
+    torch.testing.assert_close(critic.values(rollout).detach(), kept["values"], rtol=1e-4, atol=1e-4)
+    assert kept["values"].abs().max() > 1e-3
+    assert (folder / "critic" / "adapter").exists() == (update == "lora")
+    assert not list(folder.rglob(models.BASE)), "only a reward run vouches for a base"
+    if (
+        update == "lora" and weights == "model"
+    ):  # on what adapter_config.json names, as from a base of its own
+        again = models.Scorer(models.load_scorer(str(folder / "critic" / "adapter"), torch.float32))
+        again.mean, again.std = critic.mean, critic.std
+        torch.testing.assert_close(again.values(rollout).detach(), kept["values"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "neox", "gemma3", "falcon", "bloom"])
+@pytest.mark.parametrize("weights", ["model", "int8"])
+def test_other_families_share_too(name, weights, base, tmp_path, stories_tokenizer):
+    """A critic from scratch: the values of one with a base of its own; the policy's tensors and no others."""
+    folder = tmp_path / name
+    build(name).save_pretrained(folder)
+    config = PPOConfig(
+        **{**base, **PPO, "model": str(folder), "base_weights": weights, "critic_trunk": "policy"}
+    )
+    policy = models.hold_base(models.load_policy(str(folder), torch.float32), config)
+    base_of = Trunk(policy, config)
+    policy = models.make_trainable(policy, config, "CAUSAL_LM")
+    shared = base_of.critic(str(folder), "critic_trunk", 2, ["all-linear"], 0, 7)
+    own = models.hold_base(models.load_scorer(str(folder), torch.float32, new_head="zero"), config)
+    own = models.add_lora(own, 2, 0.0, ["all-linear"], "SEQ_CLS", 7)
+    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    batch: Any = data.Sequences.of([row[:4] for row in ids.tolist()], [row[4:] for row in ids.tolist()], 0)
+    for model in (shared, own):
+        nn.init.constant_(models.score_head(model).modules_to_save["default"].weight, 0.1)
+    found, expected = (models.Scorer(m).values(batch) for m in (shared, own))
+    assert torch.equal(found, expected) and expected.abs().max() > 0
+    theirs = stored([policy])
+    assert all("lora_" in n or "score" in n or p.untyped_storage().data_ptr() in theirs
+               for n, p in shared.named_parameters())  # fmt: skip
+
+
+def test_grpo_takes_a_reward_model_on_the_policys_base(base, scored, tmp_path):
+    """The same run as with a whole reward model, but for rounding."""
+    scores = []
+    for trunk in ("own", "policy"):
+        keys = {
+            **base,
+            **SMALL,
+            "reward": [scored],
+            "reward_trunk": trunk,
+            "output_dir": str(tmp_path / trunk),
+        }
+        grpo.train(GRPOConfig(**keys))
+        scores.append([line["score/mean"] for line in numbers(tmp_path / trunk)])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_base_is_known_by_its_weights(base, scored, pairs, tmp_path, stories_tokenizer):
+    """Another folder with the same weights is the same base; one number changed in place is another."""
+    copied = tmp_path / "copied"
+    shutil.copytree(base["model"], copied)
+    on_copy = {**base, "model": str(copied)}
+    assembled(on_copy, stories_tokenizer, reward=[scored], reward_trunk="policy")
+    file = copied / "model.safetensors"
+    weights = load_file(file)
+    before = digest(models.load_policy(str(copied), torch.float32))
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    assert digest(models.load_policy(str(copied), torch.float32)) != before
+    with pytest.raises(
+        ConfigError, match=r"rm was trained on other weights than those of .*copied .digest .*, not"
+    ):
+        run(on_copy, tmp_path / "ppo", reward=[scored], reward_trunk="policy")
+    assert not (tmp_path / "ppo").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"critic_trunk": "policy", "lora_r": 0}, "critic_trunk is policy and lora_r 0, which trains the weights"),
+        ({"reward_trunk": "policy", "lora_r": 0}, "reward_trunk is policy and lora_r 0, which trains the weights"),
+        ({"critic_trunk": "policy", "critic_update": "all"}, "critic_trunk is policy and critic_update all"),
+        ({"critic_trunk": "policy", "zero_stage": 2}, "critic_trunk is policy with DeepSpeed"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_share(base, more, said):
+    with pytest.raises(ConfigError, match=said):
+        PPOConfig(**{**base, **PPO, **more})
+
+
+def test_models_that_cannot_share(base, scored, pairs, tmp_path):
+    """Said before anything is written, and where it can be before weights are read."""
+    full = reward_run(base["model"], pairs, tmp_path / "full", lora_r=0)
+    half = reward_run(base["model"], pairs, tmp_path / "half", dtype="bfloat16")
+    cases: list[tuple[dict[str, Any], str]] = [
+        (
+            {"reward": [full], "reward_trunk": "policy"},
+            "reward_trunk is policy, but .*full has no adapter beside it",
+        ),
+        (
+            {"reward": [full], "critic_trunk": "policy"},
+            "critic_trunk is policy, but .*full has no adapter beside it",
+        ),
+        (
+            {"reward": [half], "reward_trunk": "policy"},
+            "half was trained with dtype bfloat16 and this run has float32",
+        ),
+        (
+            {"reward": [scored], "reward_trunk": "policy", "base_weights": "int8"},
+            "rm was trained with base_weights model and this run has int8; set base_weights to model, or",
+        ),
+    ]
+    for more, said in cases:
+        with pytest.raises(ConfigError, match=said):
+            run(base, tmp_path / "ppo", **more)
+    with pytest.raises(ConfigError, match="reward_trunk is policy and reward names no model"):
+        run(base, tmp_path / "ppo", (short,), reward_trunk="policy")
+    facts = Path(scored) / "adapter" / models.BASE
+    about = json.loads(facts.read_text())
+    facts.write_text(json.dumps({k: v for k, v in about.items() if k != "reward_std"}))
+    with pytest.raises(ConfigError, match=r"base\.json is damaged \(it has no reward_std\); train it again"):
+        run(base, tmp_path / "ppo", reward=[scored], reward_trunk="policy")
+    facts.unlink()
+    with pytest.raises(ConfigError, match=r"adapter has no base\.json, which says what weights it is on"):
+        run(base, tmp_path / "ppo", reward=[scored], reward_trunk="policy")
+    assert not (tmp_path / "ppo").exists()
