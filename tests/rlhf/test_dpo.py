@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dschat.config import ConfigError, DPOConfig
 from dschat.engine import HybridEngine
 from dschat.engine.packed import PackedModel
-from dschat.rlhf import data, dpo, losses, models
+from dschat.rlhf import conversations, data, dpo, losses, models, reading
 
 F64 = torch.float64
 
@@ -26,8 +26,8 @@ def run(base: dict, **keys):
 
 @pytest.fixture
 def examples(pairs, stories_tokenizer):
-    records, stats = data.read([pairs])
-    return data.pair_examples(records, data.Encoder(stories_tokenizer), stats)
+    records, stats = reading.read([pairs])
+    return data.pair_examples(records, conversations.Encoder(stories_tokenizer), stats)
 
 
 def hf_logprob(model, prompt, answer) -> float:
