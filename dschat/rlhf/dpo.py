@@ -213,7 +213,8 @@ def accumulate(
     pad_id: int, config: DPOConfig,
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one step, `batch_size` pairs at a time; the loss is the mean over all of them."""
-    values = dict.fromkeys(("loss", "accuracy", "chosen_reward", "rejected_reward"), 0.0)
+    numbers = ("accuracy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    values = dict.fromkeys(("loss", *numbers), 0.0)
     for piece, own in parallel.shares(rows, config.batch_size):
         examples = [train_set[i] for i in piece]
         loss, found = _piece_loss(
@@ -224,7 +225,7 @@ def accumulate(
         for key, value in found.items():
             values[key] += float(value) * own * len(piece) / len(rows)
     values = parallel.total(values)
-    values["margin"] = values["chosen_reward"] - values["rejected_reward"]
+    values["margin"] = values["rewards/chosen"] - values["rewards/rejected"]
     return values
 
 
@@ -243,5 +244,5 @@ def evaluate(
         share = own * len(piece) / len(examples)
         out["loss"] += float(loss) * own
         out["accuracy"] += float(found["accuracy"]) * share
-        out["margin"] += float(found["chosen_reward"] - found["rejected_reward"]) * share
+        out["margin"] += float(found["rewards/chosen"] - found["rewards/rejected"]) * share
     return parallel.total(out)
