@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dschat.config import ConfigError, GRPOConfig, PPOConfig, RewardConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, grpo, models, online, ppo, reward
+from dschat.rlhf import batching, conversations, data, grpo, models, online, ppo, reading, reward
 from dschat.rlhf.trunk import Trunk, digest
 from tests.tiny_models import build
 
@@ -56,7 +56,9 @@ def scored(base, pairs, tmp_path):
 def assembled(base: dict[str, Any], tokenizer: Any, functions: Any = (), **more: Any) -> Any:
     """The trainer of a PPO config, before its first step."""
     config = PPOConfig(**{**base, **PPO, **more})
-    return online.assemble(config, ppo.PPO.build, data.Encoder(tokenizer), torch.float32, None, functions)
+    return online.assemble(
+        config, ppo.PPO.build, conversations.Encoder(tokenizer), torch.float32, None, functions
+    )
 
 
 def modules_of(trainer: Any) -> list[nn.Module]:
@@ -72,7 +74,7 @@ def stored(modules: list[nn.Module]) -> dict[int, Tensor]:
 
 
 def rollout_of(trainer: Any, base: dict[str, Any]) -> Any:
-    records, stats = data.read(base["data"])
+    records, stats = reading.read(base["data"])
     examples = data.prompt_examples(records, trainer.encoder, stats)[:4]
     return trainer.generate(examples, 2, 5)
 
@@ -133,7 +135,7 @@ def test_where_policy_critic_and_reward_model_begin_and_what_moves(
     What is on the policy's base adds no more than adapters and heads."""
     how = {"critic_trunk": critic_trunk, "reward_trunk": reward_trunk, "critic_update": update}
     trainer = assembled(base, stories_tokenizer, reward=[scored], **how)
-    records, stats = data.read(base["data"])
+    records, stats = reading.read(base["data"])
     examples = data.prompt_examples(records, trainer.encoder, stats)[:4]
     rollout = trainer.generate(examples, 2, 5)
     alone = models.Scorer(models.load_scorer(scored, torch.float32))
@@ -256,7 +258,9 @@ def test_other_families_share_too(name, weights, base, tmp_path, stories_tokeniz
     own = models.hold_base(models.load_scorer(str(folder), torch.float32, new_head="zero"), config)
     own = models.add_lora(own, 2, 0.0, ["all-linear"], "SEQ_CLS", 7)
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
-    batch: Any = data.Sequences.of([row[:4] for row in ids.tolist()], [row[4:] for row in ids.tolist()], 0)
+    batch: Any = batching.Sequences.of(
+        [row[:4] for row in ids.tolist()], [row[4:] for row in ids.tolist()], 0
+    )
     for model in (shared, own):
         nn.init.constant_(models.score_head(model).modules_to_save["default"].weight, 0.1)
     found, expected = (models.Scorer(m).values(batch) for m in (shared, own))
