@@ -3,8 +3,8 @@
     python benchmarks/shared_trunk.py
 
 A reward model with an adapter is trained for a step; then each line is a process of its own, which assembles a PPO run
-with it: bytes of all weights, each counted once, the resident memory, and how far the scores of `--rows` random answers
-of `--length` tokens are from those of the whole reward model, `model/`.
+with it: bytes of all weights, each counted once, and how far the scores of `--rows` random answers of `--length` tokens
+are from those of the whole reward model, `model/`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.training_memory import resident
 
 SETTINGS = (
     {"reward_trunk": "own", "critic_trunk": "own", "critic_update": "lora"},
@@ -53,8 +49,6 @@ def train_reward(args: Any, folder: str) -> str:
 
 def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     """Numbers of one setting, in this process."""
-    import gc
-
     import torch
 
     from dschat.config import PPOConfig
@@ -65,10 +59,7 @@ def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     config = PPOConfig(model=args.model, dtype=args.dtype, reward=[args.reward], **COMMON, **settings)
     dtype = models.pick_dtype(config.dtype)
     encoder = conversations.Encoder(models.load_tokenizer(config.model), "", config.model)
-    before = resident()
     trainer: Any = online.assemble(config, ppo.PPO.build, encoder, dtype)
-    gc.collect()
-    held = resident() - before
     source = trainer.rewards.sources[0][1]
     scorers = [trainer.critic.scorer, getattr(source, "scorer", source)]
     modules = [trainer.engine.model, trainer.critic.module, *(s.model for s in scorers)]
@@ -81,7 +72,6 @@ def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     scores, expected = source.rate(batch), whole.rate(batch)
     return {
         "weights": sum(weights.values()) / 2**20,
-        "resident": held,
         "difference": float((scores - expected).abs().max()),
         "deviation": float(expected.std()),
     }
@@ -91,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--reward", default="", help="a reward run with an adapter; empty: one is trained")
     parser.add_argument("--output", default="", help="write the numbers as JSON to this file too")
@@ -102,10 +92,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         args.reward = args.reward or train_reward(args, folder)
-        print(
-            "| critic trains | bases of critic and reward model | weights, MiB | resident, MiB | scores differ by |"
-        )
-        print("| --- " * 5 + "|")
+        print("| critic trains | bases of critic and reward model | weights, MiB | scores differ by |")
+        print("| --- " * 4 + "|")
         rows = []
         for settings in SETTINGS:
             command = [sys.executable, __file__, *sys.argv[1:], "--reward", args.reward]
@@ -117,7 +105,7 @@ def main() -> None:
             rows.append(settings | found)
             print(
                 f"| {settings['critic_update']} | {settings['critic_trunk']} | {found['weights']:.0f} | "
-                f"{found['resident']:.0f} | {found['difference']:.3f} (deviation {found['deviation']:.2f}) |",
+                f"{found['difference']:.3f} (deviation {found['deviation']:.2f}) |",
                 flush=True,
             )
     if args.output:
