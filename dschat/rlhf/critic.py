@@ -120,12 +120,12 @@ def build_rewards_and_critic(
         model = loaded[start]
     elif base is None or not on_policy:
         model = models.load_scorer(start, dtype, config.seed, new_head="zero")
+        model = devices.place(model, device)
     elif config.critic_update == "head":
         model = base.scorer(start, "critic_trunk")
     else:
         r, targets, last = config.critic_lora_r, config.lora_targets, config.lora_last
         model = base.critic(start, "critic_trunk", r, targets, last, seed)
-    model = devices.place(model, device)
     again = config.critic_gradient_checkpointing
     again = config.gradient_checkpointing if again is None else again
     if config.critic_update == "head":

@@ -490,10 +490,10 @@ def load_sources(
             sources.append((name.rpartition(":")[2], load_function(name)))
         else:
             if base is not None and config.reward_trunk == "policy":
-                model = base.scorer(name, "reward_trunk")
+                loaded[name] = base.scorer(name, "reward_trunk")  # where the policy is
             else:
                 model = models.load_scorer(name, dtype, config.seed, new_head=None)
-            loaded[name] = devices.place(model.requires_grad_(False), device)
+                loaded[name] = devices.place(model.requires_grad_(False), device)
             own = other_tokenizer(name, encoder.tokenizer) if encoder is not None else None
             if own is None:
                 sources.append((name, loaded[name]))

@@ -78,13 +78,17 @@ class Trunk:
         return self._about
 
     def scorer(self, name: str, key: str) -> Any:
-        """The sequence classifier `name` on these weights: their own with a head of zeros where it is the policy's
-        model, else they with the adapter and the head of a reward run. key: the setting that asks for it.
+        """The sequence classifier `name` on these weights: with the adapter and the head of a reward run, or, for a
+        critic, with a head of zeros where it is the policy's model. key: the setting that asks for it.
 
         Raises ConfigError, one sentence, where the model is no adapter on these weights.
         """
         model = self._classifier()
         if same_model(name, self.name):
+            if key == "reward_trunk":
+                raise ConfigError(
+                    f"{name} is the policy's model and no trained reward model; train one on it with dschat reward"
+                )
             return model
         folder, about = self._adapter(name, key)
         model = models.load_adapter(model, str(folder)).requires_grad_(False)

@@ -328,6 +328,10 @@ def test_models_that_cannot_share(base, scored, pairs, tmp_path):
     half = reward_run(base["model"], pairs, tmp_path / "half", dtype="bfloat16")
     cases: list[tuple[dict[str, Any], str]] = [
         (
+            {"reward": [base["model"]], "reward_trunk": "policy"},
+            "is the policy's model and no trained reward model",
+        ),
+        (
             {"reward": [full], "reward_trunk": "policy"},
             "reward_trunk is policy, but .*full has no adapter beside it",
         ),
