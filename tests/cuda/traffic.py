@@ -180,7 +180,7 @@ def _products(dtype: torch.dtype) -> list[Case]:
                   "side_inputs": "r * (s * k + 4 * rank * k + 4 * rank)"}),
         ]  # fmt: skip
     sizes = {"n": n, "k": k, "s": dtype.itemsize, "rank": rank}
-    fuse = "n * k * (2 * s + 4 * rank) + 4 * rank * n * k / 128"
+    fuse = "2 * s * n * k + 4 * rank * (n * k / 8 + n * k / 128)"  # blocks of 8 rows by 128 columns
     found.append(
         Case("fuse_lora", lambda: fuse_lora(weight, a, b, 0.5, backend="cuda"), sizes, {"fuse": fuse})
     )
