@@ -32,7 +32,7 @@ from .run import derive_seed, learning_rate, make_loss_scale, set_lr
 
 
 class PPO(online.Trainer):
-    """The skeleton with a critic."""
+    """The skeleton with a critic. zero: the critic's, with its stage."""
 
     config: PPOConfig
 
