@@ -34,7 +34,7 @@ from .trunk import Trunk
 
 
 class PPO(online.Trainer):
-    """The skeleton with a critic."""
+    """The skeleton with a critic. zero: the critic's, with its stage."""
 
     config: PPOConfig
 
@@ -54,7 +54,10 @@ class PPO(online.Trainer):
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
         zero: ZeroSettings | None = None, base: Trunk | None = None,
     ) -> PPO:  # fmt: skip
-        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder, engine.device, base)
+        zero = None if zero is None else zero.at(config.critic_zero_stage)
+        rewards, critic = build_rewards_and_critic(
+            config, dtype, functions, encoder, engine.device, zero, base
+        )
         return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(

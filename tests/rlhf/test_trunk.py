@@ -315,6 +315,7 @@ def test_a_base_is_known_by_its_weights(base, scored, pairs, tmp_path, stories_t
         ({"reward_trunk": "policy", "lora_r": 0}, "reward_trunk is policy and lora_r 0, which trains the weights"),
         ({"critic_trunk": "policy", "critic_update": "all"}, "critic_trunk is policy and critic_update all"),
         ({"critic_trunk": "policy", "zero_stage": 2}, "critic_trunk is policy with DeepSpeed"),
+        ({"reward_trunk": "policy", "offload_reward": True}, "reward_trunk is policy and offload_reward true"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_share(base, more, said):
