@@ -158,6 +158,18 @@ def field_types(cls: type[Config]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+def defaults(cls: type[Config]) -> dict[str, Any]:
+    """Field name -> value where it is not given, without fields that must be. A run of a version that did not know a
+    field did what this says."""
+    out = {}
+    for f in dataclasses.fields(cls):
+        if f.default is not dataclasses.MISSING:
+            out[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            out[f.name] = f.default_factory()
+    return out
+
+
 @dataclass(kw_only=True)
 class Config:
     """Base of all: coerces and checks its fields on construction."""

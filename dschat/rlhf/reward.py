@@ -101,8 +101,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             final["eval_pairs"] = len(eval_set)
             final["eval_longer_wins"] = longer_wins(eval_set)
         final |= float16_result(stepper)
-        about = base | {k: getattr(model.config, k) for k in ("reward_mean", "reward_std")}
-        written = models.save_model(model, tokenizer, run.folder, config.merge_lora, about)
+        written = models.save_model(model, tokenizer, run.folder, config.merge_lora, base)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 
 

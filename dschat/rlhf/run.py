@@ -274,17 +274,17 @@ class Run:
             )
         if not isinstance(before.get("config"), dict):
             raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
-        now = self.config.to_dict()
+        now, began = self.config.to_dict(), configs.defaults(type(self.config)) | before["config"]
         for key, value in now.items():
-            if key not in FREE_KEYS | LENGTH_KEYS and before["config"].get(key) != value:
-                old = before["config"].get(key)
+            if key not in FREE_KEYS | LENGTH_KEYS and began.get(key) != value:
+                old = began.get(key)
                 raise ConfigError(
                     f"output_dir {self.folder} holds a run with {key} {old!r}, not {value!r}; "
                     "name another output_dir, or add --overwrite"
                 )
-        self.longer = _length(now) != _length(before["config"])
+        self.longer = _length(now) != _length(began)
         if self.longer:
-            self._require_constant_rate(_length(before["config"]), _length(now))
+            self._require_constant_rate(_length(began), _length(now))
         self._data_before = before.get("data", {})
         self._require_same_data()
         self.number = before.get("number", self.number)

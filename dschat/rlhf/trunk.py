@@ -21,7 +21,7 @@ from dschat_kernels.packing import is_lora
 from ..config import ConfigError, StageConfig
 from . import checkpoint, models
 
-FACTS = ("digest", "dtype", "base_weights", "reward_mean", "reward_std")
+FACTS = ("digest", "dtype", "base_weights", *models.MOMENTS)
 """What `base.json` says: of the weights under the adapter, and the moments of its scores."""
 
 
@@ -157,7 +157,8 @@ class Trunk:
 
 
 def _take_moments(model: Any, about: Mapping[str, Any]) -> None:
-    model.config.reward_mean, model.config.reward_std = about["reward_mean"], about["reward_std"]
+    for name in models.MOMENTS:
+        setattr(model.config, name, about[name])
 
 
 def require_alike(name: str, key: str, about: Mapping[str, Any], own: Mapping[str, str]) -> None:
@@ -180,12 +181,12 @@ def read_adapter(name: str, key: str) -> tuple[Path, dict[str, Any]]:
             f"{key} is policy, but {name} has no adapter beside it; train it with lora_r, or set {key} to own"
         )
     file = folder / models.BASE
-    if not file.is_file():
+    about = checkpoint.read_json(file, f"train it again, or set {key} to own") if file.is_file() else {}
+    if not about.keys() - set(models.MOMENTS):
         raise ConfigError(
-            f"{key} is policy, but {folder} has no {models.BASE}, which says what weights it is on; train it with "
-            f"dschat reward, or set {key} to own"
+            f"{key} is policy, but {folder} has no {models.BASE} that says what weights it is on; train it with dschat "
+            f"reward, or set {key} to own"
         )
-    about = checkpoint.read_json(file, f"train it again, or set {key} to own")
     lacking = [fact for fact in FACTS if fact not in about]
     if lacking:
         raise ConfigError(f"{file} is damaged (it has no {lacking[0]}); train it again, or set {key} to own")

@@ -445,3 +445,15 @@ def test_the_page_shows_both_ends(tmp_path):
 def test_how_many_answers_cannot_be_kept(base):
     with pytest.raises(ConfigError, match="keep_completions is -1, but it must be 0 or more"):
         run(base, "grpo", keep_completions=-1)
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(base, tmp_path):
+    """What its run.json does not name it did as the default says."""
+    run(base, save_every=1)
+    (tmp_path / "run" / "result.json").unlink()
+    file = tmp_path / "run" / "run.json"
+    facts = json.loads(file.read_text())
+    del facts["config"]["weight_decay"], facts["config"]["overlong"]
+    file.write_text(json.dumps(facts))
+    refused(base, "holds a run with overlong 'drop', not 'cut'", overlong="cut")
+    assert run(base, save_every=1)["steps"] == 2

@@ -220,6 +220,9 @@ def test_reward_learns_is_normalised_and_loads(base, tmp_path):
     assert float(both.mean()) == pytest.approx(0, abs=1e-3) and float(
         both.std(correction=0)
     ) == pytest.approx(1, abs=1e-3)
+    adapter = models.load_scorer(str(tmp_path / "run" / "adapter"), torch.float32)
+    alone = reward.pair_scores(models.Scorer(adapter), examples, 0)
+    assert torch.allclose(torch.stack(alone), torch.stack([chosen, rejected]), atol=1e-4)
     with_base = run("reward", base, normalise=False, max_steps=1, output_dir=str(tmp_path / "raw"))
     assert "reward_mean" not in with_base
 
