@@ -347,7 +347,9 @@ class PackedLinear:
 
     def _quantise(self, parts: Sequence[ResolvedLinear], dense: Tensor, scales: Tensor) -> None:
         step = max(1, QUANTISE_PIECE // max(1, self.k))
-        pieces = [p.rows(i, min(i + step, n)) for p in parts for n in [len(p.weight)] for i in range(0, n, step)]
+        pieces = [
+            p.rows(i, min(i + step, n)) for p in parts for n in [len(p.weight)] for i in range(0, n, step)
+        ]
         begin = 0
         for piece in pieces:
             end = begin + len(piece.weight)

@@ -12,7 +12,7 @@ namespace dschat::cuda {
 constexpr int kGemmThreads = 128;
 constexpr int kTileColumns = 64;
 constexpr int kStages = 3;       // slices of k in shared memory: one is multiplied while the next two arrive
-constexpr int kSliceBytes = 64;  // of a row of x in a slice; twice that beside int8, whose rows are half as long or less
+constexpr int kSliceBytes = 64;  // of a row of x in a slice; twice that beside int8, whose rows are shorter
 constexpr int kSimpleSum = 16;     // of k in a sum of float32 products, before it is added to the others
 constexpr int kPadBytes = 16;    // between rows in shared memory: 8 rows lie in 8 different groups of banks
 

@@ -1,5 +1,5 @@
 // The launcher of csrc/cuda/linear_int8.cu, by the rules of launch.h. It has a file of its own because launch.h is part
-// of what the other kernels are compiled from: one that ran on a GPU would count as changed (benchmarks/gpu_sources.py).
+// of what other kernels are compiled from: one that ran on a GPU would count as changed (benchmarks/gpu_sources.py).
 #pragma once
 
 #include <cstdint>

@@ -72,7 +72,8 @@ From the strongest to the weakest:
 claim that it has passed: the report of that run says so. The cells of sm_120 and of the checking build take few sizes
 there.
 
-No kernels for GPUs: products with int8 weights, whose only backends are `cpu` and `reference`. The gradients of
+`linear_int8` is `linear` over weights of 8 bits, and came after that run. No kernels for GPUs: products whose
+activations are quantised too (`int8_dynamic`), whose only backends are `cpu` and `reference`. The gradients of
 `token_logprobs` on the cuda backend, and those of `lora_linear` on either, are PyTorch's operations there.
 """
 
@@ -118,6 +119,11 @@ def unchanged(run: dict[str, Any], kind: str) -> list[str]:
     """Ops of a backend whose source is the one that ran."""
     now, then = _fingerprints()[kind], run["sources"][kind]
     return [op for op in now if now[op] == then.get(op)]
+
+
+def since(run: dict[str, Any]) -> list[str]:
+    """Ops that came after the run."""
+    return [op for op in gpu_sources.NAMES if op not in run["sources"]["cuda"]]
 
 
 def _times() -> list[str]:
@@ -183,7 +189,9 @@ def readme() -> str:
         f"Triton and CUDA graphs, Hugging Face's eager generate {speeds['HF eager']:.0f}. Our products and attention "
         "were slower than cuBLAS and PyTorch's attention there. Of today's kernels "
         + " and ".join(f"{ops or 'none'} ({title})" for title, ops in named.items())
-        + " have the source that ran; **the others have changed since and have not run on a GPU again**. What changed, "
+        + " have the source that ran; **the others have changed since and have not run on a GPU again**"
+        + (f", and {new} came later" if (new := ", ".join(f"`{op}`" for op in since(run))) else "")
+        + ". What changed, "
         "and the times, op by op: `docs/gpu.md`."
     )
     lines = textwrap.fill(text, 124, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

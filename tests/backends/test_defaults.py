@@ -85,7 +85,9 @@ def test_op(op: str, defaults: str, backend: Backend, monkeypatch: pytest.Monkey
 
 
 def test_every_op_is_here() -> None:
-    ops = {name for names in MODULES.values() for name in names} | {"linear_int8"}  # linear, over another pack
+    ops = {name for names in MODULES.values() for name in names} | {
+        "linear_int8"
+    }  # linear, over another pack
     assert {name.strip("_") for name in CASES} == ops
 
 
