@@ -29,7 +29,7 @@ from dschat import device as devices
 from dschat.bench import machine_facts
 from dschat.config import PPOConfig
 from dschat.engine.hybrid_engine import HybridEngine
-from dschat.rlhf import critic, data, losses, metrics, models, ppo
+from dschat.rlhf import conversations, critic, data, losses, metrics, models, ppo
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.run import make_optimizer
@@ -38,7 +38,7 @@ from dschat_kernels.backends import read_bandwidth
 PHASES = ("flip", "prefill", "decode", "sample", "score", "logprobs", "reference", "values", "update")
 
 
-class Endless(data.Encoder):
+class Endless(conversations.Encoder):
     """An encoder without stop tokens: every answer runs to its full length."""
 
     @property

@@ -36,7 +36,7 @@ def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
 
     from dschat.config import GRPOConfig
     from dschat.engine import HybridEngine
-    from dschat.rlhf import data, models
+    from dschat.rlhf import batching, models
     from dschat.rlhf.metrics import peak_memory_gib, reset_peak_memory
     from dschat_kernels.limits import use_threads
 
@@ -51,7 +51,7 @@ def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     ids = torch.randint(
         10, 1000, (args.rows, args.length), generator=torch.Generator().manual_seed(0)
     ).tolist()
-    batch: Any = data.Sequences.of([row[:1] for row in ids], [row[1:] for row in ids], 0)
+    batch: Any = batching.Sequences.of([row[:1] for row in ids], [row[1:] for row in ids], 0)
     engine.logprobs(batch.select(slice(0, 1)), temperature=1.0).sum().backward()  # what is made once
     before = resident()
     reset_peak_memory()

@@ -29,7 +29,7 @@ import torch
 from dschat.bench import Spread, machine_facts
 from dschat.config import GRPOConfig
 from dschat.engine.hybrid_engine import HybridEngine
-from dschat.rlhf import data, grpo, metrics, models
+from dschat.rlhf import conversations, data, grpo, metrics, models
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.run import make_optimizer
 from dschat_kernels.backends import read_bandwidth
@@ -39,7 +39,7 @@ WORKER = Path(__file__).with_name("trl_worker.py")
 PHASES = ("flip", "prefill", "decode", "sample", "score", "logprobs", "reference", "update")
 
 
-class Endless(data.Encoder):
+class Endless(conversations.Encoder):
     """An encoder without stop tokens: every answer runs to its full length."""
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from .config import ChatConfig
 from .engine import HybridEngine, SamplingConfig
-from .rlhf import data
+from .rlhf import batching, conversations
 
 HELP = "/new starts over, /quit (or Ctrl-D) ends, Ctrl-C stops an answer"
 
@@ -54,7 +54,7 @@ def chat(
     A tokenizer without a chat template gets the lines as they are: each is a text to go on with.
     """
     source, target = source or sys.stdin, target or sys.stdout
-    encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+    encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
     engine = HybridEngine(model, backend=config.backend, rollout_weights=config.weights)
     templated = bool(tokenizer.chat_template)
 
@@ -100,7 +100,7 @@ def chat(
             eos_token_id=encoder.stop_ids,
             pad_token_id=encoder.pad_id,
         )
-        tokens, mask = data.pad([ids], encoder.pad_id, "left")
+        tokens, mask = batching.pad([ids], encoder.pad_id, "left")
         try:
             engine.generate(tokens, mask, sampling, on_token=stream.on_token)
         except KeyboardInterrupt:

@@ -178,16 +178,16 @@ def doctor(config: Any) -> None:
 
 def generate(config: configs.GenerateConfig) -> None:
     from .engine import HybridEngine, SamplingConfig
-    from .rlhf import data
+    from .rlhf import batching, conversations
 
     prompts = config.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt; give --prompt or lines on standard input")
     model, tokenizer = _load(config)
-    encoder = data.Encoder(tokenizer, name=config.model)
+    encoder = conversations.Encoder(tokenizer, name=config.model)
     chat = config.chat and bool(tokenizer.chat_template)
     rows = [encoder.prompt([{"role": "user", "content": p}] if chat else p) for p in prompts]
-    ids, mask = data.pad(rows, encoder.pad_id, "left")
+    ids, mask = batching.pad(rows, encoder.pad_id, "left")
     sampling = SamplingConfig(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

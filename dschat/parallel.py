@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +68,41 @@ def stop() -> None:
     _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+        settle()
+
+
+def settle(seconds: float = 10.0) -> None:
+    """Waits until gloo's threads sleep, at most so long; returns at once where the system does not say.
+
+    A collective is over before its thread lets go of the tensors. A thread that does so while the interpreter ends
+    asks for its lock, which Python answers by ending the thread, and C++ by SIGABRT for the whole process: a run that
+    had finished would look like one that failed. DeepSpeed's references to the group keep its threads alive till then.
+    """
+    end = time.monotonic() + seconds
+    before: list[tuple[str, ...]] | None = None
+    while time.monotonic() < end:
+        now = _gloo_threads()
+        if now == before and all(state == "S" for state, *_ in now):
+            return
+        before = now
+        time.sleep(1e-3)  # without the interpreter's lock, so that whoever wants it has it
+
+
+def _gloo_threads() -> list[tuple[str, ...]]:
+    """(state, thread, how often it was switched) of each thread of gloo: one that has not run since has the same."""
+    found = []
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            lines = (task / "status").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        status = dict(line.split(":", 1) for line in lines if ":" in line)
+        if status["Name"].strip().startswith("pt_gloo"):
+            switches = [
+                status[key].strip() for key in ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+            ]
+            found.append((status["State"].split()[0], task.name, *switches))
+    return sorted(found)
 
 
 def world() -> int:

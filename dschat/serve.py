@@ -24,7 +24,7 @@ from typing import Any
 from .chat import TextStream
 from .config import ConfigError, ServeConfig
 from .engine import HybridEngine, SamplingConfig
-from .rlhf import data
+from .rlhf import batching, conversations
 
 # Fields of OpenAI's interface that would change an answer and are not here; a value that changes nothing passes.
 NOT_HERE: dict[str, tuple[Any, ...]] = {
@@ -126,7 +126,7 @@ class Batcher:
             sampling = batch[0].sampling
             if not batch[0].seeded:
                 sampling = replace(sampling, seed=self.seed + self.batches)
-            ids, mask = data.pad([job.ids for job in batch], self.pad_id, "left")
+            ids, mask = batching.pad([job.ids for job in batch], self.pad_id, "left")
             error: Exception | None = None
             try:
                 self.engine.generate(ids, mask, sampling, on_token=_route(batch, sampling.n))
@@ -147,7 +147,9 @@ def _route(batch: Sequence[Job], n: int) -> Callable[[int, int], None]:
 class Answer:
     """One sample as it grows: text that is certain, stop strings, why it ended."""
 
-    def __init__(self, encoder: data.Encoder, sampling: SamplingConfig, stops: Sequence[str]) -> None:
+    def __init__(
+        self, encoder: conversations.Encoder, sampling: SamplingConfig, stops: Sequence[str]
+    ) -> None:
         self.stops, self.eos, self.limit = stops, set(sampling.eos_ids), sampling.max_new_tokens
         self.stream = TextStream(encoder.decode, self._more)
         self.text, self.sent, self.tokens = "", 0, 0
@@ -201,7 +203,7 @@ class Service:
     def __init__(self, config: ServeConfig, model: Any, tokenizer: Any) -> None:
         self.config, self.name = config, config.name or config.model
         self.numbers = itertools.count()  # of requests
-        self.encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        self.encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
         self.engine = HybridEngine(
             model, backend=config.backend, max_slots=config.max_batch, rollout_weights=config.weights
         )
@@ -258,7 +260,7 @@ class Service:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise RequestError("messages is missing; give a list of {role, content}")
-        return self.encoder.prompt(data.prompt_of({"prompt": messages}))
+        return self.encoder.prompt(conversations.prompt_of({"prompt": messages}))
 
     def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
         prompt = body.get("prompt")

@@ -233,7 +233,7 @@ def recipe(name: str) -> configs.Config:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_valid(name, monkeypatch):
     """Every recipe resolves, and its data files are there and fit its stages."""
-    from dschat.rlhf import data
+    from dschat.rlhf import data, reading
 
     monkeypatch.chdir(ROOT)
     config = recipe(name)
@@ -244,11 +244,11 @@ def test_recipes_are_valid(name, monkeypatch):
     for stage in stages:
         assert stage.data and (isinstance(stage, configs.SFTConfig) or stage.eval_data)
         for source in (*stage.data, *stage.eval_data):
-            records, _ = data.read([source])
+            records, _ = reading.read([source])
             pair = [["chosen"], ["rejected"]]
             wanted = {"sft": [data.RESPONSE_COLUMNS], "reward": pair, "dpo": pair}
             if not getattr(stage, "environment", ""):  # its reset makes the prompt
-                data.require_columns(records, *wanted.get(stage.command, [["prompt"]]))
+                reading.require_columns(records, *wanted.get(stage.command, [["prompt"]]))
             assert (Path(source).parent / "README.md").is_file()
 
 

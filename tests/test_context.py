@@ -14,7 +14,7 @@ import pytest
 from dschat.chat import chat
 from dschat.config import ChatConfig, ConfigError, EvalConfig, GRPOConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, evals, grpo
+from dschat.rlhf import evals, grpo, reading
 from dschat_kernels.models.spec import DecoderSpec
 
 LIMIT = 48
@@ -40,7 +40,7 @@ def test_prompts_of_an_evaluation_are_cut(stories_model: Any, stories_tokenizer:
     file.write_text(json.dumps({"prompt": "once upon a time there was a cat " * 20}) + "\n")
     config = EvalConfig(model="tiny", data=[str(file)], max_new_tokens=8)
     generator = evals.Generator("tiny", config, stories_model, stories_tokenizer)
-    examples, cut = generator.prompts(data.read([str(file)])[0])
+    examples, cut = generator.prompts(reading.read([str(file)])[0])
     assert cut == 1
     assert len(examples[0].prompt_ids) == LIMIT - 8
     assert len(generator.answer(examples)[1]) == 1

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from dschat import cli
 from dschat.config import ConfigError, ServeConfig
 from dschat.engine import HybridEngine, SamplingConfig
-from dschat.rlhf import data
+from dschat.rlhf import batching, conversations
 from dschat.serve import Answer, create_app
 
 PROMPT = "Once upon a time"
@@ -51,8 +51,8 @@ def direct(stories_model, tokenizer):
     """The engine's own answers."""
 
     def run(prompt: str, **sampling) -> list[str]:
-        encoder = data.Encoder(tokenizer)
-        ids, mask = data.pad([encoder.prompt(prompt)], encoder.pad_id, "left")
+        encoder = conversations.Encoder(tokenizer)
+        ids, mask = batching.pad([encoder.prompt(prompt)], encoder.pad_id, "left")
         sampling = {"max_new_tokens": 8, **sampling}
         rollout = HybridEngine(stories_model).generate(
             ids, mask, SamplingConfig(eos_token_id=encoder.stop_ids, **sampling)
@@ -86,7 +86,7 @@ def test_samples_and_seeds(client, direct):
 
 
 def test_tokens_as_prompt(client, tokenizer, direct):
-    ids = data.Encoder(tokenizer).prompt(PROMPT)
+    ids = conversations.Encoder(tokenizer).prompt(PROMPT)
     got = post(client, prompt=ids, temperature=0).json()
     assert got["choices"][0]["text"] == direct(PROMPT, temperature=0)[0]
 

@@ -16,7 +16,7 @@ from dschat_kernels.sharding import check_heads
 from .. import parallel
 from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, StageConfig
 from ..engine.sharing import check_teams
-from . import data, models
+from . import models, reading
 from .rewards import (
     RewardFunction,
     is_function_name,
@@ -56,7 +56,7 @@ def _require_columns(config: OnlineConfig, function: RewardFunction) -> None:
     wanted = needed_columns(function)
     for group in (config.data, config.eval_data) if wanted else ():
         have: set[str] = set()
-        with contextlib.suppress(data.DataError, OSError, ValueError):
+        with contextlib.suppress(reading.DataError, OSError, ValueError):
             for row in (row for source in group for row in _rows(source)):
                 have |= set(row.columns)
                 if have.issuperset(wanted):
@@ -65,14 +65,14 @@ def _require_columns(config: OnlineConfig, function: RewardFunction) -> None:
             require_columns(function, have, " and ".join(group))
 
 
-def _rows(source: str) -> Iterator[data.Record]:
+def _rows(source: str) -> Iterator[reading.Record]:
     """The readable rows of a source, the lines of a .jsonl file one at a time."""
     if not source.endswith(".jsonl"):
-        yield from (row for row in data.read_source(source) if isinstance(row, data.Record))
+        yield from (row for row in reading.read_source(source) if isinstance(row, reading.Record))
         return
     with open(source, "rb") as f:
-        parsed = (data.parse_line(line, source) for line in f if line.strip())
-        yield from (row for row in parsed if isinstance(row, data.Record))
+        parsed = (reading.parse_line(line, source) for line in f if line.strip())
+        yield from (row for row in parsed if isinstance(row, reading.Record))
 
 
 def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: Any = None) -> None:
@@ -81,7 +81,7 @@ def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: A
     if isinstance(config, OnlineConfig):
         _check(check_teams, config.inference_tp_size, parallel.world())
     for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
-        data.require_source(source)
+        reading.require_source(source)
     name = origin(config.model, made)
     if model is None:
         models.resolve(name)

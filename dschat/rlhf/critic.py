@@ -16,7 +16,7 @@ from ..engine.precision import LossScale
 from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_stepper
-from . import data, models
+from . import conversations, models
 from .rewards import RewardFunction, Rewards, load_sources
 from .run import derive_seed, make_optimizer
 
@@ -61,7 +61,7 @@ class Critic:
             features = self.scorer.gather(batch)[1]
         return models.scatter(self.scorer.read(features, self.head), batch.completion_mask)
 
-    def save(self, tokenizer: Any, folder: Path, merge: bool, encoder: data.Encoder) -> list[Path]:
+    def save(self, tokenizer: Any, folder: Path, merge: bool, encoder: conversations.Encoder) -> list[Path]:
         """Write it as a sequence classifier whose score at a token is the value there (less reward_mean, by reward_std,
         where the config has them, as a reward model's). A critic with an adapter is used up by merging.
         """
@@ -95,7 +95,7 @@ def build_rewards_and_critic(
     config: PPOConfig,
     dtype: torch.dtype,
     functions: Sequence[RewardFunction] = (),
-    encoder: data.Encoder | None = None,
+    encoder: conversations.Encoder | None = None,
     device: torch.device = devices.CPU,
 ) -> tuple[Rewards, Critic]:
     """Reward sources and critic as configured. The critic shares the frozen weights of the reward model it

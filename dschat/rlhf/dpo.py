@@ -28,7 +28,7 @@ from .. import parallel
 from ..config import DPOConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.zero import make_engine
-from . import data, losses, models, sources
+from . import batching, conversations, data, losses, models, reading, sources
 from .checkpoint import atomic_folder
 from .run import (
     Run,
@@ -51,7 +51,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         if run.result is not None:
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
-        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
@@ -66,7 +66,7 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         reference.attach(engine)
 
         per_step = config.batch_size * config.gradient_accumulation_steps
-        schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
+        schedule = batching.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
         total = schedule.total_steps
         metrics = run.start(total)
         metrics.say(train_stats.sentence("DPO data"))
@@ -103,8 +103,8 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
 
 def _examples(
-    config: DPOConfig, encoder: data.Encoder, which: Literal["train", "eval"]
-) -> tuple[Sequence[data.Example], data.DataStats]:
+    config: DPOConfig, encoder: conversations.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], reading.DataStats]:
     records, stats = sources.records(config, which)
     examples = data.pair_examples(
         records, encoder, stats, max_length=config.max_length, **data.preparation(config),
@@ -120,7 +120,7 @@ def pair_logprobs(
     mean: over the assistant's tokens of an answer (IPO); else their sum.
     """
     batch: Any
-    batch, learnt = data.answer_batch(examples, (0, 1), pad_id, engine.device)
+    batch, learnt = batching.answer_batch(examples, (0, 1), pad_id, engine.device)
     logp = engine.logprobs(batch, temperature=1.0)
     reduce = losses.masked_mean if mean else losses.masked_sum
     rows = reduce(logp, learnt, dim=-1)
@@ -213,7 +213,8 @@ def accumulate(
     pad_id: int, config: DPOConfig,
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one step, `batch_size` pairs at a time; the loss is the mean over all of them."""
-    values = dict.fromkeys(("loss", "accuracy", "chosen_reward", "rejected_reward"), 0.0)
+    numbers = ("accuracy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    values = dict.fromkeys(("loss", *numbers), 0.0)
     for piece, own in parallel.shares(rows, config.batch_size):
         examples = [train_set[i] for i in piece]
         loss, found = _piece_loss(
@@ -224,7 +225,7 @@ def accumulate(
         for key, value in found.items():
             values[key] += float(value) * own * len(piece) / len(rows)
     values = parallel.total(values)
-    values["margin"] = values["chosen_reward"] - values["rejected_reward"]
+    values["margin"] = values["rewards/chosen"] - values["rewards/rejected"]
     return values
 
 
@@ -243,5 +244,5 @@ def evaluate(
         share = own * len(piece) / len(examples)
         out["loss"] += float(loss) * own
         out["accuracy"] += float(found["accuracy"]) * share
-        out["margin"] += float(found["chosen_reward"] - found["rejected_reward"]) * share
+        out["margin"] += float(found["rewards/chosen"] - found["rewards/rejected"]) * share
     return parallel.total(out)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, RolloutStats, SamplingConfig
-from . import data
+from . import batching, conversations, data, reading
 from .rewards import first_line, load_function
 from .run import derive_seed
 
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 class Environment(Protocol):
     """One episode. Columns of the data reach `reset` by name."""
 
-    def reset(self, **columns: Any) -> data.PromptText: ...
+    def reset(self, **columns: Any) -> conversations.PromptText: ...
 
     def step(self, action: str) -> Step | tuple[str | Mapping[str, str], float, bool]: ...
 
@@ -121,13 +121,13 @@ def load_environment(source: str) -> Factory:
     return factory
 
 
-def first_prompt(factory: Factory, columns: Mapping[str, Any]) -> data.PromptText:
+def first_prompt(factory: Factory, columns: Mapping[str, Any]) -> conversations.PromptText:
     """What an episode of this row begins with. Raises DataError where `reset` refuses the row."""
     try:
         prompt = factory().reset(**columns)
     except (Exception, SystemExit) as error:
-        raise data.DataError(f"the environment's reset refuses the row: {first_line(error)}") from error
-    return data.prompt_of({"prompt": prompt})
+        raise reading.DataError(f"the environment's reset refuses the row: {first_line(error)}") from error
+    return conversations.prompt_of({"prompt": prompt})
 
 
 @dataclass
@@ -165,7 +165,7 @@ class _Track:
 
 def play(
     engine: HybridEngine,
-    encoder: data.Encoder,
+    encoder: conversations.Encoder,
     factory: Factory,
     examples: Sequence[data.Example],
     sampling: SamplingConfig,
@@ -208,7 +208,7 @@ def play(
         )
         # In the first turn the samples of a prompt share its prefill.
         rows = going[:: settings.n]
-        ids, mask = data.pad([t.prompt + t.ids for t in rows], encoder.pad_id, "left")
+        ids, mask = batching.pad([t.prompt + t.ids for t in rows], encoder.pad_id, "left")
         drawn = engine.generate(ids, mask, settings)
         _add_stats(stats, drawn.stats)
         for i, track in enumerate(going):
@@ -249,7 +249,7 @@ def _raised(method: str, error: BaseException) -> EpisodeError:
     return EpisodeError(f"the environment's {method} raised {first_line(error)}", trace)
 
 
-def play_again(factory: Factory, episode: Mapping[str, Any], encoder: data.Encoder) -> None:
+def play_again(factory: Factory, episode: Mapping[str, Any], encoder: conversations.Encoder) -> None:
     """A failed episode once more, with the actions that it had. Raises EpisodeError where it fails again."""
     game, prompt = _begin(factory, episode["columns"])
     for action in episode["actions"]:
@@ -258,15 +258,15 @@ def play_again(factory: Factory, episode: Mapping[str, Any], encoder: data.Encod
             _observe(step.observation, not isinstance(prompt, str), True, encoder)
 
 
-def _observe(said: Any, chat: bool, ended: bool, encoder: data.Encoder) -> list[int]:
+def _observe(said: Any, chat: bool, ended: bool, encoder: conversations.Encoder) -> list[int]:
     """Token ids of an observation. Raises EpisodeError for what is none."""
     try:
         return encoder.observation(said, chat, ended)
-    except data.DataError as error:
+    except reading.DataError as error:
         raise EpisodeError(str(error)) from error
 
 
-def _act(track: _Track, encoder: data.Encoder, drawn: Rollout, row: int) -> None:
+def _act(track: _Track, encoder: conversations.Encoder, drawn: Rollout, row: int) -> None:
     """Hand one drawn action to its environment."""
     real = drawn.completion_mask[row].bool()
     action = drawn.completion_ids[row][real].tolist()
@@ -282,7 +282,7 @@ def _act(track: _Track, encoder: data.Encoder, drawn: Rollout, row: int) -> None
     track.observation, track.ended = step.observation, bool(drawn.finished[row])
 
 
-def _go_on(track: _Track, encoder: data.Encoder, turn_tokens: int, max_tokens: int) -> bool:
+def _go_on(track: _Track, encoder: conversations.Encoder, turn_tokens: int, max_tokens: int) -> bool:
     """Append the observation if the episode has another turn; whether it has."""
     if track.done:
         return False
@@ -323,8 +323,8 @@ def _gather(
     def each(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, device=device)
 
-    prompt_ids, prompt_mask = data.pad([t.prompt for t in tracks], pad_id, "left")
-    completion_ids, completion_mask = data.pad([t.ids for t in tracks], pad_id, "right")
+    prompt_ids, prompt_mask = batching.pad([t.prompt for t in tracks], pad_id, "left")
+    completion_ids, completion_mask = batching.pad([t.ids for t in tracks], pad_id, "right")
     return Episodes(
         prompt_ids.to(device),
         prompt_mask.to(device),

@@ -28,7 +28,7 @@ from .. import device as devices
 from ..config import ConfigError, EvalConfig
 from ..engine import HybridEngine, SamplingConfig
 from ..engine.rollout import Rollout
-from . import data, losses, models, reward
+from . import batching, conversations, data, losses, models, reading, reward
 from .rewards import OwnTokenizer, call_function, load_function, other_tokenizer, prompt_text
 
 Result = dict[str, Any]
@@ -209,15 +209,15 @@ class Generator:
     def __init__(self, name: str, config: EvalConfig, model: Any = None, tokenizer: Any = None) -> None:
         self.name, self.config = name, config
         tokenizer = tokenizer or models.load_tokenizer(name)
-        self.encoder = data.Encoder(tokenizer, config.system_prompt, name)
+        self.encoder = conversations.Encoder(tokenizer, config.system_prompt, name)
         self.device = devices.use(config.device)
         model = model or models.load_policy(name, models.pick_dtype(config.dtype, self.device))
         model = devices.place(model, self.device)
         self.engine = HybridEngine(model, backend=config.backend)
 
-    def prompts(self, records: Sequence[data.Record]) -> tuple[Sequence[data.Example], int]:
+    def prompts(self, records: Sequence[reading.Record]) -> tuple[Sequence[data.Example], int]:
         """A prompt a row, the longest ones without their beginning, and how many those are."""
-        stats = data.DataStats()
+        stats = reading.DataStats()
         room = self.engine.spec.context - self.config.max_new_tokens
         if room < 1:
             raise ConfigError(
@@ -230,7 +230,7 @@ class Generator:
 
     def answer(self, examples: Sequence[data.Example], samples: int = 1) -> tuple[Rollout, list[str]]:
         """A rollout over all prompts, and the texts; the samples of a prompt are neighbours."""
-        ids, mask = data.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
+        ids, mask = batching.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
         sampling = SamplingConfig(
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
@@ -250,29 +250,29 @@ def _scorer(name: str, config: EvalConfig, model: Any = None) -> models.Scorer:
     return models.Scorer(devices.place(model, device))
 
 
-def _read(config: EvalConfig) -> list[data.Record]:
+def _read(config: EvalConfig) -> list[reading.Record]:
     if not config.data:
         raise ConfigError("data is empty; name at least one file (.jsonl, .csv, .parquet) or hub data set")
-    return data.read(config.data, config.rows)[0]
+    return reading.read(config.data, config.rows)[0]
 
 
-def _text(record: data.Record, name: str) -> str:
+def _text(record: reading.Record, name: str) -> str:
     value = record.columns.get(name)
     if not isinstance(value, str):
-        raise data.DataError(
+        raise reading.DataError(
             f"{record.where}: {name} is {value!r}, which is no text; mend the row or leave it out"
         )
     return value
 
 
 def _left(
-    make: Callable[..., Sequence[data.Example]], records: Sequence[data.Record], encoder: data.Encoder,
-    stats: data.DataStats, config: EvalConfig, why: str,
+    make: Callable[..., Sequence[data.Example]], records: Sequence[reading.Record], encoder: conversations.Encoder,
+    stats: reading.DataStats, config: EvalConfig, why: str,
 ) -> Sequence[data.Example]:  # fmt: skip
     """The examples that `make` makes. why: what is said where the length limit leaves none."""
     try:
         return make(records, encoder, stats, max_length=config.max_length)
-    except data.DataError:
+    except reading.DataError:
         if stats.dropped < len(records):
             raise
         reason = why.format(limit=config.max_length)
@@ -305,14 +305,14 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
             f"max_length is {config.max_length}, but the context of model {config.model} is {context}; "
             "use at most that"
         )
-    stats = data.DataStats()
+    stats = reading.DataStats()
     rows: list[data.Example] = []
     if isinstance(records[0].columns.get("text"), str) and "prompt" not in records[0].columns:
         for record in records:
             ids = list(encoder.tokenizer(_text(record, "text"))["input_ids"])
             pieces = [
                 data.Example(list(b[:1]), [list(b[1:])], "")
-                for b in data.chunks(ids, config.max_length)
+                for b in batching.chunks(ids, config.max_length)
                 if len(b) > 1
             ]
             stats.cut += len(ids) > config.max_length
@@ -329,9 +329,9 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
             "prompts fill max_length {limit}, so no response is left",
         ))  # fmt: skip
     sums, counts = [], []
-    for piece in data.chunks(rows, config.batch_size):
+    for piece in batching.chunks(rows, config.batch_size):
         batch: Any
-        batch, learnt = data.answer_batch(piece, (0,), encoder.pad_id, generator.device)
+        batch, learnt = batching.answer_batch(piece, (0,), encoder.pad_id, generator.device)
         logp = generator.engine.logprobs(batch, temperature=1.0)
         sums += losses.masked_sum(-logp, learnt, dim=-1).tolist()
         counts += learnt.sum(1).tolist()
@@ -350,11 +350,13 @@ def reward_pairs(config: EvalConfig, model: Any = None, tokenizer: Any = None) -
     """
     records = _read(config)
     tokenizer = tokenizer or models.load_tokenizer(config.model)
-    encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
-    stats = data.DataStats()
+    encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
+    stats = reading.DataStats()
     pairs = _left(data.pair_examples, records, encoder, stats, config, "pairs are over max_length {limit}")
     scorer = _scorer(config.model, config, model)
-    pieces = [reward.pair_scores(scorer, p, encoder.pad_id) for p in data.chunks(pairs, config.batch_size)]
+    pieces = [
+        reward.pair_scores(scorer, p, encoder.pad_id) for p in batching.chunks(pairs, config.batch_size)
+    ]
     chosen, rejected = (torch.cat([p[i] for p in pieces]).double().cpu() for i in range(2))
     gap = (chosen - rejected) * scorer.std
     _finite("difference of the scores", gap.tolist(), len(pairs))
@@ -386,7 +388,7 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     import transformers
 
     records = _read(config)
-    data.require_columns(records, ["text", "prompt"], ["label"])
+    reading.require_columns(records, ["text", "prompt"], ["label"])
     device = devices.use(config.device)
     tokenizer = tokenizer or models.load_tokenizer(config.model)
     if model is None:
@@ -404,7 +406,8 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     model = devices.place(model, device)
     count = int(model.config.num_labels)
     texts = [
-        _text(r, "text") if "text" in r.columns else prompt_text(data.prompt_of(r.columns)) for r in records
+        _text(r, "text") if "text" in r.columns else prompt_text(conversations.prompt_of(r.columns))
+        for r in records
     ]
     names, labels = _classes(records, model, config.model)
     limit = _classifier_length(model, config)
@@ -412,18 +415,18 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     cut = sum(len(ids) > limit for ids in whole)
     for record, row in zip(records, whole, strict=True):
         if not row:
-            raise data.DataError(f"{record.where}: the text has no token; mend the row or leave it out")
+            raise reading.DataError(f"{record.where}: the text has no token; mend the row or leave it out")
     # The tokenizer cuts, because it keeps the tokens that have to end a row.
     tokens = [
         ids if len(ids) <= limit else list(tokenizer(t, truncation=True, max_length=limit)["input_ids"])
         for t, ids in zip(texts, whole, strict=True)
     ]
     probability: list[Any] = []
-    for rows in data.chunks(tokens, config.batch_size):
+    for rows in batching.chunks(tokens, config.batch_size):
         pad_id = model.config.pad_token_id
         # Without a pad token a batched classifier cannot tell a row's end, so rows go one by one.
         for part in [list(rows)] if pad_id is not None else [[r] for r in rows]:
-            ids, mask = (x.to(device) for x in data.pad(part, pad_id or 0, "right"))
+            ids, mask = (x.to(device) for x in batching.pad(part, pad_id or 0, "right"))
             logits = model(ids, attention_mask=mask.long()).logits.float()
             if count == 1:
                 probability += logits.sigmoid()[:, 0].tolist()
@@ -442,7 +445,7 @@ def classify(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
     }  # fmt: skip
 
 
-def _classes(records: Sequence[data.Record], model: Any, name: str) -> tuple[list[str], list[int]]:
+def _classes(records: Sequence[reading.Record], model: Any, name: str) -> tuple[list[str], list[int]]:
     """Names of the classes and the class of each row.
 
     A label is a name of the model's or a class's number. Where the model has no names of its own (one label, or
@@ -450,7 +453,7 @@ def _classes(records: Sequence[data.Record], model: Any, name: str) -> tuple[lis
     """
     for record in records:
         if record.columns.get("label") is None:
-            raise data.DataError(f"{record.where} has no label; give it one, or leave the row out")
+            raise reading.DataError(f"{record.where} has no label; give it one, or leave the row out")
     values = [str(int(v) if isinstance(v := r.columns["label"], bool) else v) for r in records]
     given, one = sorted(set(values)), int(model.config.num_labels) == 1
     own = {int(i): str(n) for i, n in (model.config.id2label or {}).items()}
@@ -507,7 +510,7 @@ def win_rate(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Re
         if own is None:
             rated = scorer.rate(rollout)
         else:
-            encoder = data.Encoder(own, config.system_prompt, judge)
+            encoder = conversations.Encoder(own, config.system_prompt, judge)
             rated = OwnTokenizer(scorer, encoder).rate_texts(rollout, [e.prompt for e in examples], answers)
         scorer.forget()
         scores.append(rated.tolist())

@@ -14,7 +14,7 @@ import torch
 
 from .. import device as devices
 from ..engine.zero import whole
-from . import data, losses, models
+from . import batching, data, losses, models
 from .environments import action_mask
 from .rewards import prompt_text
 
@@ -99,7 +99,7 @@ def compare_with_hf(trainer: Trainer, examples: Sequence[data.Example], seed: in
 
     config, encoder = trainer.config, trainer.encoder
     device = trainer.engine.device
-    ids, mask = (x.to(device) for x in data.pad([e.prompt_ids for e in examples], encoder.pad_id, "left"))
+    ids, mask = (x.to(device) for x in batching.pad([e.prompt_ids for e in examples], encoder.pad_id, "left"))
     trainer.generate(examples[:2], 1, seed)
     start = time.perf_counter()
     rollout = trainer.generate(examples, 1, seed)

@@ -465,6 +465,9 @@ def dpo_loss(
 
     sigmoid  -(1 - s) log sigmoid(h) - s log sigmoid(-h)       s = label_smoothing (cDPO)
     ipo      (h / beta - 1 / (2 beta))^2                        beta is IPO's tau; give *mean* log-probs
+
+    Metrics have TRL's names: rewards/... are the implicit rewards beta * (logp - reference's), logps/... the policy's
+    log-probs as given.
     """
     chosen_gain, rejected_gain = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp
     gap = chosen_gain - rejected_gain
@@ -480,8 +483,10 @@ def dpo_loss(
     with torch.no_grad():
         metrics = {
             "accuracy": _mean((gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)),
-            "chosen_reward": _mean(beta * chosen_gain),
-            "rejected_reward": _mean(beta * rejected_gain),
+            "rewards/chosen": _mean(beta * chosen_gain),
+            "rewards/rejected": _mean(beta * rejected_gain),
+            "logps/chosen": _mean(chosen_logp),
+            "logps/rejected": _mean(rejected_logp),
         }
     return loss, metrics
 

@@ -35,7 +35,7 @@ from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, make_engine
-from . import data, environments, evaluate, losses, models, report, sources
+from . import batching, conversations, data, environments, evaluate, losses, models, reading, report, sources
 from .checks import require_rewards
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
@@ -96,7 +96,7 @@ class Trainer(abc.ABC):
         self,
         config: OnlineConfig,
         engine: HybridEngine,
-        encoder: data.Encoder,
+        encoder: conversations.Encoder,
         rewards: Rewards,
         reference: HybridEngine | None,
     ) -> None:
@@ -123,7 +123,7 @@ class Trainer(abc.ABC):
 
     @classmethod
     def build(
-        cls, config: Any, engine: HybridEngine, encoder: data.Encoder, reference: HybridEngine | None,
+        cls, config: Any, engine: HybridEngine, encoder: conversations.Encoder, reference: HybridEngine | None,
         functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
@@ -183,7 +183,7 @@ class Trainer(abc.ABC):
     # ----------------------------------------------------------------------------------------------- roll out
 
     def generate(self, examples: Sequence[data.Example], samples: int, seed: int) -> Rollout:
-        ids, mask = data.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
+        ids, mask = batching.pad([e.prompt_ids for e in examples], self.encoder.pad_id, "left")
         sampling = SamplingConfig(
             max_new_tokens=self.config.action_tokens,
             temperature=self.config.temperature,
@@ -332,10 +332,10 @@ class Trainer(abc.ABC):
         count = 0
         size = config.batch_size * config.gradient_accumulation_steps
         for epoch in range(config.ppo_epochs):
-            order = data.epoch_order(
+            order = batching.epoch_order(
                 len(experience.rollout), derive_seed(config.seed, "minibatch", step), epoch
             )
-            for minibatch in data.chunks(order, size):
+            for minibatch in batching.chunks(order, size):
                 found = parallel.total(
                     self.minibatch(experience, minibatch, ends), largest=["policy/first_ratio_deviation"]
                 )
@@ -523,7 +523,7 @@ def train(
         if run.result is not None:
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
-        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
         if model is None:
@@ -534,7 +534,7 @@ def train(
         engine = trainer.engine
         _check_room(config, [train_set, eval_set], engine.spec.context)
 
-        schedule = data.Schedule(
+        schedule = batching.Schedule(
             len(train_set), config.prompts_per_step, config.epochs, config.max_steps, config.seed
         )
         total = schedule.total_steps
@@ -587,7 +587,7 @@ def train(
 def assemble(
     config: OnlineConfig,
     build: Callable[..., Trainer],
-    encoder: data.Encoder,
+    encoder: conversations.Encoder,
     dtype: torch.dtype,
     model: Any = None,
     rewards: Sequence[RewardFunction] = (),
@@ -645,8 +645,8 @@ def _keeping(run: Run, step: int, modules: Mapping[str, nn.Module]) -> Iterator[
 
 
 def _examples(
-    config: OnlineConfig, encoder: data.Encoder, which: Literal["train", "eval"]
-) -> tuple[Sequence[data.Example], data.DataStats]:
+    config: OnlineConfig, encoder: conversations.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], reading.DataStats]:
     records, stats = sources.records(config, which)
     factory = environments.load_environment(config.environment) if config.environment else None
     examples = data.prompt_examples(

@@ -21,7 +21,7 @@ from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings
-from . import data, losses, models, online
+from . import conversations, losses, models, online
 from .critic import Critic, build_rewards_and_critic
 from .environments import credit_turns
 from .experience import Experience, shape_scores
@@ -37,7 +37,7 @@ class PPO(online.Trainer):
     config: PPOConfig
 
     def __init__(
-        self, config: PPOConfig, engine: HybridEngine, encoder: data.Encoder, rewards: Rewards, critic: Critic,
+        self, config: PPOConfig, engine: HybridEngine, encoder: conversations.Encoder, rewards: Rewards, critic: Critic,
         reference: HybridEngine | None, zero: ZeroSettings | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, engine, encoder, rewards, reference)
@@ -48,7 +48,7 @@ class PPO(online.Trainer):
 
     @classmethod
     def build(
-        cls, config: PPOConfig, engine: HybridEngine, encoder: data.Encoder,
+        cls, config: PPOConfig, engine: HybridEngine, encoder: conversations.Encoder,
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
         zero: ZeroSettings | None = None,
     ) -> PPO:  # fmt: skip

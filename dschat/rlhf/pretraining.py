@@ -15,7 +15,7 @@ from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.zero import float_copies, held, whole
-from . import data, losses
+from . import batching, conversations, data, losses, reading
 from .run import derive_seed
 
 
@@ -27,14 +27,14 @@ class PretrainingMix:
     its number.
     """
 
-    def __init__(self, config: OnlineConfig, encoder: data.Encoder) -> None:
+    def __init__(self, config: OnlineConfig, encoder: conversations.Encoder) -> None:
         self.config, self.pad_id = config, encoder.pad_id
-        records, _ = data.read(config.unsup_data, 0, config.bad_rows)
+        records, _ = reading.read(config.unsup_data, 0, config.bad_rows)
         ids: list[int] = []
         for record in records:
             ids += [*encoder.tokenizer(_text(record), add_special_tokens=False)["input_ids"], encoder.eos_id]
         size = config.unsup_length
-        self.blocks = [b for b in data.chunks(ids, size) if len(b) == size]
+        self.blocks = [b for b in batching.chunks(ids, size) if len(b) == size]
         if not self.blocks:
             raise ConfigError(
                 f"unsup_data has {len(ids)} tokens, less than one block of unsup_length {size}; "
@@ -51,7 +51,7 @@ class PretrainingMix:
         blocks = [list(self.blocks[int(i)]) for i in rows]
         ((piece, own),) = parallel.shares(blocks, count)
         # The first token of a block is given, the others are predicted.
-        batch: Any = data.Sequences.of(
+        batch: Any = batching.Sequences.of(
             [b[:1] for b in piece], [b[1:] for b in piece], self.pad_id, engine.device
         )
         logp = engine.logprobs(batch, temperature=1.0)
@@ -61,16 +61,16 @@ class PretrainingMix:
         return parallel.total({"unsup/loss": float(loss.detach()) * own})
 
 
-def _text(record: data.Record) -> str:
+def _text(record: reading.Record) -> str:
     columns = record.columns
     if isinstance(columns.get("text"), str):
         return str(columns["text"])
     name = next((n for n in data.RESPONSE_COLUMNS if n in columns), None)
     if name is None or not isinstance(columns.get("prompt"), str):
-        raise data.DataError(
+        raise reading.DataError(
             f"{record.where} has no column text, and no prompt and response either, but {', '.join(columns)}"
         )
-    return columns["prompt"] + data.answer_text(columns[name], name)
+    return columns["prompt"] + conversations.answer_text(columns[name], name)
 
 
 class WeightAverage(nn.Module):

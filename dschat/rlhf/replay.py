@@ -26,7 +26,7 @@ from ..engine.hybrid_engine import HybridEngine
 from ..engine.precision import LossScale
 from ..engine.rollout import Rollout, SamplingConfig
 from ..engine.stepper import Stepper
-from . import checkpoint, data, dpo, environments, models, online, ppo, reward, sft
+from . import batching, checkpoint, conversations, data, dpo, environments, models, online, ppo, reward, sft
 from .experience import Experience
 from .grpo import GRPO
 from .rewards import RewardError, TrainerState, is_function_name
@@ -86,7 +86,7 @@ def replay(path: str, device: str = "auto") -> Replay:
             return out.stop(f"weight {name}", bad)
     out.ok(f"{len(weights)} trained weights")
     tokenizer = models.load_tokenizer(config.model)
-    encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+    encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
     if "episode" in about:
         return _episode(out, about["episode"], config, encoder)
     if stage in BUILD:
@@ -199,7 +199,7 @@ def _last_scale(config: Any) -> LossScale:
 
 def _rows(
     out: Replay, about: Mapping[str, Any], config: Any, dtype: torch.dtype, device: torch.device,
-    weights: Mapping[str, Tensor], encoder: data.Encoder,
+    weights: Mapping[str, Tensor], encoder: conversations.Encoder,
 ) -> Replay:  # fmt: skip
     examples = [
         data.Example(
@@ -231,7 +231,7 @@ def _rows(
     if config.command == "reward":
         scorer = models.Scorer(model)
         loss = 0.0
-        for piece in data.chunks(examples, config.batch_size):
+        for piece in batching.chunks(examples, config.batch_size):
             part, _ = reward.pair_loss(scorer, piece, encoder.pad_id, config, len(examples))
             stepper.backward(part)
             loss += float(part.detach())
@@ -251,7 +251,7 @@ def _start_reference(
     config: Any, reference: dpo.Reference, examples: Sequence[data.Example], engine: HybridEngine
 ) -> dict[str, Tensor]:
     """The reference's log-probs of the pairs while the policy is still as it was at the start."""
-    pieces = [reference.compute(piece) for piece in data.chunks(examples, config.batch_size)]
+    pieces = [reference.compute(piece) for piece in batching.chunks(examples, config.batch_size)]
     return {"train": torch.stack([torch.cat([p[i] for p in pieces]) for i in range(2)])}
 
 
@@ -265,7 +265,7 @@ def _silent(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) 
 
 def _online(
     out: Replay, about: Mapping[str, Any], config: Any, dtype: torch.dtype, batch: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor], encoder: data.Encoder,
+    weights: Mapping[str, Tensor], encoder: conversations.Encoder,
 ) -> Replay:  # fmt: skip
     functions = () if config.reward or config.environment else (_silent,)
     alone = replace(config, inference_tp_size=1)
@@ -311,7 +311,7 @@ def _rollout(batch: Mapping[str, Tensor], config: Any) -> Rollout:
     return kind(**values, sampling=SamplingConfig(temperature=config.temperature))
 
 
-def _episode(out: Replay, episode: Mapping[str, Any], config: Any, encoder: data.Encoder) -> Replay:
+def _episode(out: Replay, episode: Mapping[str, Any], config: Any, encoder: conversations.Encoder) -> Replay:
     """The environment once more, with the row and the actions that it failed on."""
     try:
         environments.play_again(environments.load_environment(config.environment), episode, encoder)

@@ -16,7 +16,7 @@ from .. import device as devices
 from .. import parallel
 from ..config import RewardConfig
 from ..engine.zero import make_stepper
-from . import data, losses, models, sources
+from . import batching, conversations, data, losses, models, reading, sources
 from .run import (
     Run,
     float16_result,
@@ -40,7 +40,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         if run.result is not None:
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
-        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
@@ -56,7 +56,7 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         optimizers = {"reward": stepper.optimizer}
 
         per_step = config.batch_size * config.gradient_accumulation_steps
-        schedule = data.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
+        schedule = batching.Schedule(len(train_set), per_step, config.epochs, config.max_steps, config.seed)
         total = schedule.total_steps
         metrics = run.start(total)
         metrics.say(train_stats.sentence("reward data"))
@@ -104,8 +104,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
 
 
 def _examples(
-    config: RewardConfig, encoder: data.Encoder, which: Literal["train", "eval"]
-) -> tuple[Sequence[data.Example], data.DataStats]:
+    config: RewardConfig, encoder: conversations.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], reading.DataStats]:
     records, stats = sources.records(config, which)
     examples = data.pair_examples(
         records, encoder, stats, max_length=config.max_length, margin=config.margin,
@@ -147,9 +147,9 @@ def pair_loss(
     )
 
 
-def _both(scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int) -> data.Sequences:
+def _both(scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int) -> batching.Sequences:
     """Chosen answers, then rejected ones."""
-    return data.answer_batch(examples, (0, 1), pad_id, scorer.device)[0]
+    return batching.answer_batch(examples, (0, 1), pad_id, scorer.device)[0]
 
 
 def pair_scores(

@@ -36,7 +36,7 @@ from torch import Tensor
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
-from . import data, models
+from . import batching, conversations, models
 
 RewardFunction = Callable[..., Any]
 """Gives a list (or an array, or a tensor) of n numbers, or promises one (`async def`)."""
@@ -467,7 +467,7 @@ def load_sources(
     config: OnlineConfig,
     dtype: torch.dtype,
     functions: Sequence[RewardFunction] = (),
-    encoder: data.Encoder | None = None,
+    encoder: conversations.Encoder | None = None,
     device: torch.device = devices.CPU,
 ) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """(all reward sources by name, functions first, then the environment; the frozen reward models among them by name).
@@ -490,7 +490,9 @@ def load_sources(
                 sources.append((name, loaded[name]))
             else:
                 scorer = models.Scorer(loaded.pop(name))
-                sources.append((name, OwnTokenizer(scorer, data.Encoder(own, config.system_prompt, name))))
+                sources.append(
+                    (name, OwnTokenizer(scorer, conversations.Encoder(own, config.system_prompt, name)))
+                )
     return sources, loaded
 
 
@@ -500,7 +502,7 @@ def load_sources(
 class OwnTokenizer:
     """A reward model that reads with its own tokenizer: prompts and answers are encoded anew from their text."""
 
-    def __init__(self, scorer: models.Scorer, encoder: data.Encoder) -> None:
+    def __init__(self, scorer: models.Scorer, encoder: conversations.Encoder) -> None:
         self.scorer, self.encoder = scorer, encoder
 
     def rate_texts(self, batch: Any, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
@@ -513,7 +515,7 @@ class OwnTokenizer:
             for ids, done in zip(map(self.encoder.completion, completions), finished, strict=True)
         ]
         given = [self.encoder.prompt(p) for p in prompts]
-        rows = data.Sequences.of(given, answers, self.encoder.pad_id, self.scorer.device)
+        rows = batching.Sequences.of(given, answers, self.encoder.pad_id, self.scorer.device)
         return self.scorer.rate(rows)
 
 

@@ -38,7 +38,7 @@ from ..config import ConfigError, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, checks, data, models, trackers
+from . import checkpoint, checks, data, models, reading, trackers
 from .metrics import Metrics, read_lines, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
@@ -157,7 +157,7 @@ def _digest(path: str, size: int, changed: int) -> str:
 def data_digests(config: StageConfig, read: bool) -> dict[str, str]:
     """What tells the content of a run's data from any other, by source: a digest of all bytes of a file (a run reads
     them all in any case, and slower), of a hub data set its fingerprint, once it has been read. Others are left out."""
-    found = data.FINGERPRINTS if read else {}
+    found = reading.FINGERPRINTS if read else {}
     out = {}
     for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
         if os.path.isfile(source):

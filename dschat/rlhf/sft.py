@@ -14,7 +14,7 @@ from .. import parallel
 from ..config import SFTConfig
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.zero import make_engine
-from . import data, losses, models, sources
+from . import batching, conversations, data, losses, models, reading, sources
 from .run import (
     Run,
     float16_result,
@@ -35,7 +35,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         if run.result is not None:
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
-        encoder = data.Encoder(tokenizer, config.system_prompt, config.model)
+        encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
@@ -47,7 +47,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         )
 
         batches, per_step = _batches(train_set, config, train_stats)
-        schedule = data.Schedule(len(batches), per_step, config.epochs, config.max_steps, config.seed)
+        schedule = batching.Schedule(len(batches), per_step, config.epochs, config.max_steps, config.seed)
         total = schedule.total_steps
         metrics = run.start(total)
         metrics.say(train_stats.sentence("SFT data"))
@@ -83,8 +83,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
 
 
 def _examples(
-    config: SFTConfig, encoder: data.Encoder, which: Literal["train", "eval"]
-) -> tuple[Sequence[data.Example], data.DataStats]:
+    config: SFTConfig, encoder: conversations.Encoder, which: Literal["train", "eval"]
+) -> tuple[Sequence[data.Example], reading.DataStats]:
     records, stats = sources.records(config, which)
     examples = data.sft_examples(
         records, encoder, stats, response=config.response, max_length=config.max_length,
@@ -94,7 +94,7 @@ def _examples(
 
 
 def _batches(
-    examples: Sequence[data.Example], config: SFTConfig, stats: data.DataStats
+    examples: Sequence[data.Example], config: SFTConfig, stats: reading.DataStats
 ) -> tuple[Sequence[Sequence[int]], int]:
     """What a step is put together from, as rows of `examples`, and how many of them: single rows, or batches filled
     with tokens.
@@ -103,7 +103,7 @@ def _batches(
         each = [range(i, i + 1) for i in range(len(examples))]
         return each, config.batch_size * config.gradient_accumulation_steps
     lengths = [len(e.prompt_ids) + len(e.answers[0]) for e in examples]
-    batches = data.fill(lengths, config.max_tokens_per_batch, config.seed)
+    batches = batching.fill(lengths, config.max_tokens_per_batch, config.seed)
     full = sum(lengths) / max(1, len(batches) * config.max_tokens_per_batch)
     stats.notes.append(f"in {len(batches)} batches, {full:.0%} full")
     return batches, config.gradient_accumulation_steps
@@ -117,12 +117,12 @@ def accumulate(
     over all of them, whatever the pieces.
     """
     if pieces is None:
-        pieces = list(data.chunks(examples, config.batch_size))
+        pieces = list(batching.chunks(examples, config.batch_size))
     tokens = sum(sum(e.learnt_of(0)) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
     for piece, own in (part for rows in pieces for part in parallel.shares(rows, len(rows))):
-        batch, learnt = data.answer_batch(piece, (0,), pad_id, engine.device)
+        batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
         logp = engine.logprobs(cast(Any, batch), temperature=1.0)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         engine.backward(loss if own else loss * 0.0)
@@ -137,7 +137,7 @@ def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int
     count = tokens if config.aggregation == "token" else len(examples)
     total = 0.0
     for piece, own in parallel.shares(examples, config.batch_size):
-        batch, learnt = data.answer_batch(piece, (0,), pad_id, engine.device)
+        batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
         logp = engine.logprobs(cast(Any, batch), temperature=1.0)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         total += float(loss) * own

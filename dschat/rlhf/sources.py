@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ..config import StageConfig
-from . import data
-from .data import DataError, DataStats, Record
+from . import batching, reading
+from .reading import DataError, DataStats, Record
 from .run import derive_seed
 
 PARTS = {"sft": 0, "reward": 1, "dpo": 1}
@@ -63,7 +63,7 @@ def blend(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[tup
     for source, size in enumerate(sizes):
         wanted = bounds[source + 1] - bounds[source]
         whole, rest = divmod(wanted, size) if size else (0, 0)
-        order = data.epoch_order(size, derive_seed(seed, "blend", source), 0)
+        order = batching.epoch_order(size, derive_seed(seed, "blend", source), 0)
         rows = list(range(size)) * whole + sorted(order[:rest])
         out += [(source, row) for row in rows]
     return out
@@ -76,11 +76,11 @@ def records(config: StageConfig, which: Literal["train", "eval"]) -> tuple[Seque
     """
     limit = config.max_train_rows if which == "train" else config.max_eval_rows
     if which == "eval" and not config.eval_split:
-        return data.read(config.eval_data, limit, config.bad_rows)
+        return reading.read(config.eval_data, limit, config.bad_rows)
     if which == "train" and not (
         config.eval_split or config.data_split or config.data_weights or config.stream
     ):
-        return data.read(config.data, limit, config.bad_rows)
+        return reading.read(config.data, limit, config.bad_rows)
     stats = DataStats()
     groups = []
     for source in config.data:
@@ -106,7 +106,7 @@ def _kept(config: StageConfig, source: str, which: str, stats: DataStats) -> Ite
     """Rows of a source on the wanted side of both splits."""
     shares = [float(s) for s in config.data_split.split(",")] if config.data_split else []
     part = PARTS.get(config.command, len(shares) - 1)
-    rows = _stored(source) if config.stream else data.read_source(source)
+    rows = _stored(source) if config.stream else reading.read_source(source)
     good, first_bad = False, ""
     for row in rows:
         stats.read += 1
@@ -124,7 +124,7 @@ def _kept(config: StageConfig, source: str, which: str, stats: DataStats) -> Ite
         if held_out == (which == "eval"):
             yield row.forget() if isinstance(row, StoredRecord) else row
     if first_bad and not good:
-        raise data.nothing_good(source, first_bad)
+        raise reading.nothing_good(source, first_bad)
 
 
 # ------------------------------------------------------------------------------------------------ rows on disk
@@ -153,7 +153,7 @@ class StoredRecord(Record):
 
 def _stored(source: str) -> Iterator[StoredRecord | DataError]:
     """The rows of a source that stay on disk, one at a time."""
-    data.require_source(source)
+    reading.require_source(source)
     if source.endswith(".jsonl"):
         yield from _lines(source)
         return
@@ -163,7 +163,7 @@ def _stored(source: str) -> Iterator[StoredRecord | DataError]:
         )
     # Steps take rows in a new order every epoch and a resumed run goes on at any of them, which an iterable data set
     # cannot give; this one is a memory-mapped file.
-    rows = data.load_stored(source)
+    rows = reading.load_stored(source)
     for i in range(len(rows)):
         read = functools.partial(_row, rows, i)
         yield StoredRecord(f"{source} row {i + 1}", read(), read)
@@ -181,7 +181,7 @@ def _lines(source: str) -> Iterator[StoredRecord | DataError]:
             here, offset = offset, offset + len(line)
             where = f"{source} line {number}"
             if line.strip():
-                row = data.parse_line(line, where)
+                row = reading.parse_line(line, where)
                 read = functools.partial(_line, source, here, where)
                 yield row if isinstance(row, DataError) else StoredRecord(where, row.columns, read)
 
@@ -190,7 +190,7 @@ def _line(source: str, offset: int, where: str) -> dict[str, Any]:
     try:
         with open(source, "rb") as f:
             f.seek(offset)
-            row = data.parse_line(f.readline(), "it")
+            row = reading.parse_line(f.readline(), "it")
     except OSError as error:
         raise DataError(f"{where} has changed since the run began: {error}") from None
     if isinstance(row, DataError):

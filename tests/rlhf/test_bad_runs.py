@@ -11,7 +11,7 @@ import pytest
 
 from dschat import config as C
 from dschat import launch
-from dschat.rlhf import data, dpo, grpo, models, ppo, reward, rloo, run, sft
+from dschat.rlhf import dpo, grpo, models, ppo, reading, reward, rloo, run, sft
 from dschat.rlhf import train as pipeline
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad_input.md"
@@ -186,7 +186,7 @@ def test_a_pipeline_is_refused_before_its_first_stage(base: dict[str, Any], tmp_
         ({"ppo": {"inference_tp_size": 2}}, "there is 1 process: set it to 1"),
     ):
         keys = base | {name: stages[name] | given.get(name, {}) for name in stages}
-        with pytest.raises((C.ConfigError, data.DataError), match=said):
+        with pytest.raises((C.ConfigError, reading.DataError), match=said):
             pipeline.train(C.build(C.TrainConfig, keys))
         assert not Path(base["output_dir"]).exists(), given
     keys = base | {"sft": {}, "ppo": {"reward": []}}

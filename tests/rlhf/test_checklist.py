@@ -14,7 +14,7 @@ from test_grpo import keys, short
 
 from dschat.config import ConfigError, GRPOConfig, OnlineConfig, PPOConfig, RLOOConfig, StageConfig
 from dschat.engine import HybridEngine, SamplingConfig
-from dschat.rlhf import data, grpo, models
+from dschat.rlhf import batching, conversations, data, grpo, models, reading
 from dschat.rlhf.metrics import Metrics
 from dschat.rlhf.online import RatioError
 
@@ -86,10 +86,10 @@ def make(base, stories_tokenizer, tmp_path):
     def build(**more):
         config = GRPOConfig(**keys(base, **more))
         model = models.make_trainable(models.load_policy(config.model, torch.float32), config, "CAUSAL_LM")
-        encoder = data.Encoder(stories_tokenizer)
+        encoder = conversations.Encoder(stories_tokenizer)
         engine = HybridEngine(model, torch.optim.AdamW(models.trainable(model)), exact=config.exact)
         trainer = grpo.GRPO.build(config, engine, encoder, None, (short,), torch.float32)
-        records, stats = data.read(config.data)
+        records, stats = reading.read(config.data)
         examples = data.prompt_examples(records, encoder, stats)[::2][:3]
         metrics = Metrics(tmp_path / "m", "grpo", 1, tensorboard=False, progress=False)
         return trainer, lambda: trainer.collect(examples, 0, metrics)[0]
@@ -138,13 +138,13 @@ def test_pad_is_no_end_and_long_prompts_are_cut(stories_tokenizer, stories_dir):
     """checklist 2.2 general 2: a scorer's pad id is never an id that ends an answer; a prompt that is too long
     keeps its end, where the question stands.
     """
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     model = models.load_scorer(str(stories_dir), torch.float32)
     models.set_scorer_padding(model, stories_tokenizer, encoder)
     assert model.config.pad_token_id is not None and model.config.pad_token_id not in encoder.stop_ids
     whole = encoder.prompt("Once upon a time there was a cat")
-    records = [data.Record("f.jsonl line 1", {"prompt": "Once upon a time there was a cat"})]
-    (cut,) = data.prompt_examples(records, encoder, data.DataStats(), max_prompt_length=4, overlong="cut")
+    records = [reading.Record("f.jsonl line 1", {"prompt": "Once upon a time there was a cat"})]
+    (cut,) = data.prompt_examples(records, encoder, reading.DataStats(), max_prompt_length=4, overlong="cut")
     assert cut.prompt_ids == whole[-4:]
 
 
@@ -152,7 +152,7 @@ def test_positions_do_not_count_padding(stories_model, stories_tokenizer):
     """checklist 2.1 #2; 2.2 general 3: log-probs of a left-padded batch are Hugging Face's of each row alone."""
     prompts = [stories_tokenizer(t)["input_ids"] for t in ("Once upon a time", "Tom", "The sun was")]
     answers = [[410, 400, 1], [405], [407, 409]]
-    batch = data.Sequences.of(prompts, answers, 0)
+    batch = batching.Sequences.of(prompts, answers, 0)
     found = HybridEngine(stories_model).logprobs(batch, temperature=1.0).detach()
     for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         with torch.no_grad():

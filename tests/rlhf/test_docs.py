@@ -117,11 +117,11 @@ CHAT = (
 def test_rows_of_trl_are_read_or_refused(stories_tokenizer):
     from copy import deepcopy
 
-    from dschat.rlhf import data
+    from dschat.rlhf import conversations, data, reading
 
     tokenizer = deepcopy(stories_tokenizer)
     tokenizer.chat_template = CHAT
-    encoder = data.Encoder(tokenizer)
+    encoder = conversations.Encoder(tokenizer)
     read = {
         "sft": lambda r, s: data.sft_examples(r, encoder, s, max_length=200),
         "reward": lambda r, s: data.pair_examples(r, encoder, s, max_length=200),
@@ -131,14 +131,14 @@ def test_rows_of_trl_are_read_or_refused(stories_tokenizer):
     rows = table("Data")
     assert len(rows) == 10
     for _, row, where in rows:
-        record = data.Record("row.jsonl line 1", json.loads(row.strip("`")))
+        record = reading.Record("row.jsonl line 1", json.loads(row.strip("`")))
         if where.startswith("none"):
             for command in ("sft", "dpo", "ppo"):
-                with pytest.raises(data.DataError):
-                    read[command]([record], data.DataStats())
+                with pytest.raises(reading.DataError):
+                    read[command]([record], reading.DataStats())
             continue
         for command in where.split(", "):
-            (example,) = read[command]([record], data.DataStats())
+            (example,) = read[command]([record], reading.DataStats())
             assert example.prompt_ids and all(example.answers), (command, row)
 
 

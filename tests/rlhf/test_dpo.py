@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dschat.config import ConfigError, DPOConfig
 from dschat.engine import HybridEngine
 from dschat.engine.packed import PackedModel
-from dschat.rlhf import data, dpo, losses, models
+from dschat.rlhf import conversations, data, dpo, losses, models, reading
 
 F64 = torch.float64
 
@@ -26,8 +26,8 @@ def run(base: dict, **keys):
 
 @pytest.fixture
 def examples(pairs, stories_tokenizer):
-    records, stats = data.read([pairs])
-    return data.pair_examples(records, data.Encoder(stories_tokenizer), stats)
+    records, stats = reading.read([pairs])
+    return data.pair_examples(records, conversations.Encoder(stories_tokenizer), stats)
 
 
 def hf_logprob(model, prompt, answer) -> float:
@@ -50,11 +50,17 @@ def test_loss_is_the_formula_on_hugging_faces_log_probs(kind, examples, new_stor
     source = dpo.Reference(config, reference, 0)
     source.frozen = HybridEngine(reference)
     found = dpo.evaluate(HybridEngine(policy), source, examples[:5], 0, config)
+    logged = dpo.accumulate(HybridEngine(policy), source, examples[:5], range(5), 0, config)
     total, right = 0.0, 0.0
+    sums = {"logps/chosen": 0.0, "logps/rejected": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0}
     for e in examples[:5]:
         gains = []
-        for answer in e.answers:
-            gain = hf_logprob(policy, e.prompt_ids, answer) - hf_logprob(reference, e.prompt_ids, answer)
+        for side, answer in zip(("chosen", "rejected"), e.answers, strict=True):
+            logp = hf_logprob(policy, e.prompt_ids, answer)
+            gain = logp - hf_logprob(reference, e.prompt_ids, answer)
+            n = len(answer) if kind == "ipo" else 1
+            sums[f"logps/{side}"] += logp / n / 5
+            sums[f"rewards/{side}"] += 0.3 * gain / n / 5
             gains.append(gain / len(answer) if kind == "ipo" else gain)
         gap = gains[0] - gains[1]
         right += gap > 0
@@ -63,7 +69,8 @@ def test_loss_is_the_formula_on_hugging_faces_log_probs(kind, examples, new_stor
         else:
             total += 0.9 * math.log1p(math.exp(-0.3 * gap)) + 0.1 * math.log1p(math.exp(0.3 * gap))
     assert found["loss"] == pytest.approx(total / 5, rel=1e-4)
-    assert found["accuracy"] == pytest.approx(right / 5)
+    assert found["accuracy"] == logged["accuracy"] == pytest.approx(right / 5)
+    assert {k: logged[k] for k in sums} == pytest.approx(sums, rel=1e-4)
 
 
 def test_gradient_of_the_loss():

@@ -13,7 +13,7 @@ from dschat import cli
 from dschat import config as configs
 from dschat.config import ConfigError, GRPOConfig, PPOConfig
 from dschat.engine import HybridEngine, SamplingConfig
-from dschat.rlhf import data, environments, grpo, ppo, replay
+from dschat.rlhf import conversations, data, environments, grpo, ppo, reading, replay
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -53,7 +53,7 @@ def play(engine, encoder, rows=ROWS, factory=Echo, *, n=2, tokens=5, max_turns=3
 
 @pytest.fixture
 def encoder(stories_tokenizer):
-    return data.Encoder(stories_tokenizer)
+    return conversations.Encoder(stories_tokenizer)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_observations_of_a_chat_continue_the_template(stories_tokenizer):
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     try:
-        encoder = data.Encoder(tokenizer)
+        encoder = conversations.Encoder(tokenizer)
         turns = [{"role": "user", "content": "Hello"}]
         action = tokenizer("Hi there", add_special_tokens=False)["input_ids"]
         for ended in (True, False):
@@ -178,23 +178,23 @@ def test_observations_of_a_chat_continue_the_template(stories_tokenizer):
             text = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
             assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
             assert ids.count(encoder.end_id) == 3
-        with pytest.raises(data.DataError, match=r"which is no message"):
+        with pytest.raises(reading.DataError, match=r"which is no message"):
             encoder.observation({"role": "tool"}, True, True)  # type: ignore[typeddict-item]
     finally:
         tokenizer.chat_template = before
-    with pytest.raises(data.DataError, match="answer with a text"):
-        data.Encoder(tokenizer).observation({"role": "tool", "content": "42"}, False, True)
+    with pytest.raises(reading.DataError, match="answer with a text"):
+        conversations.Encoder(tokenizer).observation({"role": "tool", "content": "42"}, False, True)
 
 
 def test_a_broken_chat_template_is_said(stories_tokenizer):
     before = stories_tokenizer.chat_template
     try:
         stories_tokenizer.chat_template = "{{ raise_exception('no assistants here') }}"
-        with pytest.raises(data.DataError, match="fails on a question and its answer: no assistants here"):
-            data.Encoder(stories_tokenizer)
+        with pytest.raises(reading.DataError, match="fails on a question and its answer: no assistants here"):
+            conversations.Encoder(stories_tokenizer)
         stories_tokenizer.chat_template = "{{ messages[0].content }}"
-        with pytest.raises(data.DataError, match="leaves out what the assistant says"):
-            data.Encoder(stories_tokenizer)
+        with pytest.raises(reading.DataError, match="leaves out what the assistant says"):
+            conversations.Encoder(stories_tokenizer)
     finally:
         stories_tokenizer.chat_template = before
 
@@ -310,7 +310,7 @@ def test_a_reset_that_ends_the_process_is_refused(base, tmp_path):
         "class Game:\n    def reset(self, **columns):\n        raise SystemExit(0)\n"
         "    def step(self, action):\n        return '', 0.0, True\n"
     )
-    with pytest.raises(data.DataError, match="reset refuses the row: SystemExit: 0"):
+    with pytest.raises(reading.DataError, match="reset refuses the row: SystemExit: 0"):
         grpo.train(GRPOConfig(**{**base, "environment": f"{file}:Game", "max_new_tokens": 8}))
 
 
@@ -346,7 +346,7 @@ def test_names_that_are_no_environment(base, tmp_path):
         environments.load_environment(f"{__file__}:Nothing")
     with pytest.raises(ConfigError, match="has no method reset"):
         environments.load_environment(f"{__file__}:keys")
-    with pytest.raises(data.DataError, match=r"reset refuses the row: TypeError: .*word"):
+    with pytest.raises(reading.DataError, match=r"reset refuses the row: TypeError: .*word"):
         environments.first_prompt(Echo, {})
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dschat import cli
 from dschat.config import ConfigError, EvalConfig
-from dschat.rlhf import data, evals, models, reward
+from dschat.rlhf import batching, conversations, data, evals, models, reading, reward
 
 PROMPTS = ["Once upon a time", "One day, a girl", "Tom and his dog", "The sun was", "Lily saw"]
 
@@ -49,7 +49,7 @@ def config(stories_dir):
 def judge(tmp_path, stories_dir, stories_tokenizer) -> str:
     """A reward model with a random head."""
     model = models.load_scorer(str(stories_dir), torch.float32, seed=3)
-    models.set_scorer_padding(model, stories_tokenizer, data.Encoder(stories_tokenizer))
+    models.set_scorer_padding(model, stories_tokenizer, conversations.Encoder(stories_tokenizer))
     model.config.reward_mean, model.config.reward_std = 0.25, 2.0
     models.save_model(model, stories_tokenizer, tmp_path / "judge", merge=True)
     return str(tmp_path / "judge")
@@ -182,7 +182,7 @@ def test_interval_at_equal_length():
 
 
 def test_perplexity_is_hugging_faces(config, rows, stories_model, stories_tokenizer):
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     answers = [" there was a dog.", " ran.", " fell and cried.", " rose.", " a bird."]
     total, count = 0.0, 0
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -210,14 +210,14 @@ def test_reward_on_pairs(config, rows, judge, pairs):
     """Accuracy and log loss against scores taken one by one; the probability is that of raw scores."""
     found = evals.reward_pairs(config("reward", model=judge, data=[pairs]))
     scorer = models.Scorer(models.load_scorer(judge, torch.float32))
-    encoder = data.Encoder(models.load_tokenizer(judge))
+    encoder = conversations.Encoder(models.load_tokenizer(judge))
     wins, nats, longer = [], [], []
-    for record in data.read([pairs])[0]:
+    for record in reading.read([pairs])[0]:
         c, r = (encoder.completion(record.columns[k]) for k in ("chosen", "rejected"))
         prompt = encoder.prompt(record.columns["prompt"])
         gap = 2.0 * float(
-            scorer.rate(data.Sequences.of([prompt], [c], 0))
-            - scorer.rate(data.Sequences.of([prompt], [r], 0))
+            scorer.rate(batching.Sequences.of([prompt], [c], 0))
+            - scorer.rate(batching.Sequences.of([prompt], [r], 0))
         )
         wins.append(gap > 0)
         nats.append(math.log1p(math.exp(-gap)))
@@ -247,7 +247,7 @@ def test_perplexity_is_of_the_assistants_tokens(config, rows, stories_model, sto
     ]
     tokenizer = copy.deepcopy(stories_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    encoder = data.Encoder(tokenizer)
+    encoder = conversations.Encoder(tokenizer)
     found = evals.perplexity(
         config("perplexity", data=[rows([{"prompt": [{"role": "user", "content": "Once"}], "completion": said}])]),
         stories_model, tokenizer,
@@ -344,7 +344,7 @@ def test_classifier_of_many_classes(config, rows, tmp_path, stories_tokenizer, s
         ConfigError, match=r"column label has 1 values that model .* lacks \(great\).* bad, fair, good"
     ):
         evals.classify(config("classify", model=folder, data=[rows(values)]))
-    with pytest.raises(data.DataError, match=r"line 2 has no label; give it one, or leave the row out"):
+    with pytest.raises(reading.DataError, match=r"line 2 has no label; give it one, or leave the row out"):
         evals.classify(config("classify", model=folder, data=[rows([*values[1:2], {"text": "x"}])]))
 
 
@@ -429,8 +429,8 @@ def test_kl(config, rows, tmp_path, stories_tokenizer, new_stories_model, storie
 
 def test_rows_over_the_limit_are_counted(config, rows, judge, stories_tokenizer, pairs):
     """Every task says what became of rows that are too long, in JSON and table; none is left out in silence."""
-    encoder = data.Encoder(stories_tokenizer)
-    records = data.read([pairs])[0]
+    encoder = conversations.Encoder(stories_tokenizer)
+    records = reading.read([pairs])[0]
     sizes = [
         len(encoder.prompt(r.columns["prompt"]))
         + max(len(encoder.completion(r.columns[k])) for k in ("chosen", "rejected"))
@@ -462,7 +462,7 @@ def test_rows_over_the_limit_are_counted(config, rows, judge, stories_tokenizer,
         ConfigError, match=r"none of the 1 texts has a token after its first; give longer texts"
     ):
         evals.perplexity(config("perplexity", data=[rows(texts[2:])]))
-    with pytest.raises(data.DataError, match=r"line 2: text is None, which is no text"):
+    with pytest.raises(reading.DataError, match=r"line 2: text is None, which is no text"):
         evals.perplexity(config("perplexity", data=[rows([{"text": "Once"}, {"text": None}])]))
 
     values = [{"text": t["text"], "label": str(i % 2)} for i, t in enumerate(texts[:2])]

@@ -11,8 +11,8 @@ import transformers
 from helpers_rlhf import numbers
 
 from dschat.config import ConfigError, PPOConfig, RewardConfig, SFTConfig
+from dschat.rlhf import batching, conversations, data, models, online, ppo, reading, reward, sft
 from dschat.rlhf import checkpoint as K
-from dschat.rlhf import data, models, online, ppo, reward, sft
 from dschat.rlhf.metrics import read_lines
 
 SMALL = {"lora_r": 2, "batch_size": 4, "max_steps": 4, "learning_rate": 1e-2}
@@ -56,10 +56,10 @@ def test_reward_model_loads(base, tmp_path, stories_tokenizer):
         folder, dtype=torch.float32
     ).eval()
     scorer = models.Scorer(models.load_scorer(str(folder), torch.float32))
-    encoder = data.Encoder(stories_tokenizer)
-    records, stats = data.read(base["data"])
+    encoder = conversations.Encoder(stories_tokenizer)
+    records, stats = reading.read(base["data"])
     examples = data.pair_examples(records, encoder, stats)[:4]
-    batch = data.Sequences.of(
+    batch = batching.Sequences.of(
         [e.prompt_ids for e in examples], [e.answers[0] for e in examples], encoder.pad_id
     )
     ours = scorer.rate(batch)

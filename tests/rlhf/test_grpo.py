@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dschat.config import ConfigError, GRPOConfig, PPOConfig, RLOOConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, grpo, losses, models, online, ppo, rloo
+from dschat.rlhf import conversations, data, grpo, losses, models, online, ppo, reading, rloo
 from dschat.rlhf.metrics import Metrics
 from dschat.rlhf.rewards import Rewards
 
@@ -47,10 +47,10 @@ def make(base, stories_tokenizer, tmp_path):
         model = models.load_policy(config.model, torch.float32)
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-        encoder = data.Encoder(stories_tokenizer)
+        encoder = conversations.Encoder(stories_tokenizer)
         engine = HybridEngine(model, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
         trainer = grpo.GRPO.build(config, engine, encoder, None, functions, torch.float32)
-        records, stats = data.read(config.data)
+        records, stats = reading.read(config.data)
         examples = data.prompt_examples(records, encoder, stats)[::2][:3]
         metrics = Metrics(tmp_path / "m", "grpo", 1, tensorboard=False, progress=False)
         return trainer, examples, lambda step=0: trainer.collect(examples, step, metrics)

@@ -13,7 +13,7 @@ from helpers_rlhf import numbers
 
 from dschat import config as C
 from dschat.engine.zero import held
-from dschat.rlhf import data, grpo, online, ppo, rloo, sft
+from dschat.rlhf import grpo, online, ppo, reading, rloo, sft
 
 TRAINERS = {"grpo": grpo.train, "rloo": rloo.train, "ppo": ppo.train}
 SMALL = {
@@ -137,7 +137,7 @@ def test_all_prompts_too_long(base, command, tmp_path):
     for stream in (False, True):
         base["output_dir"] = str(tmp_path / f"stream-{stream}")
         with pytest.raises(
-            data.DataError, match=r"over max_prompt_length 2; raise it, or set overlong to cut"
+            reading.DataError, match=r"over max_prompt_length 2; raise it, or set overlong to cut"
         ):
             run(base, command, equal, max_prompt_length=2, stream=stream)
         assert not Path(base["output_dir"]).exists()

@@ -19,7 +19,7 @@ from helpers_rlhf import Killed, numbers, same_weights
 from dschat.config import ConfigError, PPOConfig, RewardConfig, dump
 from dschat.engine import HybridEngine
 from dschat.engine.hybrid_engine import HybridEngine as Engine
-from dschat.rlhf import data, evaluate, losses, models, ppo, report, reward
+from dschat.rlhf import conversations, data, evaluate, losses, models, ppo, reading, report, reward
 from dschat.rlhf.checkpoint import latest
 from dschat.rlhf.metrics import Metrics, read_lines
 from dschat.rlhf.rewards import Rewards
@@ -68,9 +68,9 @@ class Pieces:
         optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
         self.engine = HybridEngine(model, optimizer, exact=self.config.exact)
         rewards, critic = ppo.build_rewards_and_critic(self.config, torch.float32, functions)
-        encoder = data.Encoder(tokenizer)
+        encoder = conversations.Encoder(tokenizer)
         self.ppo = ppo.PPO(self.config, self.engine, encoder, rewards, critic, None)
-        records, stats = data.read(self.config.data)
+        records, stats = reading.read(self.config.data)
         self.examples = data.prompt_examples(records, encoder, stats)[:4]
         self.metrics = Metrics(tmp_path / "m", "ppo", 1, tensorboard=False, progress=False)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dschat.config import ConfigError, GRPOConfig, PPOConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, grpo, models, ppo
+from dschat.rlhf import batching, conversations, grpo, models, ppo, reading
 from dschat.rlhf.pretraining import PretrainingMix, WeightAverage
 from dschat.rlhf.rewards import OwnTokenizer, Rewards, load_sources
 
@@ -28,11 +28,11 @@ def text(tmp_path) -> str:
 def test_mix_adds_the_gradient_of_plain_language_modelling(text, new_stories_model, stories_tokenizer):
     """coef * Hugging Face's own loss on the block, on top of what is there already."""
     model = new_stories_model().requires_grad_(True)
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     config = GRPOConfig(unsup_data=[text], unsup_coef=0.5, unsup_length=12, batch_size=2)
     mix = PretrainingMix(config, encoder)
     ids = [
-        i for r in data.read([text])[0]
+        i for r in reading.read([text])[0]
         for i in [*stories_tokenizer(r.columns["text"], add_special_tokens=False)["input_ids"], encoder.eos_id]
     ]  # fmt: skip
     assert [i for b in mix.blocks for i in b] == ids[: len(ids) // 12 * 12] and len(mix.blocks) > 3
@@ -135,7 +135,7 @@ def test_bad_settings(keys_, message):
 def test_too_little_text(text, stories_tokenizer):
     config = GRPOConfig(unsup_data=[text], unsup_coef=1.0, unsup_length=5000)
     with pytest.raises(ConfigError, match=r"less than one block of unsup_length 5000; lower unsup_length to"):
-        PretrainingMix(config, data.Encoder(stories_tokenizer))
+        PretrainingMix(config, conversations.Encoder(stories_tokenizer))
 
 
 # -------------------------------------------------------------------------------------------------- tokenizers
@@ -158,16 +158,16 @@ def other_model(tmp_path, stories_dir, stories_tokenizer):
 
 def test_reward_model_with_its_own_tokenizer(other_model, base, stories_tokenizer, stories_dir, tmp_path):
     """Answers are decoded and encoded anew: the score is that of the text in the reward model's own tokens."""
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     config = GRPOConfig(**keys(base, reward=[other_model]))
     sources, loaded = load_sources(config, torch.float32, (), encoder)
     assert isinstance(sources[0][1], OwnTokenizer) and not loaded
-    own = data.Encoder(models.load_tokenizer(other_model))
+    own = conversations.Encoder(models.load_tokenizer(other_model))
     texts = ["there was a happy dog.", "a cat"]
     assert own.completion(texts[0]) != encoder.completion(texts[0])
     found, valid, _ = Rewards(sources)(None, ["Once upon a time", "Tom"], texts, {})
     scorer = models.Scorer(models.load_scorer(other_model, torch.float32))
-    rows = data.Sequences.of(
+    rows = batching.Sequences.of(
         [own.prompt("Once upon a time"), own.prompt("Tom")], [own.completion(t) for t in texts], 0
     )
     torch.testing.assert_close(found, scorer.rate(rows), rtol=1e-4, atol=1e-5)

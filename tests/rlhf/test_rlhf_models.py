@@ -15,16 +15,16 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dschat.config import ConfigError
-from dschat.rlhf import data, models
+from dschat.rlhf import batching, conversations, models
 
 F32 = torch.float32
 ROOT = Path(__file__).parents[2]
 
 
-def batch(tokenizer, extra_left: int = 0) -> data.Sequences:
+def batch(tokenizer, extra_left: int = 0) -> batching.Sequences:
     prompts = [tokenizer(t)["input_ids"] for t in ("Once upon a time", "Tom", "There was a big cat")]
     answers = [[410, 400, 1], [1], [405, 1, 0, 1, 407]]  # pad and EOS ids inside answers are real tokens
-    s = data.Sequences.of(prompts, answers, pad_id=0)
+    s = batching.Sequences.of(prompts, answers, pad_id=0)
     if extra_left:
         wide = torch.nn.functional.pad
         s.prompt_ids, s.prompt_mask = (
@@ -41,7 +41,7 @@ def scorer(stories_dir):
     return models.Scorer(models.load_scorer(str(stories_dir), F32, seed=3))
 
 
-def rows_of(s: data.Sequences) -> list[torch.Tensor]:
+def rows_of(s: batching.Sequences) -> list[torch.Tensor]:
     return [ids[mask] for ids, mask in zip(s.input_ids, s.attention_mask, strict=True)]
 
 
@@ -115,15 +115,15 @@ def test_new_heads(stories_dir):
 def test_saved_scorer_is_hugging_faces(tmp_path, stories_dir, stories_tokenizer):
     """Saved, loaded by from_pretrained and called with padding on the right: the same scores."""
     model = models.load_scorer(str(stories_dir), F32, seed=1)
-    models.set_scorer_padding(model, stories_tokenizer, data.Encoder(stories_tokenizer))
+    models.set_scorer_padding(model, stories_tokenizer, conversations.Encoder(stories_tokenizer))
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0
     models.save_model(model, stories_tokenizer, tmp_path, merge=True)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert (loaded.config.reward_mean, loaded.config.reward_std) == (0.5, 2.0)
     answers = [[410, 400, 1], [1], [405, 407, 1]]
     prompts = [[1, 403], [1, 403, 407, 409], [1]]
-    s = data.Sequences.of(prompts, answers, 0)
-    ids, mask = data.pad(
+    s = batching.Sequences.of(prompts, answers, 0)
+    ids, mask = batching.pad(
         [p + a for p, a in zip(prompts, answers, strict=True)], loaded.config.pad_token_id, "right"
     )
     with torch.no_grad():

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from dschat import config as C
 from dschat.config import COMMANDS, ConfigError
-from dschat.rlhf import checkpoint, data, grpo, metrics, models, ppo, report, sft
+from dschat.rlhf import checkpoint, grpo, metrics, models, ppo, reading, report, sft
 from dschat.rlhf import run as run_module
 from dschat.rlhf import train as pipeline
 
@@ -112,7 +112,7 @@ def test_another_revision_of_a_hub_data_set(base, monkeypatch, kill_after):
 
     rows = Rows(json.loads(line) for line in Path(base["data"][0]).read_text().splitlines())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
-    monkeypatch.setattr(data, "FINGERPRINTS", {})
+    monkeypatch.setattr(reading, "FINGERPRINTS", {})
     keys = {"data": ["org/stories:train"]}
     kill_after(2)
     with pytest.raises(Killed):

@@ -12,7 +12,7 @@ from test_float16 import STAGES
 
 from dschat.config import ConfigError, SFTConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, models, sft
+from dschat.rlhf import conversations, data, models, reading, sft
 from dschat_kernels import forward
 
 
@@ -95,8 +95,8 @@ def test_the_written_model_is_what_was_trained(base):
     result = train(cls(**{**base, **keys, **more}))
     model = models.load_policy(base["output_dir"], torch.float32)
     config = cls(**{**base, **keys})
-    encoder = data.Encoder(models.load_tokenizer(base["model"]))
-    records, stats = data.read(base["data"])
+    encoder = conversations.Encoder(models.load_tokenizer(base["model"]))
+    records, stats = reading.read(base["data"])
     rows = data.sft_examples(records, encoder, stats, response="chosen", max_length=64)
     loss = sft.evaluate(HybridEngine(model), rows, encoder.pad_id, config)
     assert loss == pytest.approx(result["eval_loss"], abs=1e-5)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dschat.config import ConfigError, RewardConfig, SFTConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import data, dpo, losses, models, reward, sft
+from dschat.rlhf import batching, conversations, data, dpo, losses, models, reading, reward, sft
 from dschat.rlhf.checkpoint import CheckpointError, latest
 from dschat.rlhf.run import learning_rate, make_optimizer, set_lr
 
@@ -36,7 +36,7 @@ def test_sft_loss_is_hugging_faces_on_the_responses(new_stories_model, stories_t
     any batch.
     """
     model = new_stories_model()
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     texts = [
         ("Once upon a time", "there was a cat."),
         ("Tom", "ran."),
@@ -98,12 +98,12 @@ def test_accumulation_changes_nothing(stage, base, tmp_path):
 def test_batches_filled_to_a_number_of_tokens():
     """Every row once, no batch over the limit, close to as few as can be, and the seed alone decides which."""
     lengths = [int(x) for x in torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0))]
-    found = data.fill(lengths, 100, seed=3)
+    found = batching.fill(lengths, 100, seed=3)
     assert sorted(i for batch in found for i in batch) == list(range(500))
     sizes = [sum(lengths[i] for i in batch) for batch in found]
     assert max(sizes) <= 100 and len(found) <= 1.03 * sum(lengths) / 100
-    assert found == data.fill(lengths, 100, seed=3) != data.fill(lengths, 100, seed=4)
-    assert data.fill([5, 5], 5, seed=0) in ([[0], [1]], [[1], [0]]) and data.fill([], 5, seed=0) == []
+    assert found == batching.fill(lengths, 100, seed=3) != batching.fill(lengths, 100, seed=4)
+    assert batching.fill([5, 5], 5, seed=0) in ([[0], [1]], [[1], [0]]) and batching.fill([], 5, seed=0) == []
 
 
 def test_filled_batches_take_the_steps_of_their_rows_alone(base, tmp_path, monkeypatch):
@@ -194,8 +194,8 @@ def test_sft_learns_and_loads(base, tmp_path):
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     tokenizer = models.load_tokenizer(str(tmp_path / "run"))
-    encoder = data.Encoder(tokenizer)
-    records, stats = data.read(base["data"])
+    encoder = conversations.Encoder(tokenizer)
+    records, stats = reading.read(base["data"])
     examples = data.sft_examples(records, encoder, stats)
     loss = sft.evaluate(HybridEngine(model), examples, 0, SFTConfig())
     assert loss == pytest.approx(result["eval_loss"], rel=1e-3), "the merged model is the trained one"
@@ -212,8 +212,8 @@ def test_reward_learns_is_normalised_and_loads(base, tmp_path):
     config = AutoModelForSequenceClassification.from_pretrained(folder).config
     assert (config.reward_mean, config.reward_std) == (result["reward_mean"], result["reward_std"])
     scorer = models.Scorer(models.load_scorer(str(folder), torch.float32))
-    records, stats = data.read(base["data"])
-    examples = data.pair_examples(records, data.Encoder(models.load_tokenizer(str(folder))), stats)
+    records, stats = reading.read(base["data"])
+    examples = data.pair_examples(records, conversations.Encoder(models.load_tokenizer(str(folder))), stats)
     chosen, rejected = reward.pair_scores(scorer, examples, 0)
     assert (chosen > rejected).all()
     both = torch.cat([chosen, rejected]).detach()
@@ -361,7 +361,7 @@ def test_per_token_loss_is_a_loop_over_prefixes(stories_dir, stories_tokenizer):
     that is over keeps its score.
     """
     scorer = models.Scorer(models.load_scorer(str(stories_dir), torch.float32, seed=3))
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     texts = [
         ("Once", "there was a happy dog.", "there was a mad man who cried."),
         ("Tom", "ran.", "sat down."),
@@ -378,7 +378,7 @@ def test_per_token_loss_is_a_loop_over_prefixes(stories_dir, stories_tokenizer):
         terms = []
         for t in range(same, max(len(chosen), len(rejected))):
             pair = [a[: t + 1] for a in (chosen, rejected)]
-            c, r = scorer.rate(data.Sequences.of([e.prompt_ids] * 2, pair, 0)).tolist()
+            c, r = scorer.rate(batching.Sequences.of([e.prompt_ids] * 2, pair, 0)).tolist()
             terms.append(math.log1p(math.exp(r - c)))
         total += sum(terms) / len(terms)
         wins += c > r

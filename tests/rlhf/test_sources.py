@@ -11,7 +11,7 @@ import pytest
 from helpers_rlhf import numbers, same_weights
 
 from dschat.config import ConfigError, DPOConfig, GRPOConfig, RewardConfig, SFTConfig
-from dschat.rlhf import data, reward, sft, sources, token_cache
+from dschat.rlhf import conversations, data, reading, reward, sft, sources, token_cache
 
 WORDS = ["cat", "dog", "sun", "red", "big", "sad", "box", "hat"]
 
@@ -49,7 +49,7 @@ def test_stages_get_their_parts(tmp_path):
         assert abs(len(found) / 600 - share) < 0.06
     assert all(count == 2 for part in parts.values() for count in Counter(part).values())
     assert set(prompts(SFTConfig(data=[file], data_split="1,0,0"))) == set.union(*sets)
-    with pytest.raises(data.DataError, match=r"no row left for training of grpo with data_split 1,0,0"):
+    with pytest.raises(reading.DataError, match=r"no row left for training of grpo with data_split 1,0,0"):
         prompts(GRPOConfig(data=[file], data_split="1,0,0"))
 
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_streamed(tmp_path):
     ):
         if "no" not in name:
             (tmp_path / name).write_text("garbage")
-        with pytest.raises(data.DataError, match=message) as error:
+        with pytest.raises(reading.DataError, match=message) as error:
             sources.records(SFTConfig(data=[str(tmp_path / name)], stream=True), "train")
         assert "\n" not in str(error.value)
 
@@ -204,23 +204,23 @@ def test_streamed_rows(tmp_path, stories_tokenizer):
     file = tmp_path / "d.jsonl"
     rows = [{"prompt": "one", "chosen": "two " * (60 if i in (1, 2) else 1), "n": i} for i in range(4)]
     file.write_text(json.dumps(rows[0]) + "\n\nnonsense\n" + "".join(json.dumps(r) + "\n" for r in rows[1:]))
-    encoder = data.Encoder(stories_tokenizer)
+    encoder = conversations.Encoder(stories_tokenizer)
     keys = {"data": [str(file)], "stream": True, "max_length": 20}
-    with pytest.raises(data.DataError, match=r"d\.jsonl line 3 is not valid JSON"):
+    with pytest.raises(reading.DataError, match=r"d\.jsonl line 3 is not valid JSON"):
         sources.records(SFTConfig(**keys), "train")
     config = SFTConfig(**keys, bad_rows="skip")
     records, stats = sources.records(config, "train")
     examples = data.sft_examples(records, encoder, stats, max_length=20, **data.preparation(config))
     assert [e.columns["n"] for e in examples[:]] == [0, 3, 3, 3] and stats.bad == 1
     assert examples[0].where.endswith("line 1") and examples[3].where.endswith("line 6")
-    with pytest.raises(data.DataError, match="all are bad or over max_length 2"):
+    with pytest.raises(reading.DataError, match="all are bad or over max_length 2"):
         data.sft_examples(records, encoder, stats, max_length=2, **data.preparation(config))[0]
     file.write_text("x" * 10)
-    with pytest.raises(data.DataError, match="line 1 has changed since the run began"):
+    with pytest.raises(reading.DataError, match="line 1 has changed since the run began"):
         examples[0]
-    with pytest.raises(data.DataError, match=r"data file a\.csv does not exist"):
+    with pytest.raises(reading.DataError, match=r"data file a\.csv does not exist"):
         sources.records(SFTConfig(data=["a.csv"], stream=True), "train")
-    with pytest.raises(data.DataError, match="does not exist"):
+    with pytest.raises(reading.DataError, match="does not exist"):
         sources.records(SFTConfig(data=[str(tmp_path / "no.jsonl")], stream=True), "train")
 
 
@@ -228,9 +228,9 @@ def test_streamed_rows(tmp_path, stories_tokenizer):
 
 
 def pairs_of(file, tokenizer, **more):
-    records, stats = data.read([file])
+    records, stats = reading.read([file])
     more = {"max_length": 24, "bad_rows": "skip", **more}
-    return data.pair_examples(records, data.Encoder(tokenizer), stats, **more), stats
+    return data.pair_examples(records, conversations.Encoder(tokenizer), stats, **more), stats
 
 
 @pytest.fixture
@@ -250,15 +250,15 @@ def test_workers_change_nothing(mixed_rows, stories_tokenizer):
         several, counted = pairs_of(mixed_rows, stories_tokenizer, overlong=overlong, workers=3)
         assert alone == several and stats == counted and stats.bad == 1
         assert (stats.dropped, stats.cut) == ((1, 0) if overlong == "drop" else (0, 1))
-    with pytest.raises(data.DataError, match=r"line 8: chosen and rejected are equal"):
+    with pytest.raises(reading.DataError, match=r"line 8: chosen and rejected are equal"):
         pairs_of(mixed_rows, stories_tokenizer, workers=2, bad_rows="error")
 
 
 def test_cache_gives_the_same_and_tokenizes_nothing(mixed_rows, stories_tokenizer, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     first, stats = pairs_of(mixed_rows, stories_tokenizer, cache=cache)
-    monkeypatch.setattr(data.Encoder, "completion", None)
-    monkeypatch.setattr(data.Encoder, "prompt", None)
+    monkeypatch.setattr(conversations.Encoder, "completion", None)
+    monkeypatch.setattr(conversations.Encoder, "prompt", None)
     again, counted = pairs_of(mixed_rows, stories_tokenizer, cache=cache)
     assert again == first and counted.notes == ["token ids from the cache"]
     assert (counted.kept, counted.dropped, counted.bad, counted.first_bad) == (

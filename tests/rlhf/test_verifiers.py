@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.rlhf import data, rewards
+from dschat.rlhf import reading, rewards
 from dschat.rlhf import verifiers as V
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_gsm8k_rows():
 
 def test_svamp_rows_through_the_reward_of_a_run():
     """As PPO calls it: by name, with the columns of the recipe's data."""
-    records, _ = data.read([str(ROOT / "recipes/data/svamp/test.jsonl.gz")], 20)
+    records, _ = reading.read([str(ROOT / "recipes/data/svamp/test.jsonl.gz")], 20)
     fn = rewards.load_function("dschat.rlhf.verifiers:number")
     columns = {"answer": [r.columns["answer"] for r in records], "type": [r.columns["type"] for r in records]}
     for shift in (0, 1):
