@@ -24,8 +24,8 @@ OPS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Files of ops that are not called like them."""
 NAMES = (
-    "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "linear_int8", "lora_linear", "fuse_lora",
-    "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
+    "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "linear_int8", "lora_linear",
+    "fuse_lora", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
 )  # fmt: skip
 
 
