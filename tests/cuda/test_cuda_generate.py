@@ -110,7 +110,7 @@ def test_a_patched_model_generates_hfs_greedy_tokens(
     assert f"fused decoder ({backend})" in report and "own code" not in report
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_int8_rollouts_are_the_cpus(backend: str, new_stories_model: Any) -> None:
     """Tokens and log-probs of the CPU's int8 kernels; after an update the packs are others, and where they were."""
     model = new_stories_model()
