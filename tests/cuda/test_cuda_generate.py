@@ -130,12 +130,13 @@ def test_int8_rollouts_are_the_cpus(backend: str, new_stories_model: Any) -> Non
                 before = ours.decoder.addresses()
                 for parameter in model.parameters():
                     parameter.mul_(1.1)
-            assert ours.flip().changed == len(packs) and ours.decoder.addresses() == before
+            assert ours.flip().changed >= len(packs) and ours.decoder.addresses() == before
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_bench_generate_on_int8(backend: str, stories_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dschat bench generate --weights int8 --backend ...`: its rows, and how far the log-probs are."""
+    monkeypatch.setattr(bench, "machine_facts", lambda *_: {})  # they ask CUDA for the GPU's name
     monkeypatch.setattr(bench, "read_bandwidth", lambda *_, **__: 1e9)
     monkeypatch.setattr(bench, "matmul_peak", lambda *_, **__: 1e9)
     with running(backend):
@@ -143,7 +144,7 @@ def test_bench_generate_on_int8(backend: str, stories_model: Any, monkeypatch: p
             stories_model, [(1, 3, 3)], repeats=1, compare_hf=False, weights="int8", backend=backend
         )
     assert report.model["weights"] == "int8" and 0 < report.model["logprob_gap"]["mean"] < 0.1
-    assert report.rows[0].tokens_per_s > 0
+    assert report.rows[0].ours.median > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
