@@ -486,6 +486,9 @@ class RewardConfig(StageConfig):
             )
 
 
+OFFLOAD = "{} lie in the host's memory, a layer at a time on the device while they score"
+
+
 @dataclass(kw_only=True)
 class DPOConfig(StageConfig):
     """Direct preference optimisation on pairs, without reward model and rollouts."""
@@ -502,6 +505,12 @@ class DPOConfig(StageConfig):
     cache_reference: bool = opt(
         True, "compute the reference's log-probs once; false: in every step (no pass over the data before)"
     )
+    offload_reference: bool = opt(False, OFFLOAD.format("the reference's weights"))
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether the reference has weights that are not the policy's."""
+        return bool(self.reference) or not (self.lora_r or self.cache_reference)
 
     def check(self) -> None:
         super().check()
@@ -525,6 +534,7 @@ class OnlineConfig(StageConfig):
         [], "reward model folders or Python functions (module:function); several are added up"
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
+    offload_reward: bool = opt(False, OFFLOAD.format("the reward models' weights"))
 
     environment: str = opt(
         "",
@@ -576,6 +586,7 @@ class OnlineConfig(StageConfig):
     kl_target: float = opt(6.0, "KL of a whole answer that the adaptive control aims at")
     kl_horizon: int = opt(10_000, "answers over which the adaptive control reacts")
     reference: str = opt("", "reference model; empty: the policy as it was at the start")
+    offload_reference: bool = opt(False, OFFLOAD.format("the reference's weights"))
 
     reward_norm: Literal["none", "batch", "running", "group"] = opt(
         "none",
@@ -672,6 +683,11 @@ class OnlineConfig(StageConfig):
                 f"inference_tp_size is {self.inference_tp_size} and exact is true, which trains on the whole packs of "
                 "the rollout; set exact to false, or inference_tp_size to 1"
             )
+        if self.offload_reference and self.exact and self.own_reference:
+            raise ConfigError(
+                "offload_reference is true and exact is true, which scores the reference from packs of all its weights "
+                "on the device; set exact to false, or offload_reference to false"
+            )
         if self.importance_cap is not None and self.exact:
             raise ConfigError(
                 f"importance_cap is {self.importance_cap} and exact is true, where nothing is left to correct; "
@@ -706,6 +722,11 @@ class OnlineConfig(StageConfig):
                 f"compare_hf is {self.compare_hf} and environment {self.environment}, which Hugging Face generate "
                 "cannot play; set compare_hf to 0"
             )
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether the reference has weights that are not the policy's."""
+        return bool(self.reference or not self.lora_r)
 
     @property
     def action_tokens(self) -> int:

@@ -198,15 +198,19 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     share = "whole" if parts_of == 1 else f"1/{parts_of}"
     parts.append(Part(f"rollout packs ({share} on each GPU)", policy.parameters * packed / parts_of))
     parts.append(Part(f"cache of {own} rows", policy.cache_bytes(own * length, size)))
-    if not run.lora_r:
-        parts.append(Part("reference (whole on each GPU)", policy.parameters * size))
-    critic = {"all": scorer.parameters, "lora": scorer.lora(run.critic_lora_r), "head": scorer.hidden}[
-        run.critic_update
-    ]
+    if run.own_reference:
+        reference = shape_of(run.reference) if run.reference else policy
+        parts.append(_frozen("reference", reference.parameters * size, stage, run.offload_reference, gpus))
     critic_stage = stage if run.critic_zero_stage is None else run.critic_zero_stage
-    parts += _trained("critic", scorer.parameters, critic, size, critic_stage, run.offload, gpus)
+    scores = scorer.parameters * size
+    if run.critic_update == "head":  # of whose few numbers nothing is counted
+        away = run.offload_reward and not run.critic
+        parts.append(_frozen("critic and reward model", scores, critic_stage, away, gpus))
+    else:
+        critic = scorer.parameters if run.critic_update == "all" else scorer.lora(run.critic_lora_r)
+        parts += _trained("critic", scorer.parameters, critic, size, critic_stage, run.offload, gpus)
     if run.critic_update == "all":
-        parts.append(Part("reward model (whole on each GPU)", scorer.parameters * size))
+        parts.append(_frozen("reward model", scores, critic_stage, run.offload_reward, gpus))
     fed = -(-run.batch_size // gpus) * length
     again = stage == 3 or run.gradient_checkpointing
     parts.append(_activations(policy, fed, size, again))
@@ -245,6 +249,13 @@ def _trained(
         Part(f"{name}: gradients", trained * size / (gpus if stage >= 2 else 1)),
         Part(f"{name}: optimizer", state / (gpus if stage >= 1 else 1), host),
     ]
+
+
+def _frozen(name: str, weights: float, stage: int, offload: bool, gpus: int) -> Part:
+    """Bytes of a model that only scores; the layer that is whole on the GPU while it does is left out."""
+    shards = gpus if stage == 3 else 1
+    share = "whole" if shards == 1 else f"1/{shards}"
+    return Part(f"{name} ({share}{'' if offload else ' on each GPU'})", weights / shards, offload)
 
 
 def lines(recipe: StageConfig, found: Estimate, config: PlanConfig) -> list[str]:

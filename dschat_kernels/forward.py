@@ -91,12 +91,11 @@ def _check_rows(spec: DecoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> int
         raise TypeError(
             f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give int64 of shape [T]."
         )
-    embed: Any = spec.embed
-    if input_ids.device != embed.weight.device or cu_seqlens.device != input_ids.device:
+    if cu_seqlens.device != input_ids.device:
         raise ValueError(
-            f"input_ids are on {input_ids.device}, cu_seqlens on {cu_seqlens.device} and the model on "
-            f"{embed.weight.device}: move them to one device."
+            f"input_ids are on {input_ids.device} and cu_seqlens on {cu_seqlens.device}: move them to one device."
         )
+    embed: Any = spec.embed
     vocabulary = embed.num_embeddings
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise ValueError(
@@ -157,7 +156,12 @@ class _Walk:
     def begin(self, input_ids: Tensor) -> Tensor:
         """What the first layer reads."""
         spec = self.spec
-        x = spec.embed(input_ids)
+        embed: Any = spec.embed
+        if input_ids.device != embed.weight.device:  # inside its segment, where its weights are what is used
+            raise ValueError(
+                f"input_ids are on {input_ids.device} and the model on {embed.weight.device}: move them to one device."
+            )
+        x = embed(input_ids)
         if spec.project_in is not None:
             x = self.project(x, "project_in", [spec.project_in])[0]
         if not spec.scale_in_embed:

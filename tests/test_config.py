@@ -78,6 +78,10 @@ def test_every_field_explains_itself():
         ("zero_stage: 4", "zero_stage is 4, but it must be 0, 1, 2 or 3, or none"),
         ("offload: true", "offload is true and zero_stage None; set zero_stage to 1, 2 or 3"),
         ("critic_zero_stage: 3", "critic_zero_stage is 3 without zero_stage; set both"),
+        (
+            "offload_reference: true\nexact: true\nlora_r: 0",
+            "offload_reference is true and exact is true, .* set exact to false, or offload_reference to false",
+        ),
         ("model: a\nmodel_name_or_path: b", "'model_name_or_path' in .* sets model, which is set already"),
         ("- a\n- b", "must hold `key: value` lines, but it holds a list"),
         ("a: [1", "line 1 is not valid YAML"),

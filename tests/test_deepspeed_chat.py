@@ -61,7 +61,7 @@ SCRIPTS = {
     "dpo": ONE | STEP_1 | {
         "beta": ("0.2", {"beta": 0.2}),
         "label_smoothing": ("0.1", {"label_smoothing": 0.1}),
-        "offload_reference_model": ("", "note"),
+        "offload_reference_model": ("", {"offload_reference": True}),
     },
     "ppo": ONE | {
         "actor_model_name_or_path": ("a", {"model": "a"}),
@@ -86,8 +86,8 @@ SCRIPTS = {
         "release_inference_cache": ("", "note"),
         "inference_tp_size": ("2", {"inference_tp_size": 2}),
         "tp_gather_partition_size": ("8", "note"),
-        "offload_reference_model": ("", "note"),
-        "offload_reward_model": ("", "note"),
+        "offload_reference_model": ("", {"offload_reference": True}),
+        "offload_reward_model": ("", {"offload_reward": True}),
         "actor_zero_stage": ("3", {"zero_stage": 3}),
         "critic_zero_stage": ("3", {"critic_zero_stage": 3}),
         "actor_gradient_checkpointing": ("", {"gradient_checkpointing": True}),

@@ -266,6 +266,13 @@ def test_bad_rows_get_a_sentence() -> None:
         ValueError, match=r"runs in torch.bfloat16 and the model is torch.float32: exact mode"
     ):
         packed_hidden(spec, ids, cu, exact=Decoder(spec, dtype=torch.bfloat16))
+    elsewhere = build("gpt2")
+    spec = decoder_spec(elsewhere)
+    elsewhere.to("meta")
+    with pytest.raises(
+        ValueError, match="input_ids are on cpu and the model on meta: move them to one device"
+    ):
+        packed_hidden(spec, ids, cu)
     part = ResolvedLinear(torch.randn(4, 3), None, ())
     with pytest.raises(TypeError, match=r"x is torch.bfloat16 and the packed weight torch.float32"):
         exact_linear(torch.zeros(2, 3).bfloat16(), PackedLinear.from_parts([part]), [part])

@@ -10,7 +10,7 @@ import torch
 
 from dschat import planning
 from dschat.cli import main
-from dschat.config import ConfigError, PlanConfig
+from dschat.config import ConfigError, PlanConfig, PPOConfig
 from dschat.engine.hybrid_engine import HybridEngine
 from dschat.rlhf import models
 from tests.tiny_models import build
@@ -138,6 +138,40 @@ def test_memory_by_hand():
     assert parts["policy: optimizer"] == pytest.approx(6.738 * 12 / 8, rel=0.01)
     assert parts["rollout packs (whole on each GPU)"] == pytest.approx(6.738 * 2, rel=0.01)
     assert parts["cache of 1 rows"] == pytest.approx(2 * 32 * 4096 * 512 * 2 / 1e9)
+    assert parts["reference (1/8)"] == parts["reward model (1/8 on each GPU)"] == parts["policy: weights"]
+    assert {p.name: p.host for p in found.parts}["reference (1/8)"]
+
+
+def test_frozen_models_are_counted_where_they_lie():
+    """OPT-1.3B and its reward model of 350M, 8 GPUs: whole without ZeRO-3 of the policy or of the critic, in shards
+    with it, and not on the GPU where they are offloaded; no reference under an adapter."""
+    keys = {
+        "model": "facebook/opt-1.3b",
+        "reward": ["facebook/opt-350m"],
+        "lora_r": 0,
+        "critic_update": "all",
+    }
+    machine = PlanConfig(recipe="-", gpus=8)
+
+    def parts(**more):
+        run = PPOConfig(**{**keys, **more})
+        return {p.name: (round(p.bytes / 2e9, 2), p.host) for p in planning.estimate(run, machine).parts}
+
+    for more, reference, reward in (
+        ({}, ("reference (whole on each GPU)", 1.32), ("reward model (whole on each GPU)", 0.33)),
+        ({"zero_stage": 3}, ("reference (1/8 on each GPU)", 0.16), ("reward model (1/8 on each GPU)", 0.04)),
+        ({"zero_stage": 3, "critic_zero_stage": 2}, ("reference (1/8 on each GPU)", 0.16),
+         ("reward model (whole on each GPU)", 0.33)),
+        ({"offload_reference": True, "offload_reward": True}, ("reference (whole)", 1.32),
+         ("reward model (whole)", 0.33)),
+    ):  # fmt: skip
+        found = parts(**more)
+        for name, size in (reference, reward):
+            assert found[name] == (size, "offload_reward" in more), (more, found)
+    assert not any("reference" in name for name in parts(lora_r=8))
+    assert any("reference" in name for name in parts(lora_r=8, reference="facebook/opt-1.3b"))
+    trunk = parts(critic_update="head", zero_stage=3, offload_reward=True)
+    assert trunk["critic and reward model (1/8)"] == (0.04, True) and not any("critic:" in n for n in trunk)
 
 
 def test_a_base_of_8_bits_by_hand():

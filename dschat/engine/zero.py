@@ -202,11 +202,21 @@ def float_copies(parameters: Sequence[nn.Parameter]) -> nn.ParameterList:
     with whole(parameters):
         copies = nn.ParameterList([nn.Parameter(p.detach().float().clone()) for p in parameters])
     if any(hasattr(p, "ds_id") for p in parameters):
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-        deepspeed().zero.Init(
-            module=copies, dtype=torch.float32, config_dict_or_path=config, mem_efficient_linear=False
-        )
+        shard(copies, torch.float32, copies[0].device)
     return copies
+
+
+def shard(module: nn.Module, dtype: torch.dtype, device: torch.device, host: bool = False) -> None:
+    """Cuts the parameters of a module that DeepSpeed does not train into ZeRO-3's shards, on `device`, where they are
+    whole when they are gathered, or in the host's memory. All processes must call."""
+    ds = deepspeed(device)
+    parallel.start(device, alone=True)
+    # Its memory-efficient linear would stand in the place of torch's for the rest of the process.
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    if host:
+        zero["offload_param"] = {"device": "cpu"}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    ds.zero.Init(module=module, dtype=dtype, config_dict_or_path=config)
 
 
 def gather_modules(modules: Sequence[nn.Module]) -> contextlib.AbstractContextManager[None]:

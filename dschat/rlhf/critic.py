@@ -46,8 +46,9 @@ class Critic:
             config.critic_weight_decay,
         )  # fmt: skip
         # A head alone is a few numbers, of which nothing is to be sharded.
-        zero = None if self.frozen_trunk or zero is None else zero.at(config.critic_zero_stage)
-        return make_stepper(self.module, optimizer, zero, self.scorer.packed, loss_scale)
+        return make_stepper(
+            self.module, optimizer, None if self.frozen_trunk else zero, self.scorer.packed, loss_scale
+        )
 
     def features(self, rollout: Rollout) -> Tensor | None:
         """Hidden states before every completion token of the rollout, where they do not change; else None."""
@@ -97,14 +98,16 @@ def build_rewards_and_critic(
     functions: Sequence[RewardFunction] = (),
     encoder: conversations.Encoder | None = None,
     device: torch.device = devices.CPU,
+    zero: ZeroSettings | None = None,
 ) -> tuple[Rewards, Critic]:
     """Reward sources and critic as configured. The critic shares the frozen weights of the reward model it
     starts from.
 
     encoder: the policy's; a reward model with a tokenizer of its own then reads decoded and re-encoded answers.
-    device: where the models are to be, which is where the policy is.
+    device: where the models are to be, which is where the policy is. zero: the critic's; under ZeRO-3 what is frozen
+    is in shards too.
     """
-    sources, loaded = load_sources(config, dtype, functions, encoder, device)
+    sources, loaded = load_sources(config, dtype, functions, encoder, device, zero)
     first_model = next(iter(loaded), None)
     start = config.critic or first_model or config.model
 
@@ -121,7 +124,8 @@ def build_rewards_and_critic(
         if config.critic_head == "zero":
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
-        critic = Critic(models.Scorer(model.requires_grad_(False)), head, frozen_trunk=True)
+        offload = config.offload_reward and start in loaded
+        critic = Critic(models.frozen_scorer(model, offload, zero), head, frozen_trunk=True)
     elif config.critic_update == "lora":
         seed = derive_seed(config.seed, "critic")
         model = models.add_lora(
@@ -139,5 +143,5 @@ def build_rewards_and_critic(
             as_reward: Any = critic.scorer if config.critic_update == "head" else AdapterOff(critic.scorer)
             sources[i] = (name, as_reward)
         elif isinstance(source, nn.Module):
-            sources[i] = (name, models.Scorer(source))
+            sources[i] = (name, models.frozen_scorer(source, config.offload_reward, zero))
     return Rewards(sources, config.reward_weights), critic

@@ -26,13 +26,15 @@ from torch import Tensor
 from .. import device as devices
 from .. import parallel
 from ..config import DPOConfig
+from ..engine.frozen import frozen_engine
 from ..engine.hybrid_engine import HybridEngine
-from ..engine.zero import make_engine
+from ..engine.zero import ZeroSettings, make_engine
 from . import batching, conversations, data, losses, models, reading, sources
 from .checkpoint import atomic_folder
 from .run import (
     Run,
     float16_result,
+    idle_reference,
     interruptible,
     learning_rate,
     make_loss_scale,
@@ -55,9 +57,9 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         train_set, train_stats = _examples(config, encoder, "train")
         eval_set, eval_stats = _examples(config, encoder, "eval")
 
-        policy = devices.place(model or models.load_policy(config.model, run.dtype), run.device)
-        reference = Reference(config, policy, encoder.pad_id)
-        policy = models.make_trainable(policy, config, "CAUSAL_LM")
+        policy = model or models.load_policy(config.model, run.dtype)
+        reference = Reference(config, policy, encoder.pad_id, run.device, run.zero)
+        policy = models.make_trainable(devices.place(policy, run.device), config, "CAUSAL_LM")
         optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
         engine = make_engine(
             policy, optimizer, run.zero, make_loss_scale(config, run.dtype), dtype=run.rollout_dtype
@@ -72,6 +74,8 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         metrics.say(train_stats.sentence("DPO data"))
         if eval_set:
             metrics.say(eval_stats.sentence("DPO held-out data"))
+        for line in idle_reference(config, run.device):
+            metrics.say(line)
         with metrics.phase("reference"):
             # Before the weights are restored: what is trained now is what the reference is.
             reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
@@ -130,20 +134,23 @@ def pair_logprobs(
 class Reference:
     """Log-probs of pairs under the frozen reference, from the cache or computed when asked for."""
 
-    def __init__(self, config: DPOConfig, policy: Any, pad_id: int) -> None:
+    def __init__(
+        self, config: DPOConfig, policy: Any, pad_id: int, device: torch.device, zero: ZeroSettings | None = None
+    ) -> None:  # fmt: skip
+        """policy: as it is at the start. device: where the reference is to score."""
         self.config, self.pad_id = config, pad_id
         self.mean = config.loss == "ipo"
         self.cache: dict[str, Tensor] = {}
         self.frozen: HybridEngine | None = None
-        like = next(policy.parameters())
-        if config.reference:
-            frozen = devices.place(models.load_policy(config.reference, like.dtype), like.device)
-            self.frozen = HybridEngine(
-                frozen.requires_grad_(False), dtype=rollout_dtype(config, like.dtype, like.device)
+        if config.own_reference:
+            dtype = next(policy.parameters()).dtype
+            frozen = (
+                models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
             )
-        elif not config.lora_r and not config.cache_reference:
-            frozen = copy.deepcopy(policy).requires_grad_(False)
-            self.frozen = HybridEngine(frozen, dtype=rollout_dtype(config, like.dtype, like.device))
+            self.frozen = frozen_engine(
+                devices.place(frozen, device), config.offload_reference, zero,
+                dtype=rollout_dtype(config, dtype, device),
+            )  # fmt: skip
 
     def attach(self, engine: HybridEngine) -> None:
         """The policy's engine, whose base the reference is when it is no model of its own."""

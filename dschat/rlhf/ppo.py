@@ -32,7 +32,7 @@ from .run import derive_seed, learning_rate, make_loss_scale, set_lr
 
 
 class PPO(online.Trainer):
-    """The skeleton with a critic."""
+    """The skeleton with a critic. zero: the critic's, with its stage."""
 
     config: PPOConfig
 
@@ -52,7 +52,8 @@ class PPO(online.Trainer):
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
         zero: ZeroSettings | None = None,
     ) -> PPO:  # fmt: skip
-        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder, engine.device)
+        zero = None if zero is None else zero.at(config.critic_zero_stage)
+        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder, engine.device, zero)
         return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(

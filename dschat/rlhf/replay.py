@@ -217,7 +217,9 @@ def _rows(
         modules = {"reward": model}
     else:
         model = devices.place(models.load_policy(config.model, dtype), device)
-        reference = dpo.Reference(config, model, encoder.pad_id) if config.command == "dpo" else None
+        reference = None
+        if config.command == "dpo":
+            reference = dpo.Reference(config, model, encoder.pad_id, device)
         model = models.make_trainable(model, config, "CAUSAL_LM")
         engine = HybridEngine(model, dtype=rollout_dtype(config, dtype, device), loss_scale=scale)
         if reference is not None:
@@ -268,7 +270,7 @@ def _online(
     weights: Mapping[str, Tensor], encoder: conversations.Encoder,
 ) -> Replay:  # fmt: skip
     functions = () if config.reward or config.environment else (_silent,)
-    alone = replace(config, inference_tp_size=1)
+    alone = replace(config, inference_tp_size=1, offload_reference=False, offload_reward=False)
     trainer = online.assemble(alone, BUILD[config.command], encoder, dtype, None, functions)
     modules = trainer.modules()
     for stepper in trainer.steppers().values():

@@ -36,6 +36,7 @@ from torch import Tensor
 from .. import device as devices
 from .. import parallel
 from ..config import ConfigError, OnlineConfig
+from ..engine.zero import ZeroSettings
 from . import batching, conversations, models
 
 RewardFunction = Callable[..., Any]
@@ -469,11 +470,12 @@ def load_sources(
     functions: Sequence[RewardFunction] = (),
     encoder: conversations.Encoder | None = None,
     device: torch.device = devices.CPU,
+    zero: ZeroSettings | None = None,
 ) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """(all reward sources by name, functions first, then the environment; the frozen reward models among them by name).
 
     encoder: the policy's; with it a reward model whose tokenizer is another one becomes an OwnTokenizer.
-    device: where reward models are to be.
+    device: where reward models are to be. zero: of an OwnTokenizer's.
     """
     loaded: dict[str, Any] = {}
     sources: list[tuple[str, Any]] = [(function_name(f), f) for f in functions]
@@ -489,7 +491,7 @@ def load_sources(
             if own is None:
                 sources.append((name, loaded[name]))
             else:
-                scorer = models.Scorer(loaded.pop(name))
+                scorer = models.frozen_scorer(loaded.pop(name), config.offload_reward, zero)
                 sources.append(
                     (name, OwnTokenizer(scorer, conversations.Encoder(own, config.system_prompt, name)))
                 )

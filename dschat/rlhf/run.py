@@ -34,7 +34,7 @@ from dschat_kernels.limits import use_threads
 from .. import config as configs
 from .. import device as devices
 from .. import parallel
-from ..config import ConfigError, StageConfig
+from ..config import ConfigError, DPOConfig, OnlineConfig, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
@@ -63,6 +63,8 @@ FREE_KEYS = {
     "zero_stage",
     "critic_zero_stage",
     "offload",
+    "offload_reference",
+    "offload_reward",
     "deepspeed",
 }
 LENGTH_KEYS = {"max_steps", "epochs"}
@@ -574,6 +576,18 @@ def rollout_dtype(config: StageConfig, dtype: torch.dtype, device: torch.device)
             "float32, or exact to false"
         )
     return torch.float32
+
+
+ON_THE_CPU = "on the CPU, whose memory is the host's"
+
+
+def idle_reference(config: OnlineConfig | DPOConfig, device: torch.device) -> list[str]:
+    """The sentence that says why `offload_reference` moves nothing; none where it does, or is not asked for."""
+    if not config.offload_reference:
+        return []
+    if not config.own_reference:
+        return ["offload_reference has no effect: the reference is the policy's own weights"]
+    return [f"offload_reference has no effect {ON_THE_CPU}"] if device == devices.CPU else []
 
 
 def make_loss_scale(config: StageConfig, dtype: torch.dtype) -> LossScale | None:

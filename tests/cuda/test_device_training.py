@@ -16,7 +16,7 @@ from dschat import device as devices
 from dschat.config import ConfigError, GenerateConfig, SFTConfig
 from dschat.rlhf.metrics import read_lines
 from tests.conftest import STORIES
-from tests.cuda.training import STAGES, compare, compare_evaluations, compare_replays
+from tests.cuda.training import STAGES, compare, compare_evaluations, compare_offloads, compare_replays
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,13 +29,14 @@ def run(*words: object, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "evaluations", "replays"])
+@pytest.mark.parametrize("stage", [*STAGES, "evaluations", "replays", "offloads"])
 def test_a_stage_there_and_here_agree(stage: str, tmp_path: Path) -> None:
     """Two steps and what goes around them, the tasks of `dschat eval`, failed steps computed again: nothing mixes
-    devices, the numbers are the CPU's, and a run that was begun on one goes on on the other."""
+    devices, the numbers are the CPU's, and a run that was begun on one goes on on the other. Frozen models in the
+    host's memory: the numbers, bit for bit, of those that stay on the device, which has a part of them at a time."""
     done = run("tests.cuda.training", tmp_path / "runs", stage)
     assert done.returncode == 0, done.stderr[-3000:]
-    compared = {"evaluations": 5}.get(stage, 2)  # tasks; steps; failed steps
+    compared = {"evaluations": 5, "offloads": 6}.get(stage, 2)  # tasks; models; steps; failed steps
     assert done.stdout.splitlines()[-1] == f"{stage}: {compared} agree"
 
 
@@ -148,6 +149,7 @@ def test_a_stage_on_a_gpu(stage: str, tmp_path: Path) -> None:
 def test_evaluations_and_replays_on_a_gpu(tmp_path: Path) -> None:
     assert compare_evaluations(tmp_path / "evaluations", "cuda") == 5
     assert compare_replays(tmp_path / "replays", "cuda") == 2
+    assert compare_offloads(tmp_path / "offloads", "cuda") == 6
 
 
 @pytest.mark.gpu

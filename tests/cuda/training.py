@@ -22,6 +22,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from dschat import config as configs
 from dschat import device as devices
+from dschat.engine import frozen
 from dschat.rlhf import dpo, evals, grpo, models, ppo, replay, reward, rloo, sft
 from dschat.rlhf.metrics import read_lines
 from dschat.rlhf.run import Run
@@ -201,6 +202,65 @@ def compare_replays(folder: Path, device: str, away: Any = contextlib.nullcontex
     return len(too_fast)
 
 
+OFFLOADED: dict[str, tuple[int, dict[str, Any]]] = {
+    "dpo-all": (1, {}),
+    "ppo-all": (2, {"offload_reward": True}),
+    "ppo": (1, {"offload_reward": True, "exact": False, "ratio_tolerance": None}),
+    "grpo": (2, {"offload_reward": True, "reference": str(STORIES)}),
+}
+"""Stage -> (models that lie in the host's memory, keys beside offload_reference)."""
+
+
+def compare_offloads(folder: Path, device: str, away: Any = contextlib.nullcontext) -> int:
+    """Runs there whose frozen models lie in the host's memory: bit for bit those whose models lie there. While such a
+    model scores, a part of it is there; before and after, none. Returns how many models."""
+    keys = common(folder)
+    scorer, made = judge(folder), []
+
+    class Watched(frozen.HostWeights):
+        def __init__(self, model: nn.Module, where: torch.device) -> None:
+            super().__init__(model, where)
+            self.model = model
+            self.shares = [self.share()]
+            made.append(self)
+
+        def share(self) -> float:
+            """How much of the model is there."""
+            there = [p.numel() for p in self.model.parameters() if p.device == self.device]
+            return sum(there) / sum(p.numel() for p in self.model.parameters())
+
+        @contextlib.contextmanager
+        def fetched(self, modules: Any) -> Iterator[None]:
+            with super().fetched(modules):
+                self.shares.append(self.share())
+                yield
+
+    changed, original = frozen, frozen.HostWeights  # type: Any, Any
+    changed.HostWeights = Watched
+    try:
+        for stage, (count, more) in OFFLOADED.items():
+            train, config, own = STAGES[stage]
+            before = len(made)
+            for offload in (False, True):
+                settings = {**keys, **own, "device": device, "output_dir": str(folder / f"{stage}-{offload}")}
+                if "reward" in own:
+                    settings["reward"] = [scorer]
+                if own.get("unsup_coef"):
+                    settings["unsup_data"] = keys["data"]
+                settings |= {k: v for k, v in more.items() if offload or k != "offload_reward"}
+                settings |= {"eval_data": [], "compare_hf": 0} if "reward" in own else {"eval_data": []}
+                with away():
+                    train(config(**settings, offload_reference=offload))
+                assert len(made) == before + count * offload, f"{stage}: {len(made) - before} models"
+            plain, moved = (numbers(folder / f"{stage}-{offload}") for offload in (False, True))
+            assert plain == moved and plain, f"{stage}: {plain} and {moved}"
+    finally:
+        changed.HostWeights = original
+    for watched in made:
+        assert watched.shares[0] == watched.share() == 0.0 and 0.0 < max(watched.shares) < 0.3, watched.shares
+    return len(made)
+
+
 # -------------------------------------------------------------------------------------------- the pretended device
 
 
@@ -238,6 +298,8 @@ if __name__ == "__main__":
     _setup_privateuseone_for_python_backend("pretend")
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
-        others = {"evaluations": compare_evaluations, "replays": compare_replays}
+        others = {
+            "evaluations": compare_evaluations, "replays": compare_replays, "offloads": compare_offloads,
+        }  # fmt: skip
         compared = others.get(name, partial(compare, name))
         print(f"{name}: {compared(Path(sys.argv[1]) / name, 'auto', pretended)} agree")

@@ -23,6 +23,8 @@ CURVES = {
     "grpo": ("policy/loss", "kl/loss", "score/mean", "group/advantage_std", "policy/grad_norm"),
     "rloo": ("policy/loss", "score/total", "score/mean", "group/advantage_std", "policy/grad_norm"),
     "ppo-mixed": ("policy/loss", "unsup/loss", "value/loss", "score/mean", "policy/grad_norm"),
+    "ppo-frozen": ("policy/loss", "value/loss", "kl/sequence", "score/mean", "policy/grad_norm"),
+    "dpo-frozen": ("loss", "margin", "grad_norm", "eval/loss"),
 }
 FEW = [(2, name) for name in CURVES] + [(4, name) for name in worker.FOUR_STAGES]
 REST = [(4, name) for name in CURVES if name not in worker.FOUR_STAGES]

@@ -19,8 +19,9 @@ import torch
 from dschat import config as C
 from dschat import parallel
 from dschat.engine import HybridEngine, SamplingConfig
+from dschat.engine.frozen import frozen_engine
 from dschat.engine.sharing import Sharing
-from dschat.engine.zero import ZeroSettings, make_engine, whole
+from dschat.engine.zero import ZeroSettings, held, make_engine, whole
 from dschat.rlhf import models
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260k"
@@ -228,6 +229,30 @@ def dies(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def dies_scoring(folder: Path) -> dict[str, Any]:
+    """Process DIES kills itself between two layers of a frozen model in shards; what the other then says is left in
+    folder/scoring-DIES.txt."""
+    victim = int(os.environ["DIES"])
+    rollout = HybridEngine(policy("full")).generate(*prompts(), SAMPLING)
+    own = frozen_engine(policy("full"), False, ZeroSettings(3))
+    down = own.packed.spec.layers[1].down.module
+    original = down.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if parallel.rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(x)
+
+    down.forward = forward
+    try:
+        with torch.no_grad():
+            own.logprobs(rollout)
+    except RuntimeError as error:
+        (folder / f"scoring-{victim}.txt").write_text(f"{parallel.is_parted(error)}: {error}")
+        os._exit(3)
+    return {}
+
+
 def product(folder: Path) -> dict[str, Any]:
     """ZeRO stage x LoRA x dtype x accumulation. Weights in bfloat16 round to other ones when a gradient's last bit
     differs, and draw other tokens: there all steps train on the first rollout."""
@@ -279,6 +304,50 @@ def _zero3(own: Any) -> dict[str, Any]:
     return {"after_failure": gathered(own), "largest": max(sizes), "total": total, "memory": own.memory()}
 
 
+def frozen(folder: Path) -> dict[str, Any]:
+    """Frozen models in shards: their scores, what of them a process has, what is whole at a time, and what is left
+    whole afterwards and after a failure in a layer."""
+    from dschat.engine import zero as module
+
+    rollout = HybridEngine(policy("full")).generate(*prompts(), SAMPLING)
+    out: dict[str, Any] = {}
+    for kind in ("full", "full-bf16"):
+        own = frozen_engine(policy(kind), False, ZeroSettings(3))
+        with torch.no_grad():
+            out[kind] = own.logprobs(rollout)
+    exact = frozen_engine(policy("full"), False, ZeroSettings(3), exact=True)
+    with torch.no_grad():
+        out["exact"] = exact.logprobs(rollout)
+    model = models.load_scorer(str(folder / "scorer"), torch.float32)
+    scorer = models.frozen_scorer(model, offload=True, zero=ZeroSettings(3))
+    out["scores"] = scorer.rate(rollout)
+    parameters = [p for m in (own.model, exact.model, model) for p in m.parameters()]
+    out["held"] = sum(held(p).numel() for p in parameters) / sum(p.ds_numel for p in parameters)
+
+    sizes: list[int] = []
+    original = module.whole
+
+    @contextlib.contextmanager
+    def counting(parameters: Any, write: bool = False) -> Any:
+        with original(parameters, write):
+            sizes.append(sum(p.numel() for p in model.parameters()))
+            yield
+
+    module.whole = counting
+    try:
+        scorer.forget()
+        scorer.rate(rollout)
+    finally:
+        module.whole = original
+    out["largest"] = max(sizes) / sum(p.ds_numel for p in model.parameters())
+    scorer.forget()
+    scorer.packed.spec.layers[1].down.module.forward = None
+    with contextlib.suppress(TypeError):
+        scorer.rate(rollout)
+    out["left"] = [p.ds_id for p in parameters if p.ds_status.name != "NOT_AVAILABLE"]
+    return out
+
+
 def stages(folder: Path) -> dict[str, Any]:
     """The stages as runs, each with ZeRO as STAGES has it; those of HALF end after their second checkpoint."""
     return {name: run_stage(name, folder, str(parallel.world())) for name in STAGES}
@@ -294,6 +363,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "rloo": {"zero_stage": 1, "lora_r": 4, "reward": ["worker:short"], "gradient_accumulation_steps": 2},
     "ppo-mixed": {"zero_stage": 3, "lora_r": 4, "critic_update": "head", "unsup_coef": 0.5, "unsup_length": 12,
                   "ema_decay": 0.5},
+    "ppo-frozen": {"zero_stage": 3, "lora_r": 0, "critic_update": "all", "offload_reward": True},
+    "dpo-frozen": {"zero_stage": 3, "lora_r": 0, "cache_reference": False, "offload_reference": True},
     "sft-half": {"zero_stage": 3, "lora_r": 0},
     "grpo-half": {"lora_r": 4, "reward": ["worker:short"]},
     "grpo-half3": {"zero_stage": 3, "lora_r": 4, "reward": ["worker:short"], "ema_decay": 0.5},

@@ -71,6 +71,9 @@ CASES: dict[str, Any] = {
     "`inference_tp_size` that does not divide the processes": ("grpo", {"inference_tp_size": 2}),
     "`inference_tp_size` that does not divide the model's heads": wide,
     "`inference_tp_size` and `exact`": ("ppo", {"inference_tp_size": 2, "exact": True}),
+    "`offload_reference` and `exact`, all weights trained": (
+        "ppo", {"offload_reference": True, "exact": True, "lora_r": 0}
+    ),
     "`rollout_weights` int8 and `exact`": (
         "ppo", {"rollout_weights": "int8", "exact": True, "importance_cap": 2.0}
     ),

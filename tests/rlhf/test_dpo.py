@@ -47,7 +47,7 @@ def test_loss_is_the_formula_on_hugging_faces_log_probs(kind, examples, new_stor
         for p in policy.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=generator))
     config = DPOConfig(loss=kind, beta=0.3, label_smoothing=0.0 if kind == "ipo" else 0.1, batch_size=3)
-    source = dpo.Reference(config, reference, 0)
+    source = dpo.Reference(config, reference, 0, torch.device("cpu"))
     source.frozen = HybridEngine(reference)
     found = dpo.evaluate(HybridEngine(policy), source, examples[:5], 0, config)
     logged = dpo.accumulate(HybridEngine(policy), source, examples[:5], range(5), 0, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from helpers_rlhf import Killed, numbers, same_weights
 from safetensors.torch import load_file
 from test_float16 import STAGES
 
-from dschat.config import ConfigError, SFTConfig
+from dschat.config import ConfigError, DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 from dschat.engine import HybridEngine
-from dschat.rlhf import conversations, data, models, reading, sft
+from dschat.rlhf import conversations, data, models, online, reading, sft
+from dschat.rlhf.critic import AdapterOff
+from dschat.rlhf.run import idle_reference
 from dschat_kernels import forward
 
 
@@ -115,3 +118,48 @@ def test_the_written_model_is_what_was_trained(base):
 def test_what_an_int8_base_cannot_be(base, keys, said):
     with pytest.raises(ConfigError, match=said):
         SFTConfig(**{**base, **keys, "base_weights": "int8"})
+
+
+GPU = torch.device("cuda", 0)
+
+
+def said(device, sources, **keys):
+    """What a run with these reward sources says of its offloads."""
+    config = PPOConfig(offload_reference=True, offload_reward=True, **keys)
+    trainer = SimpleNamespace(
+        config=config, engine=SimpleNamespace(device=device), rewards=SimpleNamespace(sources=sources)
+    )
+    return online.Trainer.idle_offloads(trainer)  # type: ignore[arg-type]
+
+
+def test_an_offload_that_moves_nothing_says_so():
+    scorer = models.Scorer.__new__(models.Scorer)
+    shared = AdapterOff(scorer)
+    cpu = torch.device("cpu")
+    assert said(GPU, [("a", scorer)], lora_r=0, reward=["a"]) == []
+    assert said(cpu, [("a", scorer)], lora_r=0, reward=["a"]) == [
+        f"{key} has no effect on the CPU, whose memory is the host's"
+        for key in ("offload_reference", "offload_reward")
+    ]
+    for device in (GPU, cpu):
+        assert said(device, [("a", shared)], lora_r=4, reward=["a"]) == [
+            "offload_reference has no effect: the reference is the policy's own weights",
+            "offload_reward has no effect on a, whose weights are those of a model that trains",
+        ]
+    assert said(GPU, [("short", short)], reference="other", reward=["worker:short"]) == [
+        "offload_reward has no effect: no reward is a model"
+    ]
+    cached = DPOConfig(offload_reference=True, lora_r=0)
+    assert idle_reference(cached, GPU) == [
+        "offload_reference has no effect: the reference is the policy's own weights"
+    ]
+    assert idle_reference(DPOConfig(offload_reference=True, lora_r=0, cache_reference=False), GPU) == []
+    assert idle_reference(DPOConfig(reference="other"), cpu) == []
+
+
+def test_a_run_says_it_once(base, tmp_path, capsys):
+    train, _, keys = STAGES["grpo"]
+    more = {"lora_r": 0, "max_steps": 1, "output_dir": str(tmp_path / "run"), "offload_reference": True}
+    more |= {"progress": True}
+    train(GRPOConfig(**{**base, **keys, **more}), rewards=(short,))
+    assert capsys.readouterr().out.count("offload_reference has no effect on the CPU") == 1
