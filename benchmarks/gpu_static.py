@@ -1,6 +1,6 @@
 """What can be said of the GPU kernels without a GPU: compiled code, its resources, and a bound on time.
 
-    python -m benchmarks.gpu_static                  the table and the roofline
+    python -m benchmarks.gpu_static                  the tables and the roofline
     python -m benchmarks.gpu_static --check [--arch sm_80] [--only rms_norm]     compile, compare with the table
     python -m benchmarks.gpu_static --write [--only sample]     compile, and write these rows anew; rows of kernels that
                                                      no op launches any more go
@@ -10,6 +10,9 @@ realistic widths, and what they would have launched is recorded. The table (resu
 and architecture: registers, spills, shared memory, accesses of 128 bits, tensor-core instructions; what they leave of
 a multiprocessor's threads (occupancy) follows. The roofline divides
 an op's bytes and operations by data-sheet rates: no kernel can be faster. It is a bound, not a measurement.
+
+Printed beside it are the tables of the CUDA kernels, which tests/cuda/resources.py and tests/cuda/traffic.py write and
+tests hold: what nvcc makes of them, and what they move when their source runs on the CPU.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor
 
 TABLE = Path(__file__).parent / "results" / "gpu_static.json"
+CUDA_TABLES = Path(__file__).parents[1] / "tests" / "cuda"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 OTHER_DTYPES = ("sm_80", "gfx942")
 """Where float32 and float16 are compiled too; bfloat16 is compiled for all."""
@@ -452,10 +456,36 @@ def print_table(table: dict[str, Any]) -> None:
         filled = row_occupancy(key, row)
         cells = [*(str(row[name]) for name in columns), "" if filled is None else f"{filled:.0%}"]
         print(f"{key:56}" + "".join(f"{cell:>10}" for cell in cells))
+    print_cuda()
     print("\nLower bounds on time in microseconds, from data-sheet rates: not measured, on any GPU.")
     print(f"{'op':34}" + "".join(f"{gpu.name:>16}" for gpu in GPUS))
     for specimen in specimens():
         print(f"{specimen.name:34}" + "".join(f"{bound(specimen, gpu):>16.2f}" for gpu in GPUS))
+
+
+def traffic_lines(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """The rows of tests/cuda/traffic.py as text."""
+    columns = ("least", "moved", "once", "asked", "efficiency", "ways", "worst")
+    lines = [f"{'kernel':65} {'case':60}" + "".join(f"{name:>11}" for name in columns)]
+    for kernel, rows in table.items():
+        for case, row in rows.items():
+            lines.append(f"{kernel:65} {case:60}" + "".join(f"{row[name]:>11}" for name in columns))
+    return lines
+
+
+def print_cuda() -> None:
+    """The tables of the CUDA kernels."""
+    resources = json.loads((CUDA_TABLES / "resources.json").read_text())
+    columns = ("registers", "spills", "shared", "wide", "tensor", "threads", "occupancy")
+    print(f"\n{'CUDA kernel, ' + resources['nvcc']:75}" + "".join(f"{name:>10}" for name in columns))
+    for arch, rows in resources["kernels"].items():
+        for kernel, row in rows.items():
+            cells = "".join(f"{row[name]:>10}" for name in columns)
+            print(f"{f'{kernel} {arch}':75}{cells}")
+    print(
+        "\nWhat the CUDA kernels move, counted on the CPU: bytes over the least, percentages of sectors, bank ways."
+    )
+    print(*traffic_lines(json.loads((CUDA_TABLES / "traffic.json").read_text())), sep="\n")
 
 
 def write(table: dict[str, Any]) -> None:

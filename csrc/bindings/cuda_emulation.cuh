@@ -27,8 +27,7 @@ inline void bind_emulation(pybind11::module_& m) {
   });
   m.def("reset", &checker::reset);
   m.def("reset_traffic", &checker::reset_traffic);
-  m.def("traffic", [] {
-    const checker::Traffic t = checker::traffic();
+  const auto as_dict = [](const checker::Traffic& t) {
     pybind11::dict found;
     found["bytes_read"] = t.bytes_read;
     found["bytes_written"] = t.bytes_written;
@@ -36,7 +35,16 @@ inline void bind_emulation(pybind11::module_& m) {
     found["sectors"] = t.sectors;
     found["used_bytes"] = t.used_bytes;
     found["shared_requests"] = t.shared_requests;
+    found["once_bytes"] = t.once_bytes;
+    found["moved_bytes"] = t.moved_bytes;
     found["shared_passes"] = t.shared_passes;
+    found["worst_passes"] = t.worst_passes;
+    return found;
+  };
+  m.def("traffic", [as_dict] { return as_dict(checker::traffic()); });
+  m.def("traffic_by_launch", [as_dict] {  // pairs of a text that names the kernel, and the traffic
+    pybind11::list found;
+    for (const auto& launch : checker::traffic_by_launch()) found.append(pybind11::make_tuple(launch.first, as_dict(launch.second)));
     return found;
   });
 #endif

@@ -7,6 +7,7 @@ namespace dschat::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kFuseRows = 8;
 
 // side[row, r] = scale * x[row] . a[r]; a warp takes every fourth r.
 template <typename T>
@@ -22,16 +23,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[n, k] = round(weight + scale * sum over r of b[n, r] a[r, k])
+// out[n, k] = round(weight + scale * sum over r of b[n, r] a[r, k]); a block has kFuseRows rows, which read `a` once.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    fuse(const T* weight, int64_t row_stride, int64_t column_stride, const float* a, const float* b, T* out, int64_t k,
-         int64_t rank, float scale) {
-  const int64_t row = blockIdx.x, column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+    fuse(const T* weight, int64_t row_stride, int64_t column_stride, const float* a, const float* b, T* out, int64_t n,
+         int64_t k, int64_t rank, float scale) {
+  const int64_t row0 = int64_t(blockIdx.x) * kFuseRows, column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
   if (column >= k) return;
-  float sum = 0.0f;
-  for (int64_t r = 0; r < rank; ++r) sum = fmaf(b[row * rank + r], a[r * k + column], sum);
-  out[row * k + column] = from_float<T>(fmaf(scale, sum, to_float(weight[row * row_stride + column * column_stride])));
+  float sum[kFuseRows] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    const float right = a[r * k + column];
+#pragma unroll
+    for (int i = 0; i < kFuseRows; ++i)
+      if (row0 + i < n) sum[i] = fmaf(b[(row0 + i) * rank + r], right, sum[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kFuseRows; ++i) {
+    const int64_t row = row0 + i;
+    if (row < n)
+      out[row * k + column] =
+          from_float<T>(fmaf(scale, sum[i], to_float(weight[row * row_stride + column * column_stride])));
+  }
 }
 
 }  // namespace
@@ -56,8 +68,9 @@ extern "C" int launch_fuse_lora(int type, const void* weight, int64_t n, int64_t
   if (n * k == 0) return launched();
   return launched(dispatch(type, [&](auto t) {
     using T = decltype(t);
-    DSCHAT_LAUNCH(fuse<T>, dim3(unsigned(n), unsigned(ceil_div(k, kThreads))), dim3(kThreads), 0, stream,
-                  static_cast<const T*>(weight), row_stride, column_stride, a, b, static_cast<T*>(out), k, rank, scale);
+    DSCHAT_LAUNCH(fuse<T>, dim3(unsigned(ceil_div(n, kFuseRows)), unsigned(ceil_div(k, kThreads))), dim3(kThreads), 0,
+                  stream, static_cast<const T*>(weight), row_stride, column_stride, a, b, static_cast<T*>(out), n, k, rank,
+                  scale);
   }));
 }
 

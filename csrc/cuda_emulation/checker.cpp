@@ -29,6 +29,7 @@ struct Byte {
   Event write, read;      // the last of each in this launch; block -1: none
   bool several = false;   // more threads than `read` have read since the last write or barrier
   bool strangers = false; // ... of other warps or blocks
+  bool was_read = false, was_written = false;  // in this launch
   bool initialised = false;
   bool owned = true;
 };
@@ -43,10 +44,10 @@ struct Buffer {
 struct Access {
   const void* code;
   uint32_t occurrence;
-  int warp;
+  int thread;
   uintptr_t address;
   uint32_t bytes;
-  bool shared;
+  bool shared, write;
 };
 
 std::vector<Buffer> buffers;
@@ -57,7 +58,7 @@ uint32_t epoch = 0;
 uint32_t clocks[kMaxThreads][kWarp];  // what each thread knows of the clocks of its warp
 std::vector<Access> trace;
 std::map<std::tuple<const void*, int>, uint32_t> occurrences;
-Traffic total;
+std::vector<std::pair<std::string, Traffic>> launches;  // since reset_traffic()
 
 int block_number() {
   return int(block_index.x + grid_size.x * (block_index.y + grid_size.y * block_index.z));
@@ -155,13 +156,13 @@ void find_host_stack() {
   host_stack = reinterpret_cast<uintptr_t>(begin);
 }
 
-void note(const void* code, uintptr_t address, size_t bytes, bool shared) {
+void note(const void* code, uintptr_t address, size_t bytes, bool shared, bool write) {
   const uint32_t occurrence = occurrences[{code, thread_number()}]++;
-  trace.push_back({code, occurrence, thread_number() / kWarp, address, uint32_t(bytes), shared});
+  trace.push_back({code, occurrence, thread_number(), address, uint32_t(bytes), shared, write});
 }
 
 // One warp instruction: its lanes' accesses.
-void count_request(const std::vector<const Access*>& lanes) {
+void count_request(const std::vector<const Access*>& lanes, Traffic& total) {
   const uint32_t bytes = lanes[0]->bytes;
   if (!lanes[0]->shared) {
     std::set<uintptr_t> sectors, used;
@@ -177,18 +178,21 @@ void count_request(const std::vector<const Access*>& lanes) {
   }
   // 128 bytes go out at a time: 8-byte accesses in two halves, 16-byte accesses in four quarters.
   const size_t group = bytes > 4 ? size_t(128 / bytes) : size_t(kWarp);
-  ++total.shared_requests;
+  std::map<size_t, std::map<uintptr_t, std::set<uintptr_t>>> groups;  // words by bank
+  for (const Access* a : lanes) {
+    auto& words = groups[size_t(a->thread % kWarp) / group];
+    for (uintptr_t w = a->address / 4; w <= (a->address + bytes - 1) / 4; ++w) words[w % 32].insert(w);
+  }
   size_t passes = 0;
-  for (size_t begin = 0; begin < lanes.size(); begin += group) {
-    std::map<uintptr_t, std::set<uintptr_t>> words;  // by bank
-    for (size_t i = begin; i < std::min(lanes.size(), begin + group); ++i)
-      for (uintptr_t w = lanes[i]->address / 4; w <= (lanes[i]->address + bytes - 1) / 4; ++w) words[w % 32].insert(w);
+  for (const auto& words : groups) {
     size_t worst = 0;
-    for (const auto& bank : words) worst = std::max(worst, bank.second.size());
+    for (const auto& bank : words.second) worst = std::max(worst, bank.second.size());
     passes += worst;
   }
-  const size_t groups = (lanes.size() + group - 1) / group;
-  total.shared_passes += (passes + groups - 1) / groups;  // 1 where nothing conflicts
+  const uint64_t mean = (passes + groups.size() - 1) / groups.size();  // 1 where nothing conflicts
+  ++total.shared_requests;
+  total.shared_passes += mean;
+  total.worst_passes = std::max(total.worst_passes, mean);
 }
 
 void out_of_bounds(uintptr_t a, size_t bytes, int kind, const void* code) {
@@ -206,8 +210,9 @@ void out_of_bounds(uintptr_t a, size_t bytes, int kind, const void* code) {
 
 }  // namespace
 
-void start_launch() {
+void start_launch(const char* name) {
   find_host_stack();
+  launches.push_back({name, {}});
   for (Buffer& b : buffers)
     for (Byte& byte : b.bytes) {
       const bool initialised = byte.initialised;
@@ -230,10 +235,15 @@ void start_block(const char* shared, size_t bytes) {
 
 void end_block() {
   std::map<std::tuple<const void*, uint32_t, int>, std::vector<const Access*>> requests;
-  for (const Access& a : trace) requests[{a.code, a.occurrence, a.warp}].push_back(&a);
-  for (auto& r : requests) {
-    std::sort(r.second.begin(), r.second.end(), [](const Access* a, const Access* b) { return a->address < b->address; });
-    count_request(r.second);
+  for (const Access& a : trace) requests[{a.code, a.occurrence, a.thread / kWarp}].push_back(&a);
+  Traffic& total = launches.back().second;
+  for (const auto& r : requests) count_request(r.second, total);
+  for (const bool write : {false, true}) {
+    std::vector<uintptr_t> bytes;
+    for (const Access& a : trace)
+      for (uintptr_t p = a.address; !a.shared && a.write == write && p < a.address + a.bytes; ++p) bytes.push_back(p);
+    std::sort(bytes.begin(), bytes.end());
+    total.moved_bytes += uint64_t(std::unique(bytes.begin(), bytes.end()) - bytes.begin());
   }
   trace.clear();
   occurrences.clear();
@@ -263,7 +273,7 @@ void access(const void* address, size_t bytes, int kind, const void* code) {
   const auto a = reinterpret_cast<uintptr_t>(address);
   if (on_thread_stack(address)) return;
   if (a - shared_begin < shared_bytes.size()) {
-    note(code, a, bytes, true);
+    note(code, a, bytes, true, kind == kWrite);
     for (size_t i = a - shared_begin; i < a - shared_begin + bytes; ++i) {
       if (i >= shared_bytes.size() || !shared_bytes[i].owned)
         stop("out of bounds: %zu-byte %s of shared memory at offset %zu, where no variable lies (%s)", bytes,
@@ -274,13 +284,18 @@ void access(const void* address, size_t bytes, int kind, const void* code) {
   }
   for (Buffer& b : buffers) {
     if (a < b.begin || a + bytes > b.begin + b.bytes.size()) continue;
-    note(code, a, bytes, false);
+    note(code, a, bytes, false, kind == kWrite);
+    Traffic& total = launches.back().second;
     (kind == kWrite ? total.bytes_written : total.bytes_read) += bytes;
     if (kind == kWrite && b.read_only) {
       stop("read-only: write to %s+%zu (%s)", b.name.c_str(), size_t(a - b.begin), place(code).c_str());
     }
-    for (size_t i = a - b.begin; i < a - b.begin + bytes; ++i)
+    for (size_t i = a - b.begin; i < a - b.begin + bytes; ++i) {
+      bool& before = kind == kWrite ? b.bytes[i].was_written : b.bytes[i].was_read;
+      total.once_bytes += !before;
+      before = true;
       if (!check_byte(b.bytes[i], kind, true, b.name, i, code)) return;
+    }
     return;
   }
   if (a - host_stack < host_stack_bytes || in_image(a)) return;
@@ -302,9 +317,27 @@ void reset() {
   reset_traffic();
 }
 
-void reset_traffic() { total = {}; }
+void reset_traffic() { launches.clear(); }
 
-Traffic traffic() { return total; }
+std::vector<std::pair<std::string, Traffic>> traffic_by_launch() { return launches; }
+
+Traffic traffic() {
+  Traffic total;
+  for (const auto& launch : launches) {
+    const Traffic& t = launch.second;
+    total.bytes_read += t.bytes_read;
+    total.bytes_written += t.bytes_written;
+    total.requests += t.requests;
+    total.sectors += t.sectors;
+    total.used_bytes += t.used_bytes;
+    total.once_bytes += t.once_bytes;
+    total.moved_bytes += t.moved_bytes;
+    total.shared_requests += t.shared_requests;
+    total.shared_passes += t.shared_passes;
+    total.worst_passes = std::max(total.worst_passes, t.worst_passes);
+  }
+  return total;
+}
 
 }  // namespace emulation::checker
 

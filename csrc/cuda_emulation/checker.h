@@ -9,22 +9,27 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace emulation::checker {
 
 constexpr int kRead = 0, kWrite = 1;
 
-// What the accesses of all launches since reset() or reset_traffic() cost a GPU.
+// What the accesses of launches cost a GPU.
 struct Traffic {
   uint64_t bytes_read = 0, bytes_written = 0;  // global memory, every lane's access counted
   // Warp instructions on global memory: the 32-byte sectors they touch, and the bytes in them that they use.
   uint64_t requests = 0, sectors = 0, used_bytes = 0;
+  uint64_t once_bytes = 0;   // read and written, each byte once a launch
+  uint64_t moved_bytes = 0;  // ... and once a block, whose cache keeps what it reads again
   // Warp instructions on shared memory, and the passes that bank conflicts make of them.
-  uint64_t shared_requests = 0, shared_passes = 0;
+  uint64_t shared_requests = 0, shared_passes = 0, worst_passes = 0;
 };
 
 #ifdef DSCHAT_EMULATION_CHECK
-void start_launch();
+void start_launch(const char* name);
 void start_block(const char* shared, size_t bytes);
 void end_block();
 void own_shared(size_t offset, size_t bytes);
@@ -37,9 +42,10 @@ void access(const void* address, size_t bytes, int kind, const void* code);
 void add_buffer(const void* address, size_t bytes, const char* name, bool initialised, bool read_only);
 void reset();  // forgets buffers and traffic
 void reset_traffic();
-Traffic traffic();
+Traffic traffic();  // of all launches since reset() or reset_traffic()
+std::vector<std::pair<std::string, Traffic>> traffic_by_launch();
 #else
-inline void start_launch() {}
+inline void start_launch(const char*) {}
 inline void start_block(const char*, size_t) {}
 inline void end_block() {}
 inline void own_shared(size_t, size_t) {}

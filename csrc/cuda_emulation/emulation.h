@@ -28,7 +28,7 @@
   ::emulation::ptx::launch(kernel, grid, block, shared_bytes, __VA_ARGS__)
 #else
 #define DSCHAT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::emulation::launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
+  ::emulation::launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); }, ::emulation::name_of<kernel>())
 #endif
 #define DSCHAT_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(::emulation::dynamic_shared())
 // An array in shared memory, of trivial elements.

@@ -242,7 +242,8 @@ bool take_error() {
 
 const char* error_text() { return taken.c_str(); }
 
-void launch(Index grid, Index block, size_t shared_bytes, void (*body)(const void*), const void* closure) {
+void launch(Index grid, Index block, size_t shared_bytes, void (*body)(const void*), const void* closure,
+            const char* name) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
   if (!errors.empty()) return;
   current = nullptr;
@@ -265,7 +266,7 @@ void launch(Index grid, Index block, size_t shared_bytes, void (*body)(const voi
   for (int i = 0; i < g.threads; ++i) turns[size_t(i)] = order == Order::descending ? g.threads - 1 - i : i;
   std::mt19937_64 random(order_seed);
   std::fill(rendezvous.begin(), rendezvous.end(), Rendezvous());
-  checker::start_launch();
+  checker::start_launch(name);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {

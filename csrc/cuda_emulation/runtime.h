@@ -31,12 +31,17 @@ bool on_thread_stack(const void* address);    // of any thread of the block
 
 // ---- launches
 
-// Runs body(closure) in every thread of every block. After a launch that failed nothing runs until take_error().
-void launch(Index grid, Index block, size_t shared_bytes, void (*body)(const void*), const void* closure);
+// Runs body(closure) in every thread of every block. After a launch that failed nothing runs until take_error(). `name`
+// is what name_of says of the kernel.
+void launch(Index grid, Index block, size_t shared_bytes, void (*body)(const void*), const void* closure,
+            const char* name);
 
-template <typename F> void launch(Index grid, Index block, size_t shared_bytes, const F& f) {
-  launch(grid, block, shared_bytes, [](const void* p) { (*static_cast<const F*>(p))(); }, &f);
+template <typename F> void launch(Index grid, Index block, size_t shared_bytes, const F& f, const char* name = "") {
+  launch(grid, block, shared_bytes, [](const void* p) { (*static_cast<const F*>(p))(); }, &f, name);
 }
+
+// A text of the compiler's that has the kernel's name and template arguments.
+template <auto kernel> const char* name_of() { return __PRETTY_FUNCTION__; }
 
 void set_order(Order order, uint64_t seed);
 bool take_error();         // whether a launch failed since the last call

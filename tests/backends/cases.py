@@ -143,7 +143,9 @@ def tables(positions: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
 @case
 def rope(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """The bits of the reference, from a slice of a packed qkv; gradients by the criterion."""
-    sizes = ((5, 3, 16, 16), (3, 1, 10, 17), (1, 5, 2, 2), (0, 1, 4, 4)) if thorough else ((3, 2, 10, 17),)
+    few = ((3, 2, 10, 17),)
+    many = ((5, 3, 16, 16), (3, 1, 10, 17), (1, 5, 2, 2), (0, 1, 4, 4), (2, 128, 8, 8))
+    sizes = many if thorough else few
     for tokens, heads, rotary_dim, dim in sizes:
         for style in ("half", "interleaved"):
             cos, sin = tables(50, rotary_dim)
@@ -166,12 +168,18 @@ def rope(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 @case
 def rope_append_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
-    """q, and every byte of the cache: tokens on both sides of a page."""
-    for heads, kv_heads, dim in ((4, 2, 16), (3, 1, 20)) if thorough else ((4, 2, 20),):
+    """q, and every byte of the cache: tokens on both sides of a page, none, and many heads."""
+    few = ((6, 4, 2, 20), (0, 4, 2, 20))
+    many = ((6, 4, 2, 16), (6, 3, 1, 20), (0, 4, 2, 16), (2, 128, 8, 16))
+    for tokens, heads, kv_heads, dim in many if thorough else few:
         for style in ("half", "interleaved", None):
             cos, sin = tables(200, 12) if style else (None, None)
-            q, k, v = draw(6, heads + 2 * kv_heads, dim, dtype=dtype).split([heads, kv_heads, kv_heads], 1)
-            positions, slots = torch.tensor([0, 63, 64, 5, 127, 17]), int_tensor([0, 0, 0, 1, 1, 1])
+            qkv = draw(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+            positions, slots = (
+                torch.tensor([0, 63, 64, 5, 127, 17])[:tokens],
+                int_tensor([0, 0, 0, 1, 1, 1])[:tokens],
+            )
             results = []
             for name in (backend, "reference"):
                 cache = PagedKVCache(1, kv_heads, dim, 6, 2, 3, dtype, torch.get_default_device())
@@ -328,14 +336,16 @@ def _attention_options(thorough: bool) -> list[dict[str, Any]]:
 
 
 def _batches(dtype: torch.dtype, thorough: bool) -> list[Batch]:
-    """Lengths 0 and 1, and around pages and chunks; rows without queries; heads that share keys."""
-    batches = [make_batch([5, 0, 1, 20], [130, 3, 65, 20], 4, 2, 20, dtype)]
+    """Lengths 0 and 1, and around pages and chunks; rows without queries, and without keys; heads that share keys, and
+    very many."""
+    batches = [make_batch([5, 0, 1, 0, 20], [130, 3, 65, 0, 20], 4, 2, 20, dtype)]
     if thorough:
         for keys in (1, 63, 64, 255, 256, 257):
             batches.append(make_batch([1, min(keys, 3)], [keys, keys], 4, 2, 16, dtype))
         for dim in (64, 128):
             batches.append(make_batch([2, 3], [66, 3], 4, 1, dim, dtype))
-        batches.append(make_batch([0], [9], 4, 2, 16, dtype))
+        batches += [make_batch([0], [9], 4, 2, 16, dtype), make_batch([0, 0], [0, 0], 4, 2, 16, dtype)]
+        batches += [make_batch([], [], 4, 2, 16, dtype), make_batch([1, 3], [70, 3], 128, 8, 16, dtype)]
     return batches
 
 
@@ -357,7 +367,7 @@ def attention_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             y = _check_attention(batch, attention.attention, backend, options)
             q, k_cache, v_cache, table, cu, kv_lens = batch.arguments
             last = slice(int(cu[-1]) - 1, int(cu[-1]))
-            if backend != "reference" and batch.q_lens[-1]:
+            if backend != "reference" and sum(batch.q_lens[-1:]):
                 alone = (q[last], k_cache, v_cache, table[-1:], cumulative([1]), kv_lens[-1:])
                 assert same_bits(attention.attention(*alone, backend=backend, **options), y[last])
 
@@ -378,9 +388,12 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 @case
 def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     """Gradients, and the bits of attention over a cache that holds the same keys."""
-    for options in _attention_options(thorough):
-        lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
-        batch = make_batch(lens, lens, 4, 2, 12, dtype)
+    lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
+    problems = [(lens, 4, 2, 12, options) for options in _attention_options(thorough)]
+    if thorough:
+        problems.append(([3, 0, 1], 128, 8, 8, {"scale": 0.35}))
+    for lens, heads, kv_heads, dim, options in problems:
+        batch = make_batch(lens, lens, heads, kv_heads, dim, dtype)
         inputs = {"q": batch.q, "k": torch.cat(batch.k), "v": torch.cat(batch.v)}
         op = partial(attention.packed_attention, cu_seqlens=cumulative(lens), backend=backend, **options)
         if backend != "reference":

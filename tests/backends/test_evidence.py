@@ -29,19 +29,22 @@ def test_the_page_is_current() -> None:
 
 
 def test_a_kernel_whose_source_changed_has_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the tables nor in the README, and its time gets an asterisk."""
+    """Neither in the tables nor in the README's, and its time gets an asterisk."""
     run = json.loads(evidence.RUN.read_text())
     cell = "| `rms_norm` | fp32, bf16, fp16 |  |"
     assert "rms_norm" in unchanged(run, "cuda") and page().count(cell) == 2
-    for kind, title in (("cuda", "CUDA"), ("triton", "Triton")):
+    for kind, place in (("cuda", 2), ("triton", 3)):
         with monkeypatch.context() as patch:
             changed = gpu_sources.fingerprints()
             changed[kind]["rms_norm"] = "another"
             patch.setattr(evidence, "_fingerprints", lambda changed=changed: changed)
             assert page().count(cell) == 1 and page().count("| `rms_norm` | - | fp32, bf16, fp16 |") == 1
             assert page().count("\\*") > evidence.PAGE.read_text().count("\\*")
-            (paragraph,) = re.findall(rf"([^()]*) \({title}\)", readme())
-            assert "`rms_norm`" not in paragraph and "`layer_norm`" in paragraph
+            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evidence.table()[2:]]
+            assert "\n".join(evidence.table()) in readme()
+            column = {op: row[place] for row in rows for op in row[0].split(", ")}
+            assert column["`rms_norm`"] == "compiled code: bf16; source: fp32, fp16"
+            assert column["`layer_norm`"] == "GPU: fp32, bf16, fp16"
 
 
 def test_every_op_has_a_fingerprint() -> None:

@@ -116,6 +116,23 @@ def test_activations_are_quantised_on_the_cpu_only(backend: Backend) -> None:
 
 
 @EACH
+@pytest.mark.parametrize("op", ["attention", "attention_decode"])
+def test_a_query_without_keys(op: str, backend: Backend) -> None:
+    """Its own key is one: kv_lens counts it. A row without keys has no queries, which the cases have."""
+    if backend.missing:
+        pytest.skip(backend.missing)
+    arguments = cached()
+    arguments["kv_lens"] = torch.tensor([0, 3], dtype=torch.int32)
+    with (
+        backend.within(),
+        pytest.raises(
+            ValueError, match=rf"^{op}: row 0 has 1 query tokens and kv_lens 0; kv_lens counts the query"
+        ),
+    ):
+        OPS[op][0](**arguments, backend=backend.backend)
+
+
+@EACH
 @pytest.mark.parametrize("op", ["attention", "attention_decode", "packed_attention"])
 def test_a_head_too_large_names_the_backend(op: str, backend: Backend) -> None:
     if backend.missing:

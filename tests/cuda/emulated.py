@@ -161,7 +161,8 @@ class _CheckedKernels(CudaKernels):
     def __init__(self, module: ModuleType, recorder: _Recorder) -> None:
         super().__init__(module, 0)
         self.recorder = recorder
-        self.traffic: list[tuple[str, dict[str, int]]] = []
+        self.traffic: list[tuple[str, dict[str, int]]] = []  # by launcher
+        self.kernels: list[tuple[str, str, dict[str, int]]] = []  # by launcher and kernel
 
     def _launch(self, function: Callable[..., None], *arguments: Any) -> None:
         self.module.reset_traffic()
@@ -173,7 +174,9 @@ class _CheckedKernels(CudaKernels):
             written = place not in self.recorder.fresh
             self.module.add_buffer(place, storage.nbytes(), "tensor", written, place not in writable)
         super()._launch(function, *arguments)
-        self.traffic.append((function.__name__, self.module.traffic()))
+        name = function.__name__
+        self.traffic.append((name, self.module.traffic()))
+        self.kernels += [(name, text, counts) for text, counts in self.module.traffic_by_launch()]
 
 
 @contextlib.contextmanager

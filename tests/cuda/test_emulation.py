@@ -264,3 +264,23 @@ def test_wasted_traffic_is_counted(bug: int, expected: dict[str, int]) -> None:
     assert plant_checked(bug) == ""
     traffic = cases(checking=True).traffic()
     assert {name: traffic[name] for name in expected} == expected
+    assert traffic["worst_passes"] == {24: 2, 25: 8, 26: 8, 27: 1}.get(bug, 0)
+
+
+def test_traffic_is_told_by_launch() -> None:
+    """With the kernel's name; what lanes, warps and blocks read again counts again, or once a block, or once."""
+    m = cases(checking=True)
+    assert plant_checked(23, blocks=1) == ""
+    x, out = torch.randn(256), torch.empty(128)
+    m.add_buffer(x.data_ptr(), 1024, "x", True, True)
+    m.add_buffer(out.data_ptr(), 512, "out", False, False)
+    assert m.planted(21, 2, 64, 256, x.data_ptr(), out.data_ptr(), 256) == ""
+    (first, small), (second, traffic) = m.traffic_by_launch()
+    assert first == second and "kernel = {anonymous}::planted]" in first
+    assert small["once_bytes"] == small["moved_bytes"] == small["used_bytes"] == 2 * 128
+    # Two blocks read the same 64 floats, of which a warp reads the half three times in all, and write 64 each, which
+    # they read and write again in part.
+    assert traffic["once_bytes"] == 4 * (64 + 2 * 32 + 2 * 64)
+    assert traffic["moved_bytes"] == 2 * 4 * (64 + 32 + 64)
+    assert traffic["used_bytes"] == 2 * 4 * (2 * 64 + 32 + 32 + 64 + 32)
+    assert m.traffic()["used_bytes"] == traffic["used_bytes"] + small["used_bytes"]
