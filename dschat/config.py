@@ -534,6 +534,9 @@ class OnlineConfig(StageConfig):
         [], "reward model folders or Python functions (module:function); several are added up"
     )
     reward_weights: list[float] = opt([], "weight of each reward; none: 1 each")
+    reward_trunk: Literal["own", "policy"] = opt(
+        "own", "base of the reward models; policy: the policy's, with the adapters that they were trained as"
+    )
     offload_reward: bool = opt(False, OFFLOAD.format("the reward models' weights"))
 
     environment: str = opt(
@@ -660,6 +663,7 @@ class OnlineConfig(StageConfig):
                 f"give one weight a reward{', the environment first' if self.environment else ''}"
             )
         self._check_environment()
+        self._check_trunk()
         self.require(self.unsup_coef >= 0, "unsup_coef", "0 or more")
         self.require(self.unsup_length >= 2, "unsup_length", "2 or more")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
@@ -706,6 +710,29 @@ class OnlineConfig(StageConfig):
                 "set kl_coef to a start value such as 0.05"
             )
 
+    @property
+    def shares_trunk(self) -> list[str]:
+        """Settings that put other models on the policy's base."""
+        return [key for key in ("reward_trunk", "critic_trunk") if getattr(self, key, "own") == "policy"]
+
+    def _check_trunk(self) -> None:
+        for key in self.shares_trunk:
+            if not self.lora_r:
+                raise ConfigError(
+                    f"{key} is policy and lora_r 0, which trains the weights that would be shared; set lora_r to 8 or "
+                    f"so, or {key} to own"
+                )
+            if key == "reward_trunk" and self.offload_reward:
+                raise ConfigError(
+                    "reward_trunk is policy and offload_reward true, but the policy computes with these weights; set "
+                    "offload_reward to false, or reward_trunk to own"
+                )
+            if self.zero_stage is not None or self.deepspeed:
+                raise ConfigError(
+                    f"{key} is policy with DeepSpeed, whose engines each take a model's weights for their own; leave "
+                    f"zero_stage and deepspeed out, or set {key} to own"
+                )
+
     def _check_environment(self) -> None:
         self.require(self.max_turns >= 1, "max_turns", "1 or more")
         self.require(self.turn_tokens >= 0, "turn_tokens", "0 or more")
@@ -751,6 +778,9 @@ class PPOConfig(OnlineConfig):
     critic_head: Literal["reward", "zero"] = opt(
         "reward", "where the head of critic_update=head starts: at the reward model's, or at zero"
     )
+    critic_trunk: Literal["own", "policy"] = opt(
+        "own", "base of the critic; policy: the policy's, with an adapter or a head of the critic's own"
+    )
     critic_lora_r: int = opt(8, "LoRA rank of the critic")
     critic_zero_stage: int | None = opt(None, "zero_stage of the critic; none: zero_stage")
     critic_gradient_checkpointing: bool | None = opt(None, "of the critic; none: gradient_checkpointing")
@@ -777,6 +807,11 @@ class PPOConfig(OnlineConfig):
         if self.critic_zero_stage is not None and self.zero_stage is None and not self.deepspeed:
             raise ConfigError(
                 f"critic_zero_stage is {self.critic_zero_stage} without zero_stage; set both, or leave both out"
+            )
+        if self.critic_trunk == "policy" and self.critic_update == "all":
+            raise ConfigError(
+                "critic_trunk is policy and critic_update all, which trains the weights that would be shared; set "
+                "critic_update to lora or head, or critic_trunk to own"
             )
         self.require(self.critic_learning_rate >= 0, "critic_learning_rate", "0 or more")
         decay = self.critic_weight_decay

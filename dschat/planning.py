@@ -202,14 +202,17 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
         reference = shape_of(run.reference) if run.reference else policy
         parts.append(_frozen("reference", reference.parameters * size, stage, run.offload_reference, gpus))
     critic_stage = stage if run.critic_zero_stage is None else run.critic_zero_stage
-    scores = scorer.parameters * size
-    if run.critic_update == "head":  # of whose few numbers nothing is counted
-        away = run.offload_reward and not run.critic
-        parts.append(_frozen("critic and reward model", scores, critic_stage, away, gpus))
-    else:
+    scores, on_policy = scorer.parameters * size, run.critic_trunk == "policy"
+    if run.critic_update != "head":
         critic = scorer.parameters if run.critic_update == "all" else scorer.lora(run.critic_lora_r)
         parts += _trained("critic", scorer.parameters, critic, size, critic_stage, run.offload, gpus)
-    if run.critic_update == "all":
+        if on_policy:  # its base is the policy's
+            parts[-3] = Part("critic: weights", critic * 4)
+    elif not on_policy:  # a head is a few numbers, which are not counted
+        away = run.offload_reward and not run.critic
+        parts.append(_frozen("critic and reward model", scores, critic_stage, away, gpus))
+    alone = on_policy and run.reward_trunk == "own" and any(":" not in name for name in run.reward)
+    if run.critic_update == "all" or alone:
         parts.append(_frozen("reward model", scores, critic_stage, run.offload_reward, gpus))
     fed = -(-run.batch_size // gpus) * length
     again = stage == 3 or run.gradient_checkpointing

@@ -211,3 +211,18 @@ def test_heads_by_a_configuration_are_the_models(name):
     model = build(name)
     spec = HybridEngine(model).spec
     assert models.heads_of(model.config) == (spec.num_heads, spec.num_kv_heads)
+
+
+def test_one_base_by_hand(tmp_path):
+    """On the policy's base a critic takes its adapter in float32, and the reward model nothing, or its own whole."""
+    text = (ROOT / "recipes/deepspeed_chat/llama2-7b-mixed.yaml").read_text()
+    found = []
+    for i, reward_trunk in enumerate(("own", "policy")):
+        recipe = tmp_path / f"{i}.yaml"
+        recipe.write_text(f"{text}\ncritic_trunk: policy\nreward_trunk: {reward_trunk}\n")
+        parts = planning.plan(PlanConfig(recipe=str(recipe), gpus=8))[1].parts
+        found.append({p.name: p.bytes / 1e9 for p in parts})
+    adapter = 32 * 64 * (4 * 8192 + 3 * (4096 + 11008)) / 1e9
+    assert all(parts["critic: weights"] == pytest.approx(adapter * 4) for parts in found)
+    assert found[0].pop("reward model (whole on each GPU)") == pytest.approx(6.738 * 2, rel=0.01)
+    assert found[0] == found[1]

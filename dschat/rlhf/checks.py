@@ -26,6 +26,7 @@ from .rewards import (
     require_columns,
     require_same_tokenizer,
 )  # fmt: skip
+from .trunk import read_adapter, require_alike, same_model
 
 Made = Mapping[str, str]
 """Folder of a stage that is still to run -> the model that it starts from, whose modules and tokenizer its own has."""
@@ -102,6 +103,17 @@ def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: A
         _check_rewards(config, partial(origin, made=made), own_tokenizer)
 
 
+def _check_trunk(
+    config: OnlineConfig, wanted: Sequence[tuple[str, str]], origin_of: Callable[[str], str]
+) -> None:
+    """Models that a setting puts on the policy's base were trained as adapters, on one that is held alike; whether on
+    the same weights is known when those are read. wanted: (model, setting); those that a stage is still to write are
+    looked at then."""
+    for name, key in wanted:
+        if origin_of(name) == name and not same_model(name, origin_of(config.model)):
+            require_alike(name, key, read_adapter(name, key)[1], {"base_weights": config.base_weights})
+
+
 def _check(check: Callable[..., Any], *values: Any) -> None:
     try:
         check(*values)
@@ -113,18 +125,26 @@ def _check_rewards(
     config: OnlineConfig, origin_of: Callable[[str], str], own_tokenizer: Callable[[], Any]
 ) -> None:
     """Reward models are there, the critic's model can be what it is to be, and functions can be imported."""
-    scorers = [origin_of(name) for name in config.reward if not is_function_name(name)]
-    for name in scorers:
-        models.resolve(name)
+    names = [name for name in config.reward if not is_function_name(name)]
+    for name in names:
+        models.resolve(origin_of(name))
+    if config.reward_trunk == "policy" and not names:
+        raise ConfigError(
+            "reward_trunk is policy and reward names no model; name one, or set reward_trunk to own"
+        )
+    on_policy = [(name, "reward_trunk") for name in names if config.reward_trunk == "policy"]
     if isinstance(config, PPOConfig):
-        critic = origin_of(config.critic) if config.critic else ""
-        if critic:
+        if config.critic:
             why = "the critic reads the policy's tokens"
-            require_same_tokenizer(critic, own_tokenizer(), "critic", why)
-        if config.critic_update == "lora":
-            same = (n for n in scorers if other_tokenizer(n, own_tokenizer()) is None)
-            start = critic or next(same, origin_of(config.model))
-            models.check_lora(config, start, "the critic's model")
+            require_same_tokenizer(origin_of(config.critic), own_tokenizer(), "critic", why)
+        if config.critic_update == "lora" or config.critic_trunk == "policy":
+            same = (n for n in names if other_tokenizer(origin_of(n), own_tokenizer()) is None)
+            start = config.critic or next(same, config.model)
+            if config.critic_update == "lora":
+                models.check_lora(config, origin_of(start), "the critic's model")
+            if config.critic_trunk == "policy":
+                on_policy.append((start, "critic_trunk"))
+    _check_trunk(config, on_policy, origin_of)
     if config.environment:
         from .environments import load_environment  # imports Run
 

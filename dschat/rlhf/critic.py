@@ -19,6 +19,7 @@ from ..engine.zero import ZeroSettings, make_stepper
 from . import conversations, models
 from .rewards import RewardFunction, Rewards, load_sources
 from .run import derive_seed, make_optimizer
+from .trunk import Trunk
 
 
 class Critic:
@@ -64,20 +65,19 @@ class Critic:
 
     def save(self, tokenizer: Any, folder: Path, merge: bool, encoder: conversations.Encoder) -> list[Path]:
         """Write it as a sequence classifier whose score at a token is the value there (less reward_mean, by reward_std,
-        where the config has them, as a reward model's). A critic with an adapter is used up by merging.
+        where the config has them, as a reward model's). What has an adapter or an int8 base is used up.
         """
         model = self.scorer.model
         models.set_scorer_padding(model, tokenizer, encoder)
         if not self.frozen_trunk:
             return models.save_model(model, tokenizer, folder, merge)
-        base = model.get_base_model() if models.is_peft(model) else model
-        name = "score" if hasattr(base, "score") else "classifier"
-        head = getattr(base, name)
-        setattr(base, name, self.head)
+        plain = models.merged(model)
+        head = models.score_head(plain)
+        models.set_score_head(plain, self.head)
         try:
-            return models.save_model(model, tokenizer, folder, merge)
+            return models.save_model(plain, tokenizer, folder, merge)
         finally:
-            setattr(base, name, head)
+            models.set_score_head(plain, head)
 
 
 class AdapterOff:
@@ -99,24 +99,36 @@ def build_rewards_and_critic(
     encoder: conversations.Encoder | None = None,
     device: torch.device = devices.CPU,
     zero: ZeroSettings | None = None,
+    base: Trunk | None = None,
 ) -> tuple[Rewards, Critic]:
     """Reward sources and critic as configured. The critic shares the frozen weights of the reward model it
     starts from.
 
     encoder: the policy's; a reward model with a tokenizer of its own then reads decoded and re-encoded answers.
     device: where the models are to be, which is where the policy is. zero: the critic's; under ZeRO-3 what is frozen
-    is in shards too.
+    is in shards too. base: the policy's, on which reward models are with reward_trunk policy, and the critic with
+    critic_trunk policy.
     """
-    sources, loaded = load_sources(config, dtype, functions, encoder, device, zero)
+    sources, loaded = load_sources(config, dtype, functions, encoder, device, zero, base)
     first_model = next(iter(loaded), None)
     start = config.critic or first_model or config.model
+    seed = derive_seed(config.seed, "critic")
+    on_policy = config.critic_trunk == "policy"
+    # One model for both, unless the critic trains its base, is on another, or gets modules of its own on the policy's.
+    alike = start in loaded and config.reward_trunk == config.critic_trunk
+    shared = alike and config.critic_update in (("head",) if on_policy else ("head", "lora"))
 
     head: nn.Module
-    if config.critic_update == "all" or start not in loaded:
+    if shared:
+        model = loaded[start]
+    elif base is None or not on_policy:
         model = models.load_scorer(start, dtype, config.seed, new_head="zero")
         model = devices.place(model, device)
+    elif config.critic_update == "head":
+        model = base.scorer(start, "critic_trunk")
     else:
-        model = loaded[start]
+        r, targets, last = config.critic_lora_r, config.lora_targets, config.lora_last
+        model = base.critic(start, "critic_trunk", r, targets, last, seed)
     again = config.critic_gradient_checkpointing
     again = config.gradient_checkpointing if again is None else again
     if config.critic_update == "head":
@@ -124,20 +136,19 @@ def build_rewards_and_critic(
         if config.critic_head == "zero":
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
-        offload = config.offload_reward and start in loaded
+        offload = config.offload_reward and shared
         critic = Critic(models.frozen_scorer(model, offload, zero), head, frozen_trunk=True)
     elif config.critic_update == "lora":
-        seed = derive_seed(config.seed, "critic")
-        model = models.add_lora(
-            model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
-        )
+        if not on_policy:
+            model = models.add_lora(
+                model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
+            )
         models.checkpointed(model, again)
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
     else:
         models.checkpointed(model.requires_grad_(True), again)
         critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
 
-    shared = start in loaded and config.critic_update != "all"
     for i, (name, source) in enumerate(sources):
         if shared and name == start:
             as_reward: Any = critic.scorer if config.critic_update == "head" else AdapterOff(critic.scorer)

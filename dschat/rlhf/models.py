@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
+from dschat_kernels.packing import is_lora
 
 from .. import device as devices
 from .. import parallel
@@ -263,6 +264,10 @@ def outline(name: str) -> Any:
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")
 """Names of the linear layers that get no adapter and are not quantised."""
+UNDER = "under"
+"""Name of a frozen adapter under the one that is trained."""
+BASE = "base.json"
+"""File of an adapter's folder that says what weights it was trained on."""
 
 
 @contextlib.contextmanager
@@ -349,10 +354,16 @@ def add_lora(
         return no_dropout(peft.get_peft_model(model, config))
 
 
-def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
-    """Add the adapter that the config asks for, or make all weights trainable."""
+def hold_base(model: Any, config: StageConfig) -> Any:
+    """The model, its linear layers held as the config asks."""
     if config.base_weights == "int8":
         quantise_linears(model, HEADS)
+    return model
+
+
+def make_trainable(model: Any, config: StageConfig, task: str) -> Any:
+    """Add the adapter that the config asks for, on a base that is held as it asks, or make all weights trainable."""
+    model = hold_base(model, config)
     if config.lora_r:
         model = add_lora(
             model, config.lora_r, config.lora_alpha, config.lora_targets, task, config.seed, config.lora_last
@@ -375,36 +386,48 @@ def is_peft(model: Any) -> bool:
 
 
 def merged(model: Any) -> Any:
-    """The plain model that a PEFT model computes, which is used up."""
+    """The plain model that a model with an adapter, or with an int8 base, computes. It is used up; base weights that
+    others share stay as they are."""
     if any(isinstance(m, Int8Linear) for m in model.modules()):
         fuse_linears(model)
-        return model.unload()
-    return model.merge_and_unload()
+    elif is_peft(model):
+        for layer in filter(is_lora, model.modules()):
+            base = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            layer.merge()
+    return model.unload() if is_peft(model) else model
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path, merge: bool) -> list[Path]:
+def save_model(
+    model: Any, tokenizer: Any, folder: str | Path, merge: bool, about: Mapping[str, Any] | None = None
+) -> list[Path]:
     """Write `folder/model` (for from_pretrained) and, with LoRA, `folder/adapter` (PEFT). A LoRA model is
     used up by merging.
 
-    merge=False writes the adapter only: its base is named in adapter_config.json. All processes of a run call;
-    the lead writes, and sharded weights are whole on all of them meanwhile.
+    merge=False writes the adapter only: its base is named in adapter_config.json. about: goes into the adapter's
+    `base.json`. All processes of a run call; the lead writes, and sharded weights are whole on all of them meanwhile.
     """
     with whole(model.parameters()):
-        written = parallel.from_lead(lambda: _save_model(model, tokenizer, Path(folder), merge))
+        written = parallel.from_lead(lambda: _save_model(model, tokenizer, Path(folder), merge, about))
     return written
 
 
-def _save_model(model: Any, tokenizer: Any, folder: Path, merge: bool) -> list[Path]:
+def _save_model(
+    model: Any, tokenizer: Any, folder: Path, merge: bool, about: Mapping[str, Any] | None
+) -> list[Path]:
     settle_deepspeed()
     written = []
     if is_peft(model):
         with atomic_folder(folder / "adapter") as temporary:
-            model.save_pretrained(temporary, safe_serialization=True)
+            own = [name for name in model.peft_config if name != UNDER]
+            model.save_pretrained(temporary, safe_serialization=True, selected_adapters=own)
             tokenizer.save_pretrained(temporary)
+            if about is not None:
+                (temporary / BASE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         written.append(folder / "adapter")
         if not merge:
             return written
@@ -426,6 +449,12 @@ def score_head(model: Any) -> Any:
         if isinstance(head, nn.Module):
             return head
     raise ConfigError(f"{type(base).__name__} has no head named score or classifier, so it gives no scores")
+
+
+def set_score_head(model: Any, head: nn.Module) -> None:
+    """Put `head` in the place of `score_head(model)`."""
+    base = model.get_base_model() if is_peft(model) else model
+    setattr(base, "score" if isinstance(getattr(base, "score", None), nn.Module) else "classifier", head)
 
 
 def set_scorer_padding(model: Any, tokenizer: Any, encoder: Any) -> None:

@@ -68,6 +68,7 @@ from .run import (
     rollout_dtype,
     set_lr,
 )  # fmt: skip
+from .trunk import Trunk
 
 RATIO_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 6e-3}
 """Deviation of the first ratio from 1 that rounding alone may cause, where kernels depend on the shape of a
@@ -130,9 +131,11 @@ class Trainer(abc.ABC):
     def build(
         cls, config: Any, engine: HybridEngine, encoder: conversations.Encoder, reference: HybridEngine | None,
         functions: Sequence[RewardFunction], dtype: torch.dtype, zero: ZeroSettings | None = None,
+        base: Trunk | None = None,
     ) -> Trainer:  # fmt: skip
-        """The trainer with the rewards that the config names, and `functions`."""
-        sources, _ = load_sources(config, dtype, functions, encoder, engine.device, zero)
+        """The trainer with the rewards that the config names, and `functions`. base: the policy's, where others are to
+        be adapters on it."""
+        sources, _ = load_sources(config, dtype, functions, encoder, engine.device, zero, base)
         away = partial(models.frozen_scorer, offload=config.offload_reward, zero=zero)
         scorers = [(n, away(s) if isinstance(s, nn.Module) else s) for n, s in sources]
         return cls(config, engine, encoder, Rewards(scorers, config.reward_weights), reference)
@@ -631,14 +634,16 @@ def assemble(
             devices.place(frozen, device), config.offload_reference, zero, exact=config.exact,
             dtype=rollout_dtype(config, dtype, device),
         )  # fmt: skip
-    policy = models.make_trainable(devices.place(policy, device), config, "CAUSAL_LM")
+    policy = models.hold_base(devices.place(policy, device), config)
+    base = Trunk(policy, config) if config.shares_trunk else None
+    policy = models.make_trainable(policy, config, "CAUSAL_LM")
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
     engine = make_engine(
         policy, optimizer, zero, make_loss_scale(config, dtype), exact=config.exact,
         rollout_weights=config.rollout_weights, dtype=rollout_dtype(config, dtype, device),
         inference_tp_size=config.inference_tp_size,
     )  # fmt: skip
-    return build(config, engine, encoder, reference, rewards, dtype, zero)
+    return build(config, engine, encoder, reference, rewards, dtype, zero, base)
 
 
 def _check_room(config: OnlineConfig, sets: Sequence[Sequence[data.Example]], context: int | None) -> None:

@@ -4,7 +4,8 @@
     loss     = clipped surrogate(advantages) + clipped value loss(returns)
 
 Models kept: the policy; the reference is the policy with its adapter switched off (a frozen copy when all weights are
-trained); the critic starts from the reward model and shares its weights unless it trains them. The rest: online.py.
+trained); the critic starts from the reward model and shares its weights unless it trains them; both may be adapters on
+the policy's weights (trunk.py). The rest: online.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .metrics import Metrics
 from .online import RatioError
 from .rewards import RewardFunction, Rewards
 from .run import derive_seed, learning_rate, make_loss_scale, set_lr
+from .trunk import Trunk
 
 
 class PPO(online.Trainer):
@@ -50,10 +52,12 @@ class PPO(online.Trainer):
     def build(
         cls, config: PPOConfig, engine: HybridEngine, encoder: conversations.Encoder,
         reference: HybridEngine | None, functions: Sequence[RewardFunction], dtype: torch.dtype,
-        zero: ZeroSettings | None = None,
+        zero: ZeroSettings | None = None, base: Trunk | None = None,
     ) -> PPO:  # fmt: skip
         zero = None if zero is None else zero.at(config.critic_zero_stage)
-        rewards, critic = build_rewards_and_critic(config, dtype, functions, encoder, engine.device, zero)
+        rewards, critic = build_rewards_and_critic(
+            config, dtype, functions, encoder, engine.device, zero, base
+        )
         return cls(config, engine, encoder, rewards, critic, reference, zero)
 
     def credit(

@@ -16,7 +16,7 @@ from .. import device as devices
 from .. import parallel
 from ..config import RewardConfig
 from ..engine.zero import make_stepper
-from . import batching, conversations, data, losses, models, reading, sources
+from . import batching, conversations, data, losses, models, reading, sources, trunk
 from .run import (
     Run,
     float16_result,
@@ -47,6 +47,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         model = model or models.load_scorer(config.model, run.dtype, config.seed)
         model = devices.place(model, run.device)
         models.set_scorer_padding(model, tokenizer, encoder)
+        model = models.hold_base(model, config)
+        base = trunk.about_base(model, config) if config.lora_r else {}
         model = models.make_trainable(model, config, "SEQ_CLS")
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         scorer = models.Scorer(model)
@@ -99,7 +101,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             final["eval_pairs"] = len(eval_set)
             final["eval_longer_wins"] = longer_wins(eval_set)
         final |= float16_result(stepper)
-        written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
+        about = base | {k: getattr(model.config, k) for k in ("reward_mean", "reward_std")}
+        written = models.save_model(model, tokenizer, run.folder, config.merge_lora, about)
         return run.finish({"steps": total, **final, "written": [str(p) for p in written]})
 
 

@@ -38,6 +38,7 @@ from .. import parallel
 from ..config import ConfigError, OnlineConfig
 from ..engine.zero import ZeroSettings
 from . import batching, conversations, models
+from .trunk import Trunk
 
 RewardFunction = Callable[..., Any]
 """Gives a list (or an array, or a tensor) of n numbers, or promises one (`async def`)."""
@@ -471,12 +472,18 @@ def load_sources(
     encoder: conversations.Encoder | None = None,
     device: torch.device = devices.CPU,
     zero: ZeroSettings | None = None,
+    base: Trunk | None = None,
 ) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """(all reward sources by name, functions first, then the environment; the frozen reward models among them by name).
 
     encoder: the policy's; with it a reward model whose tokenizer is another one becomes an OwnTokenizer.
-    device: where reward models are to be. zero: of an OwnTokenizer's.
+    device: where reward models are to be. zero: of an OwnTokenizer's. base: the policy's, on which they are with
+    reward_trunk policy.
     """
+    if config.shares_trunk and base is None:
+        raise ValueError(
+            f"{config.shares_trunk[0]} is policy: give the policy's base (dschat.rlhf.trunk.Trunk)."
+        )
     loaded: dict[str, Any] = {}
     sources: list[tuple[str, Any]] = [(function_name(f), f) for f in functions]
     if config.environment:
@@ -485,8 +492,11 @@ def load_sources(
         if is_function_name(name):
             sources.append((name.rpartition(":")[2], load_function(name)))
         else:
-            model = models.load_scorer(name, dtype, config.seed, new_head=None).requires_grad_(False)
-            loaded[name] = devices.place(model, device)
+            if base is not None and config.reward_trunk == "policy":
+                loaded[name] = base.scorer(name, "reward_trunk")  # where the policy is
+            else:
+                model = models.load_scorer(name, dtype, config.seed, new_head=None)
+                loaded[name] = devices.place(model.requires_grad_(False), device)
             own = other_tokenizer(name, encoder.tokenizer) if encoder is not None else None
             if own is None:
                 sources.append((name, loaded[name]))

@@ -23,7 +23,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from dschat import config as configs
 from dschat import device as devices
 from dschat.engine import frozen
-from dschat.rlhf import dpo, evals, grpo, models, ppo, replay, reward, rloo, sft
+from dschat.rlhf import dpo, evals, grpo, models, ppo, replay, reward, rloo, sft, trunk
 from dschat.rlhf.metrics import read_lines
 from dschat.rlhf.run import Run
 from tests.cuda.pretend import move, on_the_device
@@ -56,6 +56,9 @@ STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ppo-all": (ppo.train, configs.PPOConfig, {
         **ONLINE, "lora_r": 0, "critic_update": "all", "entropy_coef": 0.1, "kl_control": "adaptive",
         "ema_decay": 0.9, "unsup_coef": 0.1, "unsup_length": 8, "importance_cap": 2.0, "reward_norm": "batch",
+    }),
+    "ppo-one-base": (ppo.train, configs.PPOConfig, {
+        **ONLINE, "critic_trunk": "policy", "reward_trunk": "policy", "critic_lora_r": 2, "compare_hf": 0,
     }),
     "grpo": (grpo.train, configs.GRPOConfig, {**ONLINE, "kl_place": "loss", "flat_groups": "drop"}),
     "ppo-turns": (ppo.train, configs.PPOConfig, {**ONLINE, **TURNS}),
@@ -149,9 +152,11 @@ def common(folder: Path) -> dict[str, Any]:
 
 
 def judge(folder: Path) -> str:
-    """A reward model in `folder`, with the head that a seed draws."""
+    """A reward model in `folder`, with the head that a seed draws and an adapter of zeros."""
     scorer = models.load_scorer(str(STORIES), torch.float32)
-    models.save_model(scorer, models.load_tokenizer(str(STORIES)), folder / "judge", merge=True)
+    about = {**trunk.about_base(scorer, configs.RewardConfig()), "reward_mean": 0.0, "reward_std": 1.0}
+    scorer = models.add_lora(scorer, 2, 0.0, ["all-linear"], "SEQ_CLS", 0)
+    models.save_model(scorer, models.load_tokenizer(str(STORIES)), folder / "judge", merge=True, about=about)
     return str(folder / "judge")
 
 
