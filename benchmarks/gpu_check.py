@@ -225,6 +225,17 @@ def matrix_cases(machine: Machine, rows: int, normal: Any, dtype: torch.dtype) -
     yield Case(
         "linear", shape, [x, weight], F.linear, lambda b: dk.linear(x, packed, backend=b), moved, flops
     )
+    integers = PackedLinear.from_weight(
+        weight, weights="int8", dense=machine.backends[0] in UNCHECKED or None
+    )
+    # PyTorch multiplies by the same integers in x's dtype: what quantising loses does not count.
+    values, scales = integers.stored().to(dtype), integers.plain_scales()
+    assert scales is not None
+    yield Case(
+        "linear_int8", shape, [x, values, scales],
+        lambda x, q, s: (F.linear(x, q).to(torch.promote_types(x.dtype, torch.float32)) * s).to(x.dtype),
+        lambda b: dk.linear(x, integers, backend=b), moved - weight.numel() * (size - 1), flops,
+    )  # fmt: skip
     a, b_ = normal(16, s.hidden, scale=s.hidden**-0.5), normal(s.intermediate, 16, scale=0.25)
     yield Case(
         "lora_linear", f"{shape}, rank 16", [x, weight, a, b_],

@@ -18,12 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OPS: dict[str, dict[str, str]] = {
     "cuda": {"rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention_backward"},
-    "triton": {"rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention"},
-}
+    "triton": {
+        "rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention", "linear_int8": "linear"
+    },
+}  # fmt: skip
 """Files of ops that are not called like them."""
 NAMES = (
-    "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "lora_linear", "fuse_lora",
-    "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
+    "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "linear_int8", "lora_linear",
+    "fuse_lora", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
 )  # fmt: skip
 
 

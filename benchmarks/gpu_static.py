@@ -96,6 +96,9 @@ def _specimens(dtype: torch.dtype) -> list[Specimen]:
     def f(*shape: int) -> Tensor:
         return _empty(*shape, dtype=torch.float32)
 
+    def q(*shape: int) -> Tensor:
+        return _empty(*shape, dtype=torch.int8)
+
     def i(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32)
 
@@ -159,6 +162,15 @@ def _specimens(dtype: torch.dtype) -> list[Specimen]:
         ("linear_prefill", lambda: linear.linear(t(4096, hidden), t(hidden, hidden), None, hidden, hidden, False,
                                                  "none", None, False),
          (hidden * hidden + 2 * 4096 * hidden) * size, 2 * 4096 * hidden * hidden),
+        ("linear_int8", lambda: linear.linear_int8(t(rows, hidden), q(hidden, hidden), 1, f(hidden), None, hidden,
+                                                   hidden, False, "none", t(rows, hidden), False),
+         hidden * hidden + 3 * rows * hidden * size, 2 * rows * hidden * hidden),
+        ("linear_int8_gated", lambda: linear.linear_int8(t(rows, hidden), q(2 * mid, hidden), 1, f(2 * mid), None, mid,
+                                                         hidden, True, "silu", None, False),
+         2 * mid * hidden + rows * (hidden + mid) * size, 4 * rows * hidden * mid),
+        ("linear_int8_prefill", lambda: linear.linear_int8(t(4096, hidden), q(hidden, hidden), 1, f(hidden), None,
+                                                           hidden, hidden, False, "none", None, False),
+         hidden * hidden + 2 * 4096 * hidden * size, 2 * 4096 * hidden * hidden),
         ("digest", lambda: _digest.digest(torch.zeros(2**20, dtype=torch.int32)), 2**22, 2**22),
         ("fuse_lora", lambda: lora_linear.fuse_lora(t(hidden, hidden), f(rank, hidden), f(hidden, rank), 1.0),
          2 * hidden * hidden * size, 2 * hidden * hidden * rank),
@@ -218,7 +230,7 @@ def variant(launch: Any) -> tuple[Any, ...]:
 
 _POINTEE = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int32: "i32",
-    torch.int64: "i64",
+    torch.int64: "i64", torch.int8: "i8",
 }  # fmt: skip
 
 

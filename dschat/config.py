@@ -51,7 +51,8 @@ TRACKERS = ("wandb", "trackio")
 
 def _rollout_weights() -> Any:
     return opt(
-        "model", "of generation; int8: quantised, half the bytes a step; int8_dynamic: activations too"
+        "model",
+        "of generation; int8: quantised, half the bytes a step; int8_dynamic: activations too, on CPUs",
     )
 
 

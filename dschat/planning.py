@@ -193,9 +193,10 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     parts = _trained("policy", policy.parameters, trained, size, stage, run.offload, gpus)
     if run.base_weights == "int8":  # linear layers, a number a byte; scales are a thousandth
         parts[0] = Part("policy: weights", policy.matrices + policy.embeddings * size + trained * 4)
+    packed = size if run.rollout_weights == "model" else 1
     parts_of = min(run.inference_tp_size, gpus)
     share = "whole" if parts_of == 1 else f"1/{parts_of}"
-    parts.append(Part(f"rollout packs ({share} on each GPU)", policy.parameters * size / parts_of))
+    parts.append(Part(f"rollout packs ({share} on each GPU)", policy.parameters * packed / parts_of))
     parts.append(Part(f"cache of {own} rows", policy.cache_bytes(own * length, size)))
     if run.own_reference:
         reference = shape_of(run.reference) if run.reference else policy
@@ -220,7 +221,7 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     peak, bandwidth = machine.tflops * 1e12 * machine.efficiency, machine.bandwidth * GB
     tokens = rows * length
     weights = policy.matrices + policy.head
-    step = max(weights * size / bandwidth, 2 * weights * own / peak)
+    step = max(weights * packed / bandwidth, 2 * weights * own / peak)
     cache = policy.cache_bytes(own * (run.max_prompt_length + run.max_new_tokens // 2), size) / bandwidth
     passes = 3 + again  # forward, backward twice it, and where layers are computed again the forward
     critic_again = run.critic_gradient_checkpointing

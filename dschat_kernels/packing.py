@@ -33,6 +33,8 @@ DIGEST_BLOCK = 2**16
 """Bytes that native kernels hash by themselves where the tensor is no matrix."""
 DIGEST_PIECE = 2**24
 """Words of 4 bytes that `digests` takes at a time without native kernels."""
+QUANTISE_PIECE = 2**24
+"""Elements that dense packs quantise at a time: what lies between, in float32, stays small beside a head."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class ResolvedLinear:
         """Everything the projection is computed from, the weight first."""
         found = [self.weight] + [t for t in (self.bias, self.scales) if t is not None]
         return found + [t for u in self.updates for t in (u.a, u.b)]
+
+    def rows(self, begin: int, end: int) -> ResolvedLinear:
+        """The projection to some of the outputs; views."""
+        bias, scales = (None if t is None else t[begin:end] for t in (self.bias, self.scales))
+        updates = tuple(LoraUpdate(u.a, u.b[begin:end], u.scale) for u in self.updates)
+        return ResolvedLinear(self.weight[begin:end], bias, updates, scales)
 
     def base(self) -> Tensor:
         """The weight without updates, float32 (the parameter itself where it is)."""
@@ -108,13 +116,8 @@ def resolve_linear(spec: LinearSpec, name: str = "linear") -> ResolvedLinear:
     scales = module.scales if kind == "Int8Linear" else None
     weight = module.weight.t() if kind == "Conv1D" else module.weight
     bias = None if spec.weight_only else module.bias
-    if spec.rows is not None:
-        begin, end = spec.rows
-        weight = weight[begin:end]
-        bias = None if bias is None else bias[begin:end]
-        scales = None if scales is None else scales[begin:end]
-        updates = tuple(LoraUpdate(u.a, u.b[begin:end], u.scale) for u in updates)
-    return ResolvedLinear(weight, bias, updates, scales)
+    whole = ResolvedLinear(weight, bias, updates, scales)
+    return whole if spec.rows is None else whole.rows(*spec.rows)
 
 
 def digests(tensors: Sequence[Tensor]) -> list[int]:
@@ -338,11 +341,20 @@ class PackedLinear:
             if self.scales is None:
                 torch.cat([fused_weight(p, self.dtype) for p in parts], out=self.dense)
             else:
-                values, scales = zip(*(quantise(fused_weight(p, torch.float32)) for p in parts), strict=True)
-                torch.cat(values, out=self.dense)
-                torch.cat(scales, out=self.scales)
+                self._quantise(parts, self.dense, self.scales)
             return []
         return self._pack(parts, self.panels, digest)
+
+    def _quantise(self, parts: Sequence[ResolvedLinear], dense: Tensor, scales: Tensor) -> None:
+        step = max(1, QUANTISE_PIECE // max(1, self.k))
+        pieces = [
+            p.rows(i, min(i + step, n)) for p in parts for n in [len(p.weight)] for i in range(0, n, step)
+        ]
+        begin = 0
+        for piece in pieces:
+            end = begin + len(piece.weight)
+            dense[begin:end], scales[begin:end] = quantise(fused_weight(piece, torch.float32))
+            begin = end
 
     def _pack(self, parts: Sequence[ResolvedLinear], panels: Tensor, digest: bool) -> list[int]:
         module: Any = native()

@@ -342,9 +342,9 @@ class Decoder:
         chosen = backend
         if self.device.type != "cpu" and backend is None:
             chosen = resolve_backend("decoder", None, embed.weight)
-        if weights != "model" and chosen in ("triton", "cuda"):
+        if weights == "int8_dynamic" and chosen in ("triton", "cuda"):
             raise ValueError(
-                f"weights is {weights!r} and backend {chosen!r}: int8 runs on 'cpu' and 'reference' in this version."
+                f"weights is {weights!r} and backend {chosen!r}: it runs on 'cpu' and 'reference'; give 'int8'."
             )
         if self.device.type != "cpu" or backend in ("triton", "cuda"):  # on CPU tensors in tests only
             backend = resolve_backend("decoder", backend, embed.weight)
@@ -430,7 +430,7 @@ class Decoder:
         held: list[Tensor | None] = [self.embed_table, self.position_table, self.alibi]
         for group in self.groups.values():
             if group.packed is not None:
-                held += [group.packed.panels, group.packed.dense, group.packed.bias]
+                held += [group.packed.panels, group.packed.dense, group.packed.bias, group.packed.scales]
         for norm in self.norms.values():
             held += [norm.weight, norm.bias, norm.scale, norm.shift]
         held += [t for pair in self.ropes for t in pair]

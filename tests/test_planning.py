@@ -184,6 +184,19 @@ def test_a_base_of_8_bits_by_hand():
     assert parts["policy: optimizer"] == pytest.approx(adapter * 8)
 
 
+def test_int8_packs_are_a_byte_a_weight(tmp_path):
+    """And where the weights' bytes are what a step of decoding waits for, it takes half as long but for the cache."""
+    text = (ROOT / "recipes/deepspeed_chat/llama2-7b.yaml").read_text()
+    found = []
+    for weights in ("model", "int8"):
+        recipe = tmp_path / f"{weights}.yaml"
+        recipe.write_text(f"{text}\nrollout_weights: {weights}\nimportance_cap: 2.0\n")
+        found.append(planning.plan(PlanConfig(recipe=str(recipe), gpus=8))[1])
+    packs = [{p.name: p.bytes for p in f.parts}["rollout packs (whole on each GPU)"] for f in found]
+    assert packs[1] == packs[0] / 2
+    assert 0.4 < found[1].seconds["decode"] / found[0].seconds["decode"] < 0.7
+
+
 def test_packs_in_parts():
     _, found = planning.plan(
         PlanConfig(recipe=str(ROOT / "recipes/deepspeed_chat/opt-13b-lora.yaml"), gpus=8)

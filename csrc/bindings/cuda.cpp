@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
+#include "cuda/linear_int8.h"
 #ifdef DSCHAT_EMULATE_CUDA
 #include "bindings/cuda_emulation.cuh"
 #endif
@@ -71,6 +72,7 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
   bind(m, "attention_decode", launch_attention_decode);
   bind(m, "attention_backward", launch_attention_backward);
   bind(m, "linear", launch_linear);
+  bind(m, "linear_int8", launch_linear_int8);
   bind(m, "lora_linear", launch_lora_linear);
   bind(m, "fuse_lora", launch_fuse_lora);
   bind(m, "sample", launch_sample);

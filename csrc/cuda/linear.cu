@@ -12,7 +12,7 @@ extern "C" int launch_linear(int type, const void* x, int64_t x_stride, int64_t 
   return launched(known_activation(activation) && dispatch(type, [&](auto t) {
     using T = decltype(t);
     const Epilogue<T> epilogue{bias, static_cast<const T*>(residual), residual_stride, y, y_stride, n, gated,
-                               float_output, Activation(activation), nullptr, nullptr, 0};
+                               float_output, Activation(activation), nullptr, nullptr, 0, nullptr};
     launch_tiles(operand<T>(x, x_stride, k), rows, operand<T>(weight, k, k), epilogue, stream);
   }));
 }

@@ -1,4 +1,4 @@
-// What linear and lora_linear share: the kernel around a tile, and what happens to finished sums.
+// What linear, linear_int8 and lora_linear share: the kernel around a tile, and what happens to finished sums.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -7,8 +7,8 @@
 namespace dschat::cuda {
 
 // See dschat_kernels/ops/linear.py for the roundings. `side_in` [rows, rank] and `side_weight` [n, rank] are the
-// low-rank side path, added to the sums before the bias; null: none.
-template <typename T> struct Epilogue {
+// low-rank side path, added to the sums before the bias; null: none. W is the type of the weight.
+template <typename T, typename W = T> struct Epilogue {
   const float* bias;  // [n], gated: [2 n], gate first
   const T* residual;
   int64_t residual_stride;
@@ -19,10 +19,12 @@ template <typename T> struct Epilogue {
   Activation activation;
   const float *side_in, *side_weight;
   int64_t rank;
+  const float* scales;  // of integers, in the order of the bias
 
   // Column c of the weight, of row `row`, before anything is rounded.
   __device__ __forceinline__ float finished(int64_t row, int64_t c, float sum) const {
     for (int64_t r = 0; r < (side_in ? rank : 0); ++r) sum = fmaf(side_in[row * rank + r], side_weight[c * rank + r], sum);
+    if constexpr (!std::is_same_v<W, T>) sum *= scales[c];
     return bias ? sum + bias[c] : sum;
   }
 
@@ -47,11 +49,11 @@ template <typename T> struct Epilogue {
 };
 
 // A tile has 64 columns of the weight; gated: 8 of the gate, the same 8 of up, and so on, so that both meet in a thread.
-template <typename T, int kHeight>
+template <typename T, int kHeight, typename W>
 __global__ void __launch_bounds__(kGemmThreads)
-    linear_tiles(Operand<T> x, int64_t rows, Operand<T> w, Epilogue<T> epilogue) {
+    linear_tiles(Operand<T> x, int64_t rows, Operand<W> w, Epilogue<T, W> epilogue) {
   DSCHAT_DYNAMIC_SHARED(memory);
-  using Tile = GemmTile<T, kHeight>;
+  using Tile = GemmTile<T, kHeight, W>;
   const int64_t row0 = int64_t(blockIdx.y) * Tile::rows, n = epilogue.n;
   const bool gated = epilogue.gated;
   const int64_t column0 = int64_t(blockIdx.x) * (gated ? kTileColumns / 2 : kTileColumns);
@@ -75,18 +77,18 @@ __global__ void __launch_bounds__(kGemmThreads)
   });
 }
 
-template <typename T>
-void launch_tiles(const Operand<T>& x, int64_t rows, const Operand<T>& w, const Epilogue<T>& epilogue, void* stream) {
+template <typename T, typename W>
+void launch_tiles(const Operand<T>& x, int64_t rows, const Operand<W>& w, const Epilogue<T, W>& epilogue, void* stream) {
   const int64_t across = ceil_div(epilogue.n, epilogue.gated ? kTileColumns / 2 : kTileColumns);
   dispatch_height(rows, [&](auto height) {
-    using Tile = GemmTile<T, height.value>;
-    constexpr auto kernel = linear_tiles<T, height.value>;
+    using Tile = GemmTile<T, height.value, W>;
+    constexpr auto kernel = linear_tiles<T, height.value, W>;
     // A grid has at most 65535 blocks in y: very many rows are cut.
     constexpr int64_t most = int64_t(65535) * Tile::rows;
     for (int64_t begin = 0; begin < rows; begin += most) {
       const int64_t count = rows - begin < most ? rows - begin : most;
       Operand<T> input = x;
-      Epilogue<T> e = epilogue;
+      Epilogue<T, W> e = epilogue;
       input.data += begin * x.stride;
       if (e.residual) e.residual += begin * e.residual_stride;
       if (e.side_in) e.side_in += begin * e.rank;

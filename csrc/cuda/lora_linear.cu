@@ -57,7 +57,7 @@ extern "C" int launch_lora_linear(int type, const void* x, int64_t x_stride, int
     using T = decltype(t);
     DSCHAT_LAUNCH(side_inputs<T>, dim3(unsigned(rows)), dim3(kThreads), 0, stream, static_cast<const T*>(x), x_stride, a,
                   side, k, rank, scale);
-    const Epilogue<T> epilogue{bias, nullptr, 0, y, n, n, false, false, Activation::none, side, b, rank};
+    const Epilogue<T> epilogue{bias, nullptr, 0, y, n, n, false, false, Activation::none, side, b, rank, nullptr};
     launch_tiles(operand<T>(x, x_stride, k), rows, operand<T>(weight, k, k), epilogue, stream);
   }));
 }

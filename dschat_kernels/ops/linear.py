@@ -2,7 +2,8 @@
 
     z = round(x W^T + b)                      float32 sums in a fixed order; the bias is added in float32
     z = round(scale * (x Q^T) + b)            int8 weights: the sums of the integers, then a float32 scale a column
-    z = round(scale * sum_g s_g (X_g Q_g^T) + b)   int8_dynamic: x is quantised too, in groups g of 64 with scales s_g
+    z = round(scale * sum_g s_g (X_g Q_g^T) + b)   int8_dynamic: x is quantised too, in groups g of 64 with scales s_g;
+                                                    on the backends cpu and reference only
     y = round(act(z))                         activation, not gated
     y = round(act(z_gate) * z_up)             gated pack (gate and up in one matrix)
     y = round(residual + y)                   residual
@@ -92,9 +93,9 @@ def linear(
     )
     backend = resolve_backend("linear", backend, x)
     check(
-        packed.scales is None or backend in ("cpu", "reference"),
-        f"linear: int8 weights run on the backends 'cpu' and 'reference' in this version, not on {backend!r}; "
-        "pack with weights='model'.",
+        packed.weights != "int8_dynamic" or backend in ("cpu", "reference"),
+        f"linear: int8_dynamic weights run on the backends 'cpu' and 'reference', not on {backend!r}; "
+        "pack with weights='int8'.",
     )
     held = packed.panels if backend == "cpu" else packed.dense
     if backend == "reference" or (backend == "cpu" and held is None):
@@ -106,7 +107,7 @@ def linear(
             f"linear: packed is in the cpu's layout; pack with dense=True for backend {backend!r}."
         )
     if packed.scales is not None:
-        return torch.ops.dschat.linear_int8(
+        return implementation("linear_int8", backend, x)(
             x,
             held,
             WEIGHTS.index(packed.weights),
@@ -202,7 +203,7 @@ def linear_input_grad(grads: Sequence[Tensor], packed: PackedLinear) -> Tensor:
 # ------------------------------------------------------------------------------------------- torch.library
 
 LIBRARY.define(
-    # The weight: cpu reads the panels of PackedLinear, cuda its dense matrix and plain bias.
+    # The weight: cpu reads the panels of PackedLinear, cuda and triton its dense matrix, plain bias and scales.
     "linear(Tensor x, Tensor panels, Tensor? bias, int n, int k, bool gated, str activation, Tensor? residual, "
     "bool float_output) -> Tensor"
 )

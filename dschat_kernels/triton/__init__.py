@@ -34,7 +34,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "rope_append": ("rope", "rope_append"),
     "attention": ("attention", "packed_attention", "packed_attention_backward"),
     "attention_decode": ("attention_decode",),
-    "linear": ("linear",),
+    "linear": ("linear", "linear_int8"),
     "lora_linear": ("lora_linear", "fuse_lora"),
     "sample": ("sample",),
     "token_logprobs": ("token_logprobs", "token_logprobs_backward"),

@@ -19,7 +19,7 @@ def product(
     a, b, row, column, rows, columns, depth, a_row, a_k, b_k, b_column, K: tl.constexpr, WIDE: tl.constexpr
 ):
     """sum_k a[row, k] b[k, column] in float32, for row [M] and column [N]; strides are of elements. WIDE: operands are
-    widened to float32 first."""
+    widened to float32 first. b may be int8: its integers become a's dtype, which holds them exactly."""
     k = tl.arange(0, K)
     a_inside, b_inside = row < rows, column < columns
     a_place = a + row.to(tl.int64)[:, None] * a_row + k[None, :] * a_k
@@ -31,6 +31,8 @@ def product(
         w = tl.load(b_place, mask=inside[:, None] & b_inside[None, :], other=0.0)
         if WIDE:
             x, w = x.to(tl.float32), w.to(tl.float32)
+        if w.dtype == tl.int8:
+            w = w.to(x.dtype)
         if x.dtype == tl.float32:
             # Short sums round less. Written as an addition, the compiler would sum into total again.
             part = tl.dot(x, w, input_precision="ieee")

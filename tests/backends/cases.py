@@ -246,6 +246,46 @@ def linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 
 @case
+def linear_int8(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """Against float64 of scale (x Q^T) + b; epilogues from the very sums; and, where a kernel widens the integers, the
+    sums that it has of the same integers in x's dtype, bit for bit."""
+    op, options = partial(linear.linear, backend=backend), {"dense": backend != "cpu", "weights": "int8"}
+    shapes = ((1, 1, 1), (3, 31, 7), (65, 65, 64), (2, 130, 65), (0, 5, 3), (33, 33, 144), (2, 40, 300))
+    for rows, n, k in shapes if thorough else ((3, 65, 33), (18, 40, 144)):
+        x, part = draw(rows, k, dtype=dtype), _part(n, k, dtype)
+        sizes = torch.logspace(-2, 1, n).to(dtype)  # of rows, as trained matrices have them
+        part = ResolvedLinear(part.weight * sizes[:, None], part.bias, ())
+        packed = PackedLinear.from_parts([part], dtype, **options)
+        integers, scales = packed.stored(), packed.plain_scales()
+        assert scales is not None and int(integers.abs().max()) == 127
+        exact = (x.double() @ integers.double().t()) * scales.double() + part.bias.double()
+        wide = (x.float() @ integers.float().t()) * scales + part.bias.float()
+        logits, y = op(x, packed, float_output=True), op(x, packed)
+        assert_close_to_fp64(logits, exact, wide, size=_terms(x, packed.to_dense()))
+        assert_close_to_fp64(y, exact, wide.to(dtype), size=_terms(x, packed.to_dense()))
+        assert backend == "reference" or same_bits(y, logits.to(dtype)), "one rounding of the same sums"
+        if backend == "cuda":
+            plain = PackedLinear.from_weight(integers.to(dtype), dense=True)
+            expected = op(x, plain, float_output=True) * scales + part.bias.float()
+            assert same_bits(logits, expected), "the integers are widened exactly"
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu") if thorough else ("silu",):
+        parts = [_part(45, 24, dtype) for _ in range(2)]
+        x, residual = draw(9, 24, dtype=dtype), draw(9, 45, dtype=dtype)
+        gate, up = (PackedLinear.from_parts([p], **options) for p in parts)
+        z, other = op(x, gate), op(x, up)
+        fused = op(x, gate, activation=activation, residual=residual)
+        pair = op(x, PackedLinear.from_parts(parts, gated=True, **options), activation=activation)
+        acted = bias_act.bias_act_reference(z.double(), None, activation).to(dtype).double()
+        for ours, expected in (
+            (fused, residual.double() + acted),
+            (pair, gated_act.gated_act_reference(z.double(), other.double(), activation)),
+        ):
+            assert_close_to_fp64(ours, expected, expected.to(dtype), factor=4.0, size=4.0)
+    packed = PackedLinear.from_parts([_part(70, 40, dtype)], **options)
+    alone_and_strided(backend, lambda x: op(x, packed), draw(35, 40, dtype=dtype))
+
+
+@case
 def lora_linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     op = partial(lora_linear.lora_linear, backend=backend)
     reference = lora_linear.lora_linear_reference

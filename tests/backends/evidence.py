@@ -75,7 +75,8 @@ From the strongest to the weakest:
 claim that it has passed: the report of that run says so. The cells of sm_120 and of the checking build take few sizes
 there.
 
-No kernels for GPUs: products with int8 weights, whose only backends are `cpu` and `reference`. The gradients of
+`linear_int8` is `linear` over weights of 8 bits, and came after that run. No kernels for GPUs: products whose
+activations are quantised too (`int8_dynamic`), whose only backends are `cpu` and `reference`. The gradients of
 `token_logprobs` on the cuda backend, and those of `lora_linear` on either, are PyTorch's operations there.
 """
 
@@ -121,6 +122,11 @@ def unchanged(run: dict[str, Any], kind: str) -> list[str]:
     """Ops of a backend whose source is the one that ran."""
     now, then = _fingerprints()[kind], run["sources"][kind]
     return [op for op in now if now[op] == then.get(op)]
+
+
+def since(run: dict[str, Any]) -> list[str]:
+    """Ops that came after the run."""
+    return [op for op in gpu_sources.NAMES if op not in run["sources"]["cuda"]]
 
 
 def _times() -> list[str]:
@@ -209,7 +215,8 @@ def readme() -> str:
     text = (
         f"- **GPU**: passed every case of the suite (in brackets: a few shapes), once ({run['gpu']}, "
         f"{run['date']}), with the source that is here now; **the others ran in earlier versions and have not run on "
-        "a GPU again**. With the kernels of that day CUDA graphs replayed, one step of SFT, reward model, PPO, GRPO, "
+        f"a GPU again** ({', '.join(f'`{op}`' for op in since(run))} came later). "
+        "With the kernels of that day CUDA graphs replayed, one step of SFT, reward model, PPO, GRPO, "
         "RLOO and DPO gave the CPU's numbers, and a random Llama of 1.5 B parameters generated "
         f"{speeds['triton, graphs']:.0f} tokens/s at batch 1 through Triton and CUDA graphs, Hugging Face's eager "
         f"generate {speeds['HF eager']:.0f}. Our products and attention were slower than cuBLAS and PyTorch's "

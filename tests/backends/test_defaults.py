@@ -85,14 +85,16 @@ def test_op(op: str, defaults: str, backend: Backend, monkeypatch: pytest.Monkey
 
 
 def test_every_op_is_here() -> None:
-    ops = {name for names in MODULES.values() for name in names}
+    ops = {name for names in MODULES.values() for name in names} | {
+        "linear_int8"
+    }  # linear, over another pack
     assert {name.strip("_") for name in CASES} == ops
 
 
 @pytest.mark.parametrize("defaults", DEFAULTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dense", [False, True], ids=["packed", "dense"])
-def test_what_only_the_cpu_has(dense: bool, dtype: torch.dtype, defaults: str) -> None:
+def test_packs_and_what_only_the_cpu_has(dense: bool, dtype: torch.dtype, defaults: str) -> None:
     """int8 weights, gated packs, a pack's parts and their gradients, the gradients of LoRA's factors: the bits that
     they have under PyTorch's own defaults."""
     x, dy = torch.randn(5, 40).to(dtype), torch.randn(5, 24).to(dtype)

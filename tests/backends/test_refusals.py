@@ -99,6 +99,23 @@ def test_a_pack_on_another_device(dense: bool, backend: Backend) -> None:
 
 
 @EACH
+def test_activations_are_quantised_on_the_cpu_only(backend: Backend) -> None:
+    if backend.missing:
+        pytest.skip(backend.missing)
+    x, pack = (
+        torch.randn(3, 8),
+        PackedLinear.from_weight(torch.randn(4, 8), dense=True, weights="int8_dynamic"),
+    )
+    with backend.within():
+        if backend.backend in ("cpu", "reference"):
+            assert linear(x, pack, backend=backend.backend).isfinite().all()
+            return
+        said = f"int8_dynamic weights run on .* not on '{backend.backend}'; pack with weights='int8'"
+        with pytest.raises(ValueError, match=said):
+            linear(x, pack, backend=backend.backend)
+
+
+@EACH
 @pytest.mark.parametrize("op", ["attention", "attention_decode"])
 def test_a_query_without_keys(op: str, backend: Backend) -> None:
     """Its own key is one: kv_lens counts it. A row without keys has no queries, which the cases have."""

@@ -16,7 +16,8 @@ COMPILED = [b.parameter() for b in BACKENDS if b.name in ("triton-sm_80", "trito
 
 @pytest.mark.skipif(not installed(), reason="Triton is not installed")
 @pytest.mark.parametrize("backend", COMPILED)
-def test_a_row_has_the_bits_of_every_tile(backend: Backend) -> None:
+@pytest.mark.parametrize("weights", ["model", "int8"])
+def test_a_row_has_the_bits_of_every_tile(weights: str, backend: Backend) -> None:
     """Rows of tiles for up to 64, up to 1024 and more rows, by the compiled kernels, and against float64."""
     from dschat_kernels.triton._gemm import tile
 
@@ -27,11 +28,13 @@ def test_a_row_has_the_bits_of_every_tile(backend: Backend) -> None:
     with backend.within(), torch.device(backend.device):
         x = torch.randn(counts[0], depth).bfloat16()
         weight = (torch.randn(columns, depth) / depth**0.5).bfloat16()
-        packed = PackedLinear.from_weight(weight, dense=True)
+        packed = PackedLinear.from_weight(weight, dense=True, weights=weights)
         whole = linear(x, packed, backend="triton", float_output=True)
         for n in counts[1:]:
             assert same_bits(linear(x[-n:], packed, backend="triton", float_output=True), whole[-n:]), n
-    torch.testing.assert_close(whole.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        whole.double(), x.double() @ packed.to_dense().double().t(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.skipif(not installed(), reason="Triton is not installed")

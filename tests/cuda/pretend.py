@@ -396,6 +396,10 @@ def run(name: str, backend: str) -> None:
             engine.graphs = None
             rollout = engine.generate(*batch, sampling)
             found += [back(rollout.completion_ids), back(rollout.logprobs)]
+            rollout = HybridEngine(
+                model, backend=engine.decoder.backend, rollout_weights="int8", cuda_graphs=False
+            ).generate(*batch, sampling)
+            found += [back(rollout.completion_ids), back(rollout.logprobs)]
             cache = engine.decoder.new_cache(1, 9)
             engine.decoder.step(torch.tensor([1, 2, 3]), cache, [0], [3])
             k, v = cache.gather(0, 0)
@@ -413,8 +417,11 @@ def run(name: str, backend: str) -> None:
             if away and backend == "cuda":
                 assert set(steps) == set(CROSSINGS), steps
             if name == "llama" and engine.decoder.backend == "cuda":
-                certificate = verify(model, max_new_tokens=3, backend=engine.decoder.backend)
-                assert certificate.passed, certificate
+                for weights in ("model", "int8"):
+                    certificate = verify(
+                        model, max_new_tokens=3, backend=engine.decoder.backend, rollout_weights=weights
+                    )
+                    assert certificate.passed, certificate
         results.append(found)
     for i, (expected, got) in enumerate(zip(*results, strict=True)):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda m, i=i: f"result {i}: {m}")

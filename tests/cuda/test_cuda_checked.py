@@ -105,7 +105,14 @@ def test_linear_and_lora(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
         packed = PackedLinear.from_parts(parts, gated=True, dense=True)
         return linear(x, packed, activation="silu", residual=r, backend="cuda")
 
+    def integers(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        packed = PackedLinear.from_parts([ResolvedLinear(w, b, ())], dense=True, weights="int8")
+        parts = [ResolvedLinear(w[i * n : (i + 1) * n], None, ()) for i in range(2)]
+        pair = PackedLinear.from_parts(parts, gated=True, dense=True, weights="int8")
+        return linear(x, packed, backend="cuda"), linear(x, pair, activation="silu", backend="cuda")
+
     agree(gated, x, w, b, r)
+    agree(integers, x, w, b)
     agree(lambda x, w, b: lora_linear(x, w, b, la, lb, 0.5, backend="cuda"), x, w[:n], b[:n], hold=(la, lb))
     agree(lambda w: fuse_lora(w, la, lb, 0.5, backend="cuda"), w[:n], hold=(la, lb))
 

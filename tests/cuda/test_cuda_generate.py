@@ -13,7 +13,7 @@ import torch
 from emulated import Order, emulated_cuda
 
 import dschat_kernels as dk
-from dschat import HybridEngine, SamplingConfig
+from dschat import HybridEngine, SamplingConfig, bench
 
 NEW = 5
 PROMPTS = (
@@ -108,6 +108,43 @@ def test_a_patched_model_generates_hfs_greedy_tokens(
         report = str(patch.report())
     assert torch.equal(out[:, ids.shape[1] :], expected[: len(ids), : new(backend)])
     assert f"fused decoder ({backend})" in report and "own code" not in report
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_int8_rollouts_are_the_cpus(backend: str, new_stories_model: Any) -> None:
+    """Tokens and log-probs of the CPU's int8 kernels; after an update the packs are others, and where they were."""
+    model = new_stories_model()
+    ids, mask = batch(backend)
+    sampling = SamplingConfig(max_new_tokens=new(backend), temperature=0.0)
+    cpu = HybridEngine(model, backend="cpu", rollout_weights="int8")
+    with running(backend):
+        ours = HybridEngine(model, backend=backend, rollout_weights="int8")
+        for _ in range(2):
+            expected, rollout = cpu.generate(ids, mask, sampling), ours.generate(ids, mask, sampling)
+            assert rollout.stats.weights == "int8" and ours.decoder.backend == backend
+            assert torch.equal(rollout.completion_ids, expected.completion_ids)
+            torch.testing.assert_close(rollout.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+            packs = [group.packed for group in ours.decoder.groups.values()]
+            assert all(p is not None and p.dense is not None and p.dense.dtype == torch.int8 for p in packs)
+            with torch.no_grad():
+                before = ours.decoder.addresses()
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+            assert ours.flip().changed >= len(packs) and ours.decoder.addresses() == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_bench_generate_on_int8(backend: str, stories_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dschat bench generate --weights int8 --backend ...`: its rows, and how far the log-probs are."""
+    monkeypatch.setattr(bench, "machine_facts", lambda *_: {})  # they ask CUDA for the GPU's name
+    monkeypatch.setattr(bench, "read_bandwidth", lambda *_, **__: 1e9)
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_, **__: 1e9)
+    with running(backend):
+        report = bench.generate(
+            stories_model, [(1, 3, 3)], repeats=1, compare_hf=False, weights="int8", backend=backend
+        )
+    assert report.model["weights"] == "int8" and 0 < report.model["logprob_gap"]["mean"] < 0.1
+    assert report.rows[0].ours.median > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    return PackedLinear.from_parts([ResolvedLinear(weight, bias, ())], dense=True)
+def pack(weight: Tensor, bias: Tensor | None = None, weights: str = "model") -> PackedLinear:
+    return PackedLinear.from_parts([ResolvedLinear(weight, bias, ())], dense=True, weights=weights)
 
 
 def make(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +46,11 @@ def test_epilogues_round_where_the_reference_does(activation: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [40, 41])
-def test_a_row_has_the_same_bits_in_every_batch_and_layout(dtype: torch.dtype, k: int) -> None:
+@pytest.mark.parametrize(("weights", "k"), [("model", 40), ("model", 41), ("int8", 144), ("int8", 41)])
+def test_a_row_has_the_same_bits_in_every_batch_and_layout(dtype: torch.dtype, weights: str, k: int) -> None:
     """Low and high tiles, aligned rows and not, whatever their neighbours."""
     x, w, b = make(35, 70, k, dtype)
-    packed = pack(w, b)
+    packed = pack(w, b, weights)
     whole = linear(x, packed, backend="cuda")
     for begin, end in ((0, 1), (3, 5), (10, 27), (34, 35)):
         assert same_bits(linear(x[begin:end], packed, backend="cuda"), whole[begin:end])

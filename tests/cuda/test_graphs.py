@@ -78,11 +78,12 @@ def test_lengths_grow_across_pages(model: Any) -> None:
     assert engine.graphs is not None and engine.graphs.recorded == 2
 
 
+@pytest.mark.parametrize("weights", ["model", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_updated_in_place(model: Any, dtype: torch.dtype) -> None:
+def test_weights_are_updated_in_place(model: Any, dtype: torch.dtype, weights: str) -> None:
     """Every weight changes, and the recordings go on, with the new ones; also where the rollout has copies in another
-    dtype than the model's."""
-    engine = engine_of(model, dtype=dtype)
+    dtype than the model's, or integers."""
+    engine = engine_of(model, dtype=dtype, rollout_weights=weights)
     before = generate(engine)
     graphs = engine.graphs
     assert graphs is not None
@@ -92,7 +93,7 @@ def test_weights_are_updated_in_place(model: Any, dtype: torch.dtype) -> None:
             parameter.mul_(1.5).add_(0.01)
     after = generate(engine)
     assert not same(before, after)
-    assert same(after, generate(engine_of(model, graphs=False, dtype=dtype)))
+    assert same(after, generate(engine_of(model, graphs=False, dtype=dtype, rollout_weights=weights)))
     assert engine.decoder.addresses() == addresses
     assert graphs.recorded - recorded == 2 * len(set(graphs._buckets) - sizes)  # of sizes that are new
 

@@ -31,6 +31,7 @@ BELOW = {
     "gated_act: backward": _VECTOR,
     "rope_append: append_all": "the cache has 16 keys side by side: a token's key goes to a sector an element",
     "linear: linear_tiles": _SUMS,
+    "linear_int8: linear_tiles": _SUMS,
     "lora_linear: linear_tiles": _SUMS,
     "lora_linear: fuse": _WORD,
     "attention: attention_tiles": _SUMS,

@@ -166,6 +166,7 @@ def _products(dtype: torch.dtype) -> list[Case]:
     packed = PackedLinear.from_parts([ResolvedLinear(weight, bias.to(dtype), ())], dense=True)
     a, b = t(rank, k, dtype=torch.float32), t(n, rank, dtype=torch.float32)
     product = "s * r * k * n / 64 + s * n * k * r / R + s * r * n + 4 * n * r / R"
+    integers = PackedLinear.from_parts([ResolvedLinear(weight, bias, ())], dtype, dense=True, weights="int8")
     found = []
     for rows, height in ((16, 16), (128, 64)):
         x, residual = t(rows, k), t(rows, n)
@@ -174,6 +175,9 @@ def _products(dtype: torch.dtype) -> list[Case]:
         found += [
             Case("linear + residual", lambda x=x, y=residual: linear(x, packed, residual=y, backend="cuda"), sizes,
                  {tiles: f"{product} + s * r * n"}),
+            Case("linear_int8", lambda x=x: linear(x, integers, backend="cuda"), sizes,
+                 {tiles.replace(">", ", signed char>"):
+                  "s * r * k * n / 64 + n * k * r / R + s * r * n + 8 * n * r / R"}),
             Case("lora_linear", lambda x=x: lora_linear(x, weight, bias.to(dtype), a, b, 0.5, backend="cuda"),
                  {**sizes, "rank": rank},
                  {tiles: f"{product} + 4 * rank * (r * n / 64 + n * r / R)",
@@ -276,7 +280,7 @@ def kernel_name(text: str) -> str:
 
 def plain(kernel: str) -> str:
     """A kernel without its dtypes."""
-    return TYPES.sub("", kernel).replace("<>", "").replace(" >", ">")
+    return re.sub(",? *>", ">", TYPES.sub("", kernel)).replace("<>", "")
 
 
 def measure_case(case: Case) -> Iterator[tuple[str, str, dict[str, Any]]]:

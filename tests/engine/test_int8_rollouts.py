@@ -143,5 +143,7 @@ def test_refused() -> None:
         engine.logprobs(rollout, exact=True)
     with pytest.raises(ValueError, match="weights is 'int4': give one of 'model', 'int8', 'int8_dynamic'"):
         HybridEngine(model, rollout_weights="int4")
-    with pytest.raises(ValueError, match="int8 runs on 'cpu' and 'reference' in this version"):
-        Decoder(decoder_spec(model), weights="int8", backend="triton")
+    with pytest.raises(
+        ValueError, match="'int8_dynamic' and backend 'triton': it runs on 'cpu' and 'reference'; give"
+    ):
+        Decoder(decoder_spec(model), weights="int8_dynamic", backend="triton")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dschat_kernels import linear
+from dschat_kernels import linear, packing
 from dschat_kernels.ops.bias_act import bias_act
 from dschat_kernels.ops.gated_act import gated_act
 from dschat_kernels.ops.linear import linear_reference, linear_sums
@@ -64,11 +64,29 @@ def test_quantising_loses_half_a_step_at_most(
     assert torch.equal(quantise(parts[0].weight.float())[0], packed.stored()[:n])
 
 
+def test_dense_packs_are_quantised_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part's rows, with its biases and its integers' scales; again in place."""
+    parts = [
+        part(23, 40, torch.float32),
+        ResolvedLinear(*quantise(torch.randn(9, 40))[:1], None, (), torch.rand(9)),
+    ]
+    whole = pack(*parts, dense=True)
+    monkeypatch.setattr(packing, "QUANTISE_PIECE", 200)  # five rows
+    packed = pack(*parts, dense=True)
+    assert torch.equal(packed.stored(), whole.stored()) and torch.equal(packed.scales, whole.scales)
+    assert torch.equal(packed.bias, whole.bias)
+    places = packed.dense.data_ptr(), packed.scales.data_ptr()
+    packed.fill([ResolvedLinear(-2.0 * p.weight.float(), p.bias, (), p.scales) for p in parts])
+    assert (packed.dense.data_ptr(), packed.scales.data_ptr()) == places
+    assert torch.equal(packed.stored(), -whole.stored()) and torch.equal(packed.scales, 2.0 * whole.scales)
+
+
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_is_fused_before_quantising(dtype: torch.dtype) -> None:
+def test_lora_is_fused_before_quantising(dtype: torch.dtype, dense: bool) -> None:
     base = part(50, 70, dtype)
     a, b = torch.randn(8, 70), torch.randn(50, 8)
-    packed = pack(ResolvedLinear(base.weight, None, (LoraUpdate(a, b, 0.5),)))
+    packed = pack(ResolvedLinear(base.weight, None, (LoraUpdate(a, b, 0.5),)), dense=dense)
     exact = base.weight.double() + 0.5 * b.double() @ a.double()
     torch.testing.assert_close(packed.scales[:50].double(), exact.abs().amax(1) / 127, rtol=1e-5, atol=0)
     step = exact.abs().amax(1, keepdim=True) / 127
