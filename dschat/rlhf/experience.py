@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -35,6 +36,13 @@ class Experience:
     values: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     returns: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     features: Tensor | None = None
+
+    def features_of(self, rows: Sequence[int], ends: Tensor) -> Tensor | None:
+        """The features of some rows, of which row i has those up to ends[i]; None where there are none."""
+        if self.features is None:
+            return None
+        where = [torch.arange(int(ends[i - 1]) if i else 0, int(ends[i]), device="cpu") for i in rows]
+        return self.features[torch.cat(where).to(self.features.device)]
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that replays a failed update, by name."""

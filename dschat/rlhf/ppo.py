@@ -25,11 +25,10 @@ from ..engine.zero import ZeroSettings
 from . import conversations, losses, models, online
 from .critic import Critic, build_rewards_and_critic
 from .environments import credit_turns
-from .experience import Experience, shape_scores
+from .experience import Experience
 from .metrics import Metrics
-from .online import RatioError
 from .rewards import RewardFunction, Rewards
-from .run import derive_seed, learning_rate, make_loss_scale, set_lr
+from .run import learning_rate, make_loss_scale, set_lr
 from .trunk import Trunk
 
 
@@ -87,15 +86,9 @@ class PPO(online.Trainer):
         self, experience: Experience, rows: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The value loss of one piece."""
-        features = None
-        if experience.features is not None:
-            where = torch.cat(
-                [torch.arange(int(ends[i - 1]) if i else 0, int(ends[i]), device="cpu") for i in rows]
-            )
-            features = experience.features[where.to(experience.features.device)]
         index = torch.as_tensor(rows, device=experience.mask.device)
         loss, found = losses.value_loss(
-            self.critic.values(batch, features),
+            self.critic.values(batch, experience.features_of(rows, ends)),
             experience.values[index],
             experience.returns[index],
             experience.mask[index],
@@ -149,6 +142,3 @@ def train(
 ) -> dict[str, Any]:
     """Run (or go on with, or return the result of) the PPO run in `config.output_dir`; see online.train."""
     return online.train(config, PPO.build, model=model, tokenizer=tokenizer, rewards=rewards)
-
-
-__all__ = ["PPO", "RatioError", "build_rewards_and_critic", "derive_seed", "shape_scores", "train"]

@@ -19,11 +19,13 @@ from helpers_rlhf import Killed, numbers, same_weights
 from dschat.config import ConfigError, PPOConfig, RewardConfig, dump
 from dschat.engine import HybridEngine
 from dschat.engine.hybrid_engine import HybridEngine as Engine
-from dschat.rlhf import conversations, data, evaluate, losses, models, ppo, reading, report, reward
+from dschat.rlhf import conversations, data, evaluate, losses, models, online, ppo, reading, report, reward
 from dschat.rlhf.checkpoint import latest
+from dschat.rlhf.critic import build_rewards_and_critic
+from dschat.rlhf.experience import shape_scores
 from dschat.rlhf.metrics import Metrics, read_lines
 from dschat.rlhf.rewards import Rewards
-from dschat.rlhf.run import Run
+from dschat.rlhf.run import Run, derive_seed
 
 
 def short(prompts, completions, **columns):
@@ -67,7 +69,7 @@ class Pieces:
         )
         optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
         self.engine = HybridEngine(model, optimizer, exact=self.config.exact)
-        rewards, critic = ppo.build_rewards_and_critic(self.config, torch.float32, functions)
+        rewards, critic = build_rewards_and_critic(self.config, torch.float32, functions)
         encoder = conversations.Encoder(tokenizer)
         self.ppo = ppo.PPO(self.config, self.engine, encoder, rewards, critic, None)
         records, stats = reading.read(self.config.data)
@@ -115,7 +117,7 @@ def test_wrong_old_log_probs_are_caught(base, monkeypatch):
 
     monkeypatch.setattr(Engine, "logprobs", without_temperature)
     with pytest.raises(
-        ppo.RatioError, match=r"ratio is off by .* at step 1, more than 0; rollout and training disagree"
+        online.RatioError, match=r"ratio is off by .* at step 1, more than 0; rollout and training disagree"
     ):
         run(base, exact=True, temperature=0.7)
 
@@ -125,7 +127,7 @@ def test_ratio_tolerance_is_a_field(base, monkeypatch, pieces):
     experience, _ = p.collect()
     assert experience.tolerance == 0.01
     experience.old_logp = experience.old_logp + 0.1
-    with pytest.raises(ppo.RatioError, match=r"more than 0\.01"):
+    with pytest.raises(online.RatioError, match=r"more than 0\.01"):
         p.ppo.update(experience, 0, 1)
 
 
@@ -179,7 +181,7 @@ def test_shaped_scores():
     moments = losses.RunningMoments()
 
     def shape(**kw):
-        return ppo.shape_scores(scores, finished, PPOConfig(**kw), moments, valid).tolist()
+        return shape_scores(scores, finished, PPOConfig(**kw), moments, valid).tolist()
 
     assert shape() == [1.0, 1.0, 3.0, 10.0]
     assert shape(reward_clip=0, missing_eos_penalty=0.5) == [1.0, 1.5, 3.0, 100.0]
@@ -495,18 +497,15 @@ def test_a_language_model_is_no_reward_model(base, stories_dir, tmp_path):
 def test_seeds_are_a_function_of_purpose_and_step():
     """checklist 2.1 #24; 2.2 general 6."""
     seeds = [
-        ppo.derive_seed(s, what, step)
-        for s in (0, 1)
-        for what in ("rollout", "minibatch")
-        for step in range(3)
+        derive_seed(s, what, step) for s in (0, 1) for what in ("rollout", "minibatch") for step in range(3)
     ]
     assert len(set(seeds)) == 12 and all(0 <= s < 2**63 for s in seeds)
-    assert ppo.derive_seed(0, "rollout", 1) == ppo.derive_seed(0, "rollout", 1)
+    assert derive_seed(0, "rollout", 1) == derive_seed(0, "rollout", 1)
 
 
 def test_rewards_of_a_class_instance_are_shared_only_with_the_critic(reward_model, base):
     config = PPOConfig(**keys(base, reward=[reward_model, reward_model], critic_update="all"))
-    rewards, critic = ppo.build_rewards_and_critic(config, torch.float32)
+    rewards, critic = build_rewards_and_critic(config, torch.float32)
     assert isinstance(rewards, Rewards) and critic.scorer.model is not rewards.sources[0][1].model
 
 
