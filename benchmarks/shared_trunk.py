@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import own_process
 
 SETTINGS = (
     {"reward_trunk": "own", "critic_trunk": "own", "critic_update": "lora"},
@@ -77,40 +77,29 @@ def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def line(row: dict[str, Any]) -> str:
+    """A setting and its numbers as a row of the table."""
+    return (
+        f"| {row['critic_update']} | {row['critic_trunk']} | {row['weights']:.0f} | {row['difference']:.2f} "
+        f"(deviation {row['deviation']:.2f}) |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="bfloat16")
+    own_process.arguments(parser)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--reward", default="", help="a reward run with an adapter; empty: one is trained")
-    parser.add_argument("--output", default="", help="write the numbers as JSON to this file too")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args, json.loads(args.one))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        args.reward = args.reward or train_reward(args, folder)
+        name = args.reward or train_reward(args, folder)
         print("| critic trains | bases of critic and reward model | weights, MiB | scores differ by |")
         print("| --- " * 4 + "|")
-        rows = []
-        for settings in SETTINGS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--reward", args.reward]
-            found = json.loads(
-                subprocess.run(
-                    [*command, "--one", json.dumps(settings)], check=True, capture_output=True, text=True
-                ).stdout.splitlines()[-1]
-            )
-            rows.append(settings | found)
-            print(
-                f"| {settings['critic_update']} | {settings['critic_trunk']} | {found['weights']:.0f} | "
-                f"{found['difference']:.3f} (deviation {found['deviation']:.2f}) |",
-                flush=True,
-            )
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as f:
-            json.dump({"model": args.model, "dtype": args.dtype, "rows": rows}, f, indent=1)
+        own_process.each(__file__, SETTINGS, args, line, "--reward", name)
 
 
 if __name__ == "__main__":

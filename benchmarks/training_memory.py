@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from typing import Any
+
+import own_process
 
 SETTINGS = (
     {"base_weights": "model", "rollout_weights": "model", "gradient_checkpointing": False},
@@ -59,39 +59,25 @@ def measure(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     return {k: v / 2**20 for k, v in held.items()} | {"step": peak_memory_gib() * 1024 - before}
 
 
+def line(row: dict[str, Any]) -> str:
+    """A setting and its numbers as a row of the table."""
+    numbers = " | ".join(f"{row[k]:.0f}" for k in ("weights", "packs", "step"))
+    again = "yes" if row["gradient_checkpointing"] else "no"
+    return f"| {row['base_weights']} | {row['rollout_weights']} | {again} | {numbers} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="bfloat16")
+    own_process.arguments(parser)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--output", default="", help="write the numbers as JSON to this file too")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args, json.loads(args.one))))
         return
-    rows = []
-    print(
-        "| base | rollout | gradient checkpointing | base, MiB | packs, MiB | a step's peak, MiB |\n"
-        + "| --- " * 6
-        + "|"
-    )
-    for settings in SETTINGS:
-        command = [sys.executable, __file__, "--one", json.dumps(settings), *sys.argv[1:]]
-        found = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        )
-        rows.append(settings | found)
-        numbers = " | ".join(f"{found[k]:.0f}" for k in ("weights", "packs", "step"))
-        again = "yes" if settings["gradient_checkpointing"] else "no"
-        print(
-            f"| {settings['base_weights']} | {settings['rollout_weights']} | {again} | {numbers} |",
-            flush=True,
-        )
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as f:
-            json.dump({"model": args.model, "dtype": args.dtype, "rows": rows}, f, indent=1)
+    print("| base | rollout | gradient checkpointing | base, MiB | packs, MiB | a step's peak, MiB |")
+    print("| --- " * 6 + "|")
+    own_process.each(__file__, SETTINGS, args, line)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,27 @@ class AdapterOff:
             return self.scorer.rate(batch)
 
 
+def _critic(config: PPOConfig, model: Any, adapted: bool, offload: bool, zero: ZeroSettings | None) -> Critic:
+    """The critic on a sequence classifier. adapted: it has the adapter that trains already. offload, zero: where a
+    frozen trunk lies."""
+    if config.critic_update == "head":
+        head = copy.deepcopy(models.score_head(model)).requires_grad_(True)
+        if config.critic_head == "zero":
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+        return Critic(models.frozen_scorer(model, offload, zero), head, frozen_trunk=True)
+    if config.critic_update == "all":
+        model.requires_grad_(True)
+    elif not adapted:
+        seed = derive_seed(config.seed, "critic")
+        model = models.add_lora(
+            model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
+        )
+    again = config.critic_gradient_checkpointing
+    models.checkpointed(model, config.gradient_checkpointing if again is None else again)
+    return Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
+
+
 def build_rewards_and_critic(
     config: PPOConfig,
     dtype: torch.dtype,
@@ -112,13 +133,11 @@ def build_rewards_and_critic(
     sources, loaded = load_sources(config, dtype, functions, encoder, device, zero, base)
     first_model = next(iter(loaded), None)
     start = config.critic or first_model or config.model
-    seed = derive_seed(config.seed, "critic")
     on_policy = config.critic_trunk == "policy"
     # One model for both, unless the critic trains its base, is on another, or gets modules of its own on the policy's.
     alike = start in loaded and config.reward_trunk == config.critic_trunk
     shared = alike and config.critic_update in (("head",) if on_policy else ("head", "lora"))
 
-    head: nn.Module
     if shared:
         model = loaded[start]
     elif base is None or not on_policy:
@@ -127,28 +146,11 @@ def build_rewards_and_critic(
     elif config.critic_update == "head":
         model = base.scorer(start, "critic_trunk")
     else:
-        r, targets, last = config.critic_lora_r, config.lora_targets, config.lora_last
-        model = base.critic(start, "critic_trunk", r, targets, last, seed)
-    again = config.critic_gradient_checkpointing
-    again = config.gradient_checkpointing if again is None else again
-    if config.critic_update == "head":
-        head = copy.deepcopy(models.score_head(model)).requires_grad_(True)
-        if config.critic_head == "zero":
-            for parameter in head.parameters():
-                nn.init.zeros_(parameter)
-        offload = config.offload_reward and shared
-        critic = Critic(models.frozen_scorer(model, offload, zero), head, frozen_trunk=True)
-    elif config.critic_update == "lora":
-        if not on_policy:
-            model = models.add_lora(
-                model, config.critic_lora_r, 0.0, config.lora_targets, "SEQ_CLS", seed, config.lora_last
-            )
-        models.checkpointed(model, again)
-        critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
-    else:
-        models.checkpointed(model.requires_grad_(True), again)
-        critic = Critic(models.Scorer(model), models.score_head(model), frozen_trunk=False)
-
+        model = base.critic(
+            start, "critic_trunk", config.critic_lora_r, config.lora_targets, config.lora_last,
+            derive_seed(config.seed, "critic"),
+        )  # fmt: skip
+    critic = _critic(config, model, on_policy, config.offload_reward and shared, zero)
     for i, (name, source) in enumerate(sources):
         if shared and name == start:
             as_reward: Any = critic.scorer if config.critic_update == "head" else AdapterOff(critic.scorer)

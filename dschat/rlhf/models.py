@@ -180,11 +180,8 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str | No
                     path, dtype=dtype, num_labels=1
                 )
             about = Path(path, BASE)
-            for name, value in (
-                read_json(about, "write the adapter again") if about.is_file() else {}
-            ).items():
-                if name in MOMENTS:
-                    setattr(model.config, name, value)
+            if about.is_file():
+                take_moments(model, read_json(about, "write the adapter again"))
             return no_dropout(model.merge_and_unload())
         verbosity = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity_error()  # the head is expected to be new
@@ -209,6 +206,13 @@ def load_scorer(name: str, dtype: torch.dtype, seed: int = 0, new_head: str | No
         with torch.no_grad():
             head.weight.copy_(weight if new_head == "random" else torch.zeros_like(weight))
     return no_dropout(model)
+
+
+def take_moments(model: Any, about: Mapping[str, Any]) -> None:
+    """Put what `base.json` says of an adapter's scores into the model's config, where readers look for it."""
+    for name in MOMENTS:
+        if name in about:
+            setattr(model.config, name, about[name])
 
 
 def no_dropout(model: Any) -> Any:

@@ -48,7 +48,8 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
         model = devices.place(model, run.device)
         models.set_scorer_padding(model, tokenizer, encoder)
         model = models.hold_base(model, config)
-        base = trunk.about_base(model, config) if config.lora_r else {}
+        bare = model
+        base = parallel.from_lead(lambda: trunk.about_base(bare, config)) if config.lora_r else {}
         model = models.make_trainable(model, config, "SEQ_CLS")
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         scorer = models.Scorer(model)

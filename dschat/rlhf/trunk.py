@@ -94,7 +94,7 @@ class Trunk:
         model = models.load_adapter(model, str(folder)).requires_grad_(False)
         head: Any = models.score_head(model)
         models.set_score_head(model, head.modules_to_save["default"])
-        _take_moments(model, about)
+        models.take_moments(model, about)
         return model
 
     def critic(self, name: str, key: str, r: int, targets: list[str], last: int, seed: int) -> Any:
@@ -116,7 +116,7 @@ class Trunk:
                 parameter.requires_grad_(False)
         # The new adapter alone is on what the reward run wrote as a whole.
         model.peft_config["default"].base_model_name_or_path = models.resolve(name)
-        _take_moments(model, about)
+        models.take_moments(model, about)
         return models.no_dropout(model)
 
     def _classifier(self) -> Any:
@@ -154,11 +154,6 @@ class Trunk:
                 f"{key} to own"
             )
         return folder, about
-
-
-def _take_moments(model: Any, about: Mapping[str, Any]) -> None:
-    for name in models.MOMENTS:
-        setattr(model.config, name, about[name])
 
 
 def require_alike(name: str, key: str, about: Mapping[str, Any], own: Mapping[str, str]) -> None:
