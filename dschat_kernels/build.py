@@ -767,7 +767,8 @@ def cpu_build(isa: str) -> KernelBuild:
     return KernelBuild(
         name=f"_dschat_cpu_{isa}",
         root=root,
-        sources=["bindings/cpu.cpp", *_names(root, "cpu/*.cpp")],  # the slowest first: none waits for it at the end
+        # The slowest first: the others are compiled beside it.
+        sources=["bindings/cpu.cpp", *_names(root, "cpu/*.cpp")],
         headers=[*_names(root, "cpu/*.h"), *_names(root, "bindings/*.h")],
         isa=isa,
         include_dirs=["cpu"],
