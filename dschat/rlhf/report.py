@@ -208,7 +208,10 @@ def _panel(figure: Any, columns: int = 1, rows: int = 1, number: int = 0) -> Any
     """The axes of panel `number` of a figure of so many columns and rows of panels, from the upper left."""
     (width, height), m = PANEL, MARGINS
     left, bottom = number % columns * width + m["left"], (rows - 1 - number // columns) * height + m["bottom"]
-    size = ((width - m["left"] - m["right"]) / (columns * width), (height - m["bottom"] - m["top"]) / (rows * height))
+    size = (
+        (width - m["left"] - m["right"]) / (columns * width),
+        (height - m["bottom"] - m["top"]) / (rows * height),
+    )
     return figure.add_axes((left / (columns * width), bottom / (rows * height), *size))
 
 
