@@ -388,11 +388,16 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 @case
 def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
-    """Gradients, and the bits of attention over a cache that holds the same keys."""
+    """Gradients, and the bits of attention over a cache that holds the same keys; a row's gradients do not depend on the
+    rows beside it."""
     lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
     problems = [(lens, 4, 2, 12, options) for options in _attention_options(thorough)]
     if thorough:
         problems.append(([3, 0, 1], 128, 8, 8, {"scale": 0.35}))
+    slow = backend == "triton" and not EVERYTHING
+    if thorough and not slow:  # several tiles
+        problems += [([67, 0, 150], 4, 2, 64, options) for options in _attention_options(False)]
+        problems += [([70, 3], 2, 1, dim, {"scale": 0.1}) for dim in (128, 200)]
     for lens, heads, kv_heads, dim, options in problems:
         batch = make_batch(lens, lens, heads, kv_heads, dim, dtype)
         inputs = {"q": batch.q, "k": torch.cat(batch.k), "v": torch.cat(batch.v)}
@@ -405,6 +410,17 @@ def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             # PyTorch's: in float32 its error is that of the terms, not of their sum.
             cancelling=2.0 * sum(lens) ** 0.5 if dtype == torch.float32 and backend in ("cpu", "cuda") else 0.0,
         )  # fmt: skip
+        if backend != "reference" and not (slow and options is not problems[0][-1]):
+            inputs["dout"] = torch.randn_like(batch.q)
+            last = {name: t[-lens[-1] :] for name, t in inputs.items()}
+            alone = _packed_gradients(**last, cu_seqlens=cumulative(lens[-1:]), backend=backend, **options)
+            beside = _packed_gradients(**inputs, cu_seqlens=cumulative(lens), backend=backend, **options)
+            assert all(same_bits(a, b[-lens[-1] :]) for a, b in zip(alone, beside, strict=True))
+
+
+def _packed_gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    return torch.autograd.grad(attention.packed_attention(*leaves, **options), leaves, dout)
 
 
 # ------------------------------------------------------------------------------------------- sample and log-probs

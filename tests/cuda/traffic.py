@@ -217,15 +217,27 @@ def _attention(dtype: torch.dtype) -> list[Case]:
                       "r * pages * (kv * 2 * 64 * s * d + heads * s * d + heads * 4 * (d + 2))",
                   "fold_partials": "r * heads * (pages * 4 * (d + 2) + s * d)"})
         )  # fmt: skip
-    t, tokens, dim = _random(dtype), 48, 64
-    qkv = [t(tokens, n, dim).requires_grad_() for n in (heads, kv, kv)]
-    cu = cumulative([tokens])
-    found.append(
-        Case("packed_attention", lambda: packed_attention(*qkv, cu, scale=0.1, backend="cuda"),
-             {"t": tokens, "heads": heads, "kv": kv, "d": dim, "s": s},
-             {"query_gradients": "heads * (t * (3 * s * d + 8) + s * d * t * (t + 1))",
-              "key_gradients": "4 * kv * t * s * d + heads * (2 * s * d + 8) * t * (t + 1) / 2"}, True)
-    )  # fmt: skip
+    t = _random(dtype)
+    for dim, tokens in ((64, 64), (128, 64), (256, 32)) if dtype != torch.float32 else ((64, 48),):
+        sizes = {"t": tokens, "heads": heads, "kv": kv, "d": dim, "s": s}
+        passes = {
+            "query_gradients": "heads * (t * (3 * s * d + 8) + s * d * t * (t + 1))",
+            "key_gradients": "4 * kv * t * s * d + heads * (2 * s * d + 8) * t * (t + 1) / 2",
+        }
+        if (
+            dtype != torch.float32
+        ):  # the tokens are one block's; it computes `out` dimensions of the gradients
+            sizes |= {"qout": min(dim, 128), "kout": 64}
+            passes = {
+                f"query_tiles<{dim}, {min(dim, 128)}>": "heads * t * (4 * s * d * d / qout + s * d + 8)",
+                f"key_tiles<{dim}, 64>": "2 * kv * t * s * d + d / kout * t * (2 * kv * s * d + heads * (2 * s * d + 8))",
+            }
+        qkv = [t(tokens, n, dim).requires_grad_() for n in (heads, kv, kv)]
+        cu = cumulative([tokens])
+        found.append(
+            Case("packed_attention", lambda qkv=qkv, cu=cu: packed_attention(*qkv, cu, scale=0.1, backend="cuda"),
+                 sizes, passes, True)
+        )  # fmt: skip
     return found
 
 
