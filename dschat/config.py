@@ -374,7 +374,7 @@ class StageConfig(Config):
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
             )
 
-        if self.best_metric.endswith("loss") and self.best_is == "highest":
+        if "loss" in self.best_metric.split("/") and self.best_is == "highest":
             raise ConfigError(
                 f"best_metric is {self.best_metric} and best_is highest, which keeps the worst; set best_is to lowest"
             )

@@ -38,8 +38,8 @@ from ..config import ConfigError, DPOConfig, OnlineConfig, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, checks, data, models, reading, trackers
-from .metrics import Metrics, read_lines, reset_peak_memory
+from . import checkpoint, checks, data, models, names, reading, trackers
+from .metrics import Metrics, read_lines, read_log, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
 # computed (but for the rounding of sums over processes).
@@ -175,6 +175,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+def require_present_name(config: StageConfig, stage: str) -> None:
+    """Raise ConfigError where best_metric is a name that the log of this stage had in earlier versions."""
+    now = names.logged(stage, config.best_metric)
+    if now != config.best_metric:
+        raise ConfigError(
+            f"best_metric is {config.best_metric}, which {stage} logs as {now} now; set best_metric to {now}"
+        )
+
+
 class Run:
     """Open a run's folder; use as a context manager. `result` is not None when the run is finished
     already. Raises ConfigError where the run cannot start, as far as that is known before weights are read.
@@ -187,6 +196,7 @@ class Run:
         made: checks.Made | None = None,
     ) -> None:  # fmt: skip
         require_data(config)
+        require_present_name(config, stage)
         self.device = devices.use(config.device)
         self.dtype = models.pick_dtype(config.dtype, self.device)
         parallel.start(self.device)
@@ -275,6 +285,7 @@ class Run:
         if not isinstance(before.get("config"), dict):
             raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
         now, began = self.config.to_dict(), configs.defaults(type(self.config)) | before["config"]
+        began["best_metric"] = names.logged(self.stage, str(began["best_metric"]))
         for key, value in now.items():
             if key not in FREE_KEYS | LENGTH_KEYS and began.get(key) != value:
                 old = began.get(key)
@@ -368,13 +379,13 @@ class Run:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
 
-    def logged(self, *names: str) -> dict[str, Any]:
+    def logged(self, *wanted: str) -> dict[str, Any]:
         """The last values of these metrics before the step where the run goes on, as a result names them: a run that
         was killed after its last step has their result too."""
-        assert self.metrics is not None
+        keys = {name.replace("/", "_"): names.logged(self.stage, name) for name in wanted}
         found: dict[str, Any] = {}
-        for line in read_lines(self.metrics.path):
-            found |= {name.replace("/", "_"): line[name] for name in names if line.get(name) is not None}
+        for line in read_log(self.folder, self.stage):
+            found |= {name: line[key] for name, key in keys.items() if line.get(key) is not None}
         return found
 
     def _require_untouched(self, fresh: bool) -> None:

@@ -283,7 +283,7 @@ def test_grpo_takes_a_reward_model_on_the_policys_base(base, scored, tmp_path):
             "output_dir": str(tmp_path / trunk),
         }
         grpo.train(GRPOConfig(**keys))
-        scores.append([line["score/mean"] for line in numbers(tmp_path / trunk)])
+        scores.append([line["reward"] for line in numbers(tmp_path / trunk)])
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
