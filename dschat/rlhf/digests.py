@@ -69,6 +69,12 @@ def of_folder(folder: Path) -> str:
     return found.hexdigest()
 
 
+def alike(one: str, other: str) -> bool:
+    """Whether two names are of folders with the same content, as far as digests tell."""
+    found = [_folder(name) for name in (one, other)]
+    return None not in found and len({of_folder(f) for f in found if f}) == 1
+
+
 def _folder(name: str) -> Path | None:
     try:
         folder = Path(models.resolve(name))

@@ -205,7 +205,7 @@ class Run:
         try:
             self._open()
             if self.result is None:
-                checks.check_stage(config, made or {}, model, tokenizer)
+                checks.check_stage(config, self.dtype, made or {}, model, tokenizer)
                 parallel.from_lead(partial(checkpoint.require_writable, self.folder))
         except BaseException:
             self.close()
