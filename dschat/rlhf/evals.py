@@ -328,7 +328,6 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
         ))  # fmt: skip
     sums, counts = [], []
     for piece in batching.chunks(rows, config.batch_size):
-        batch: Any
         batch, learnt = batching.answer_batch(piece, (0,), encoder.pad_id, generator.device)
         logp = generator.engine.logprobs(batch, temperature=1.0)
         sums += losses.masked_sum(-logp, learnt, dim=-1).tolist()
