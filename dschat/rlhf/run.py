@@ -631,6 +631,8 @@ def zero_settings(config: StageConfig) -> ZeroSettings | None:
         settings = ZeroSettings.read(config.zero_stage, config.offload, config.deepspeed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if settings is not None and isinstance(config, OnlineConfig):
+        config.require_whole_trunk(settings.stage)
     if settings is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             f"zero_stage is {settings.stage} and DeepSpeed is not installed; run: pip install 'dschat[deepspeed]', or "

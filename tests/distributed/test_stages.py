@@ -30,6 +30,7 @@ CURVES = {
     "grpo": ("policy/loss", "kl/loss", "reward", "group/advantage_std", "grad_norm"),
     "rloo": ("policy/loss", "score/total", "reward", "group/advantage_std", "grad_norm"),
     "ppo-mixed": ("loss/policy_avg", "unsup/loss", "loss/value_avg", "score/mean", "policy/grad_norm"),
+    "ppo-shared": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "value/grad_norm"),
     "ppo-frozen": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "policy/grad_norm"),
     "dpo-frozen": ("loss", "rewards/margins", "grad_norm", "eval/loss"),
 }

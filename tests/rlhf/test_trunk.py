@@ -317,7 +317,8 @@ def test_a_base_is_known_by_its_weights(base, scored, pairs, tmp_path, stories_t
         ({"critic_trunk": "policy", "lora_r": 0}, "critic_trunk is policy and lora_r 0, which trains the weights"),
         ({"reward_trunk": "policy", "lora_r": 0}, "reward_trunk is policy and lora_r 0, which trains the weights"),
         ({"critic_trunk": "policy", "critic_update": "all"}, "critic_trunk is policy and critic_update all"),
-        ({"critic_trunk": "policy", "zero_stage": 2}, "critic_trunk is policy with DeepSpeed"),
+        ({"critic_trunk": "policy", "zero_stage": 3}, "critic_trunk is policy with ZeRO-3, where each of two engines"),
+        ({"reward_trunk": "policy", "zero_stage": 2, "critic_zero_stage": 3}, "reward_trunk is policy with ZeRO-3"),
         ({"reward_trunk": "policy", "offload_reward": True}, "reward_trunk is policy and offload_reward true"),
     ],
 )  # fmt: skip
@@ -355,6 +356,10 @@ def test_models_that_cannot_share(base, scored, pairs, tmp_path):
     for more, said in cases:
         with pytest.raises(ConfigError, match=said):
             run(base, tmp_path / "ppo", **more)
+    stage3 = tmp_path / "deepspeed.json"
+    stage3.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(ConfigError, match="critic_trunk is policy with ZeRO-3"):
+        run(base, tmp_path / "ppo", (short,), critic_trunk="policy", deepspeed=str(stage3))
     with pytest.raises(ConfigError, match="reward_trunk is policy and reward names no model"):
         run(base, tmp_path / "ppo", (short,), reward_trunk="policy")
     facts = Path(scored) / "adapter" / models.BASE
