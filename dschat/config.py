@@ -210,7 +210,7 @@ class StageConfig(Config):
                 "lr_schedule is exponential and lr_final 0, which no exponential reaches; set lr_final to 0.1 or so"
             )
 
-        if self.best_metric.endswith("loss") and self.best_is == "highest":
+        if "loss" in self.best_metric.split("/") and self.best_is == "highest":
             raise ConfigError(
                 f"best_metric is {self.best_metric} and best_is highest, which keeps the worst; set best_is to lowest"
             )
@@ -575,11 +575,17 @@ class OnlineConfig(StageConfig):
                     "reward_trunk is policy and offload_reward true, but the policy computes with these weights; set "
                     "offload_reward to false, or reward_trunk to own"
                 )
-            if self.zero_stage is not None or self.deepspeed:
-                raise ConfigError(
-                    f"{key} is policy with DeepSpeed, whose engines each take a model's weights for their own; leave "
-                    f"zero_stage and deepspeed out, or set {key} to own"
-                )
+        for stage in (self.zero_stage, getattr(self, "critic_zero_stage", None)):
+            self.require_whole_trunk(stage)
+
+    def require_whole_trunk(self, stage: int | None) -> None:
+        """Raise ConfigError for a shared base under a ZeRO stage that cuts it."""
+        if stage == 3 and self.shares_trunk:
+            key = self.shares_trunk[0]
+            raise ConfigError(
+                f"{key} is policy with ZeRO-3, where each of two engines would cut the shared weights into shards of "
+                f"its own; set the stages to 2 or less, or {key} to own"
+            )
 
     def _check_environment(self) -> None:
         self.require(self.max_turns >= 1, "max_turns", "1 or more")

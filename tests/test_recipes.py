@@ -29,10 +29,10 @@ def dry(folder: Path, width: int, *names: str) -> dict[str, dict[str, Any]]:
 def check(found: dict[str, Any], lora: bool) -> None:
     """A step was made, of the policy and of the critic, and both were written."""
     assert found["steps"] == 1
-    for key in ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm", "score/mean"):
+    for key in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "value/grad_norm", "score/mean"):
         assert math.isfinite(found[key]), key
     assert found["policy/grad_norm"] > 0 and found["value/grad_norm"] > 0
-    assert found["kl/sequence"] == pytest.approx(0.0, abs=0.05)
+    assert found["objective/kl"] == pytest.approx(0.0, abs=0.05)
     written = {Path(p).relative_to(f"{found['recipe']}/run").as_posix() for p in found["written"]}
     adapters = {"adapter"} if lora else set()
     if found["recipe"].startswith("llama") and lora:

@@ -32,7 +32,7 @@ from .. import parallel
 from ..device import synchronize
 from .packed import PackedModel, check_batch, pack_rows
 from .precision import LossScale, with_masters
-from .rollout import Rollout, RolloutRun, RolloutStats, SamplingConfig, empty_completions
+from .rollout import Rollout, RolloutRun, RolloutStats, Rows, SamplingConfig, empty_completions
 from .sharing import Sharing
 from .stepper import Stepper
 
@@ -329,7 +329,7 @@ class HybridEngine:
 
     def logprobs(
         self,
-        rollout: Rollout,
+        rollout: Rows,
         *,
         temperature: float | None = None,
         entropy: bool = False,
@@ -344,6 +344,10 @@ class HybridEngine:
         """
         exact = self.exact if exact is None else exact
         if temperature is None:
+            if not isinstance(rollout, Rollout):
+                raise ValueError(
+                    "these rows are no rollout, whose temperature would be taken: give temperature."
+                )
             temperature = rollout.sampling.logprob_temperature
         if not 0.0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}: give a number above 0.")
@@ -440,7 +444,7 @@ def _check_limits(limits: Sequence[int], prompts: int, most: int) -> None:
             raise ValueError(f"limits holds {limit}: give numbers from 1 to max_new_tokens, which is {most}.")
 
 
-def completion_rows(rollout: Rollout) -> Any:
+def completion_rows(rollout: Rows) -> Any:
     """What a log-prob pass over a rollout computes: (packed rows, select, targets, places).
 
     The last token of a completion predicts nothing and is not fed. select: packed places whose hidden state

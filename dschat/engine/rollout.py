@@ -15,8 +15,8 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -116,23 +116,17 @@ class RolloutStats:
 
 
 @dataclass
-class Rollout:
-    """Prompts and their completions, one row a sample; the n samples of a prompt are neighbours.
+class Rows:
+    """Prompts padded on the left and completions padded on the right, so that column P is every row's first
+    completion token.
 
-    prompt_ids, prompt_mask: int64, bool [rows, P] as given (left-padded). completion_ids: int64 [rows, C],
-    filled with the pad token after the end. completion_mask: bool [rows, C], true up to and including the
-    first EOS. logprobs: float32 [rows, C], log-prob of each sampled token in the full softmax at the sampling
-    temperature, 0 where masked. finished: bool [rows], whether the row ended with EOS.
+    prompt_ids, prompt_mask: int64, bool [rows, P]. completion_ids, completion_mask: int64, bool [rows, C].
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
-    logprobs: Tensor
-    finished: Tensor
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    stats: RolloutStats = field(default_factory=RolloutStats)
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -147,13 +141,26 @@ class Rollout:
         """bool [rows, P + C]."""
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
-    def select(self, rows: Tensor | Sequence[int] | slice) -> Rollout:
-        """The rollout of some rows."""
+    def select(self, rows: Tensor | Sequence[int] | slice) -> Self:
+        """The same of some rows."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.prompt_ids.device)
-        return replace(self, **{name: getattr(self, name)[index] for name in _TENSORS})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v[index] for name, v in values.items() if isinstance(v, Tensor)})
 
 
-_TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "finished")
+@dataclass
+class Rollout(Rows):
+    """Prompts and their completions, one row a sample; the n samples of a prompt are neighbours.
+
+    prompt_ids, prompt_mask: as given. completion_ids: filled with the pad token after the end. completion_mask: true up
+    to and including the first EOS. logprobs: float32 [rows, C], log-prob of each sampled token in the full softmax at
+    the sampling temperature, 0 where masked. finished: bool [rows], whether the row ended with EOS.
+    """
+
+    logprobs: Tensor
+    finished: Tensor
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stats: RolloutStats = field(default_factory=RolloutStats)
 
 
 def stream_of(prompt: Tensor, sample_number: int) -> int:

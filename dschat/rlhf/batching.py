@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.rollout import Rows
 from .data import Example
 
 E = TypeVar("E")
@@ -33,18 +34,8 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right
     return ids, mask
 
 
-@dataclass
-class Sequences:
-    """Prompts padded on the left, completions on the right, so that column P is every row's first answer
-    token.
-
-    prompt_ids, prompt_mask [B, P]; completion_ids, completion_mask [B, C]. The same layout as a Rollout.
-    """
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    completion_ids: Tensor
-    completion_mask: Tensor
+class Sequences(Rows):
+    """Prompts with answers that nobody sampled."""
 
     @classmethod
     def of(
@@ -54,23 +45,6 @@ class Sequences:
         """device: where the model is that reads them; None: the CPU."""
         made = (*pad(prompts, pad_id, "left"), *pad(completions, pad_id, "right"))
         return cls(*(tensor.to(device) for tensor in made))
-
-    def select(self, rows: slice | Sequence[int]) -> Sequences:
-        """The sequences of some rows."""
-        return Sequences(
-            self.prompt_ids[rows],
-            self.prompt_mask[rows],
-            self.completion_ids[rows],
-            self.completion_mask[rows],
-        )
-
-    @property
-    def input_ids(self) -> Tensor:
-        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
-
-    @property
-    def attention_mask(self) -> Tensor:
-        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
 
 def answer_batch(

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from dschat_kernels.sharding import check_heads
 
 from .. import parallel
-from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, StageConfig
+from ..config import ConfigError, DPOConfig, OnlineConfig, PPOConfig, RewardConfig, StageConfig
 from ..engine.sharing import check_teams
-from . import models, reading
+from . import digests, models, reading
 from .rewards import (
     RewardFunction,
     is_function_name,
@@ -26,20 +29,44 @@ from .rewards import (
     require_columns,
     require_same_tokenizer,
 )  # fmt: skip
-from .trunk import read_adapter, require_alike, same_model
+from .trunk import held_as, read_adapter, require_alike, same_model
 
-Made = Mapping[str, str]
-"""Folder of a stage that is still to run -> the model that it starts from, whose modules and tokenizer its own has."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A stage that is still to run."""
+
+    config: StageConfig
+    dtype: torch.dtype
+
+
+Made = Mapping[str, Ahead]
+"""Folder -> the stage that is still to write a model there."""
+
+
+def writer(name: str, folders: Mapping[str, T]) -> T | None:
+    """What stands for the one of these folders of runs whose model is called so; None: it is of none of them."""
+    path = Path(name).expanduser().resolve()
+    for folder, found in folders.items():
+        where = Path(folder).expanduser().resolve()
+        if path in (where, where / "model", where / "adapter"):
+            return found
+    return None
 
 
 def origin(name: str, made: Made) -> str:
-    """The model to look at in the place of one that a stage is still to write: the one it starts from."""
-    path = Path(name).expanduser().resolve()
-    for folder, start in made.items():
-        where = Path(folder).expanduser().resolve()
-        if path in (where, where / "model", where / "adapter"):
-            return start
-    return name
+    """The model to look at in the place of one that a stage is still to write: the one it starts from, whose modules
+    and tokenizer its own has."""
+    stage = writer(name, made)
+    return name if stage is None else origin(stage.config.model, made)
+
+
+def _same(one: str, other: str, made: Made) -> bool:
+    """Whether two names are of one model, which a stage may still have to write."""
+    stages = writer(one, made), writer(other, made)
+    return same_model(one, other) if stages == (None, None) else stages[0] is stages[1]
 
 
 def require_rewards(config: OnlineConfig, functions: Sequence[RewardFunction] = ()) -> None:
@@ -76,7 +103,9 @@ def _rows(source: str) -> Iterator[reading.Record]:
         yield from (row for row in parsed if isinstance(row, reading.Record))
 
 
-def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: Any = None) -> None:
+def check_stage(
+    config: StageConfig, dtype: torch.dtype, made: Made, model: Any = None, tokenizer: Any = None
+) -> None:
     """Raise ConfigError for what stops a stage for certain. model, tokenizer: those that it was given, which nothing
     is looked up for."""
     if isinstance(config, OnlineConfig):
@@ -100,18 +129,44 @@ def check_stage(config: StageConfig, made: Made, model: Any = None, tokenizer: A
             found = models.read_config(name)
             if found is not None:
                 _check(check_heads, *models.heads_of(found), config.inference_tp_size)
-        _check_rewards(config, partial(origin, made=made), own_tokenizer)
+        _check_rewards(config, dtype, made, own_tokenizer)
 
 
 def _check_trunk(
-    config: OnlineConfig, wanted: Sequence[tuple[str, str]], origin_of: Callable[[str], str]
+    config: OnlineConfig, dtype: torch.dtype, wanted: Sequence[tuple[str, str]], made: Made
 ) -> None:
-    """Models that a setting puts on the policy's base were trained as adapters, on one that is held alike; whether on
-    the same weights is known when those are read. wanted: (model, setting); those that a stage is still to write are
-    looked at then."""
+    """Models that a setting puts on the policy's base were trained as adapters, on one that is held alike, or will be;
+    whether a finished one was on the same weights is known when those are read. wanted: (model, setting)."""
+    own = held_as(config, dtype)
     for name, key in wanted:
-        if origin_of(name) == name and not same_model(name, origin_of(config.model)):
-            require_alike(name, key, read_adapter(name, key)[1], {"base_weights": config.base_weights})
+        if _same(name, config.model, made):
+            continue
+        stage = writer(name, made)
+        if stage is None:
+            require_alike(name, key, read_adapter(name, key)[1], own)
+        else:
+            _check_ahead(config, name, key, stage, made)
+            require_alike("the reward stage", key, held_as(stage.config, stage.dtype), own, "will be")
+
+
+def _check_ahead(config: OnlineConfig, name: str, key: str, stage: Ahead, made: Made) -> None:
+    """A model that a stage is still to write will be an adapter on the weights of the policy."""
+    before = stage.config
+    if not isinstance(before, RewardConfig):
+        raise ConfigError(
+            f"{key} is policy, but {name} is what {before.command} is to write, which is neither the policy's model "
+            f"nor a reward model; train one on {config.model} with dschat reward, or set {key} to own"
+        )
+    if not before.lora_r:
+        raise ConfigError(
+            f"{key} is policy, but the reward stage has lora_r 0, so it will train all weights of {before.model}; give "
+            f"it a lora_r, or set {key} to own"
+        )
+    if not (_same(before.model, config.model, made) or digests.alike(before.model, config.model)):
+        raise ConfigError(
+            f"{key} is policy, but the reward stage trains on {before.model} and the policy is {config.model}, which "
+            f"are other weights; give both stages one model, or set {key} to own"
+        )
 
 
 def _check(check: Callable[..., Any], *values: Any) -> None:
@@ -122,9 +177,10 @@ def _check(check: Callable[..., Any], *values: Any) -> None:
 
 
 def _check_rewards(
-    config: OnlineConfig, origin_of: Callable[[str], str], own_tokenizer: Callable[[], Any]
+    config: OnlineConfig, dtype: torch.dtype, made: Made, own_tokenizer: Callable[[], Any]
 ) -> None:
     """Reward models are there, the critic's model can be what it is to be, and functions can be imported."""
+    origin_of = partial(origin, made=made)
     names = [name for name in config.reward if not is_function_name(name)]
     for name in names:
         models.resolve(origin_of(name))
@@ -144,7 +200,7 @@ def _check_rewards(
                 models.check_lora(config, origin_of(start), "the critic's model")
             if config.critic_trunk == "policy":
                 on_policy.append((start, "critic_trunk"))
-    _check_trunk(config, on_policy, origin_of)
+    _check_trunk(config, dtype, on_policy, made)
     if config.environment:
         from .environments import load_environment  # imports Run
 

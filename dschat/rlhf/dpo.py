@@ -123,7 +123,6 @@ def pair_logprobs(
 
     mean: over the assistant's tokens of an answer (IPO); else their sum.
     """
-    batch: Any
     batch, learnt = batching.answer_batch(examples, (0, 1), pad_id, engine.device)
     logp = engine.logprobs(batch, temperature=1.0)
     reduce = losses.masked_mean if mean else losses.masked_sum

@@ -76,12 +76,6 @@ class Episodes(Rollout):
     turns: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     overflowed: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
 
-    def select(self, rows: Tensor | Sequence[int] | slice) -> Episodes:
-        """The episodes of some rows."""
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.prompt_ids.device)
-        tensors = [f.name for f in fields(self) if f.name not in ("sampling", "stats")]
-        return replace(self, **{name: getattr(self, name)[index] for name in tensors})
-
     def numbers(self) -> dict[str, float]:
         """For the log."""
         return {

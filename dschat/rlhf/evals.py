@@ -29,7 +29,8 @@ from ..config import ConfigError, EvalConfig
 from ..engine import HybridEngine, SamplingConfig
 from ..engine.rollout import Rollout
 from . import batching, conversations, data, losses, models, reading, reward
-from .rewards import OwnTokenizer, call_function, load_function, other_tokenizer, prompt_text
+from .evaluate import resamples
+from .rewards import OwnTokenizer, call_function, completion_ids, load_function, other_tokenizer, prompt_text
 
 Result = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -47,9 +48,11 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
     if not len(v):
         raise ConfigError("there is no row to evaluate; give data")
-    rows = np.random.default_rng(seed).integers(0, len(v), (RESAMPLES, len(v)))
-    means = (v * w)[rows].sum(1) / np.maximum(w[rows].sum(1), 1e-12)
-    low, high = np.percentile(means, [2.5, 97.5])
+    means = [
+        (v * w)[rows].sum(1) / np.maximum(w[rows].sum(1), 1e-12)
+        for rows in resamples(len(v), RESAMPLES, seed)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {"mean": float((v * w).sum() / w.sum()), "low": float(low), "high": float(high), "rows": len(v)}
 
 
@@ -144,12 +147,7 @@ def win_rates(
     wins = np.array([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)])
     found = bootstrap(wins.tolist(), seed=seed)
     n, d = len(wins), np.asarray(lengths, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    size = max(1, 500_000 // n)  # resamples at a time, for their memory
-    refits = [
-        length_controlled(wins, d, generator.integers(0, n, (min(size, REFITS - i), n)))
-        for i in range(0, REFITS, size)
-    ]
+    refits = [length_controlled(wins, d, rows) for rows in resamples(n, REFITS, seed)]
     low, high = np.percentile(np.concatenate(refits), [2.5, 97.5])
     return {
         "win_rate": found["mean"], "low": found["low"], "high": found["high"], "rows": found["rows"],
@@ -330,7 +328,6 @@ def perplexity(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> 
         ))  # fmt: skip
     sums, counts = [], []
     for piece in batching.chunks(rows, config.batch_size):
-        batch: Any
         batch, learnt = batching.answer_batch(piece, (0,), encoder.pad_id, generator.device)
         logp = generator.engine.logprobs(batch, temperature=1.0)
         sums += losses.masked_sum(-logp, learnt, dim=-1).tolist()
@@ -547,9 +544,10 @@ def answers(config: EvalConfig, model: Any = None, tokenizer: Any = None) -> Res
     kept: list[dict[str, Any]] = [
         {"prompt": prompt_text(e.prompt), "answer": t} for e, t in zip(rows, texts, strict=True)
     ]
+    ids = completion_ids(rollout)
     for name in config.verifier:
         function = load_function(name)
-        scores = call_function(function, [e.prompt for e in rows], texts, columns).view(-1, n)
+        scores = call_function(function, [e.prompt for e in rows], texts, columns, ids).view(-1, n)
         said = ~torch.isnan(scores)
         if not bool(said.any()):
             raise ConfigError(f"verifier {name} has nothing to say about any row; its columns are {names}")

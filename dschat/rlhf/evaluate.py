@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import device as devices
@@ -20,6 +21,9 @@ from .rewards import prompt_text
 
 if TYPE_CHECKING:
     from .online import Trainer
+
+BLOCK = 500_000
+"""How many rows of resamples are held at once."""
 
 
 def evaluate(trainer: Trainer, examples: Sequence[data.Example], seed: int) -> dict[str, Any]:
@@ -44,16 +48,24 @@ def evaluate(trainer: Trainer, examples: Sequence[data.Example], seed: int) -> d
     }
 
 
+def resamples(rows: int, count: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """`count` draws of `rows` out of as many, with replacement, [draws, rows] at a time: as few as memory likes, the
+    same ones however many that are."""
+    generator = np.random.default_rng(seed)
+    size = max(1, BLOCK // rows)
+    for start in range(0, count, size):
+        yield generator.integers(0, rows, (min(size, count - start), rows))
+
+
 def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
+    before: Sequence[float], after: Sequence[float], seed: int = 0, count: int = 10_000
 ) -> tuple[float, float, float]:
     """(mean difference, low, high): 95 % percentile interval over prompts, before and after resampled
     together.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = difference[generator.integers(0, len(difference), (resamples, len(difference)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    means = [difference[rows].mean(1) for rows in resamples(len(difference), count, seed)]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
 
 

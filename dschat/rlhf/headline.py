@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from .. import planning
 from ..config import ConfigError
+from . import names
 from .report import RunFiles, gather
 
 STEPS = {"sft": 1, "reward": 2, "ppo": 3, "grpo": 3, "rloo": 3, "dpo": 3}
@@ -132,7 +133,8 @@ def _phases(run: RunFiles) -> str:
         return sum(line.get(f"time/{n}_s") or 0.0 for line in lines for n in names) / len(lines)
 
     answers = int(run.settings.get("prompts_per_step", 0)) * int(run.settings.get("samples_per_prompt", 1))
-    length = sum(line.get("rollout/length") or 0.0 for line in lines) / len(lines)
+    length_name = names.logged(run.stage, "rollout/length")
+    length = sum(line.get(length_name) or 0.0 for line in lines) / len(lines)
     whole = mean("step")
     each: list[Any] = [answers]
     each += [f"{v:.3g}" for v in (mean(*GENERATION), mean(*SCORING), mean("update"), whole)]

@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import device as devices
+from . import names
 from .checkpoint import atomic_text, writing
 from .trackers import Tracker
 
@@ -50,6 +51,11 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
                 data = data[os.write(fd, data) :]
         finally:
             os.close(fd)
+
+
+def read_log(folder: str | Path, stage: str) -> list[dict[str, Any]]:
+    """The numbers that a stage logged in its folder, one object a step, with present names; [] without a log."""
+    return [names.read(stage, line) for line in read_lines(Path(folder) / "metrics.jsonl")]
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -183,10 +189,10 @@ class Metrics:
         self, step: int, values: Mapping[str, float | Tensor], show: Sequence[str] = ()
     ) -> dict[str, float]:
         """Write step's numbers with the phase times since the last call; `show` names those for the progress
-        bar.
+        bar. Both have the trainers' names; returns the line as it is logged (see names.py).
         """
         now = time.perf_counter()
-        line: dict[str, float] = {k: float(v) for k, v in values.items()}
+        line: dict[str, float] = {k: float(v) for k, v in names.read(self.name, values).items()}
         line |= {f"time/{name}_s": seconds for name, seconds in self._phases.items()}
         line |= {
             "time/step_s": now - self._step_start,
@@ -204,7 +210,8 @@ class Metrics:
                         self._writer.add_scalar(f"{self.name}/{key}", value, step)
         for tracker in self._trackers:
             tracker.log(step, {f"{self.name}/{k}": v for k, v in line.items() if k != "time/unix"})
-        status = "  ".join(f"{key.replace('/', ' ')} {line[key]:.3g}" for key in show if key in line)
+        shown = [key for name in show if (key := names.logged(self.name, name)) in line]
+        status = "  ".join(f"{key.replace('/', ' ')} {line[key]:.3g}" for key in shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif not self._quiet and (now - self._last_plain > PLAIN_EVERY or step >= self.total_steps):

@@ -40,7 +40,8 @@ from . import batching, conversations, data, environments, evaluate, losses, mod
 from .checks import require_rewards
 from .environments import Episodes, action_mask
 from .experience import Experience, log_prob_gap, masked_vector_mean, rollout_tensors, shape_scores
-from .metrics import Metrics, read_lines
+from .metrics import Metrics, read_log
+from .names import logged
 from .pretraining import PretrainingMix, WeightAverage
 from .rewards import (
     HIDDEN,
@@ -417,7 +418,8 @@ class Trainer(abc.ABC):
             if stepper is not None and stepper.overflow:
                 overflow = True
             else:
-                self._check_finite({f"{name}{at_scale(stepper)}": value}, experience, rows, step, "")
+                said = logged(self.config.command, name)
+                self._check_finite({f"{said}{at_scale(stepper)}": value}, experience, rows, step, "")
         return overflow
 
     def minibatch(self, experience: Experience, rows: Sequence[int], ends: Tensor) -> dict[str, float]:
@@ -500,8 +502,9 @@ class Trainer(abc.ABC):
     ) -> None:
         for name, value in found.items():
             if name.endswith(ending) and not math.isfinite(value):
+                said = logged(self.config.command, name)
                 raise NotFinite(
-                    f"{name} is {value} at step {step + 1} of {self.config.command}; lower the learning rate",
+                    f"{said} is {value} at step {step + 1} of {self.config.command}; lower the learning rate",
                     experience.tensors(),
                     {"minibatch": list(rows), "kl_coef": experience.kl_coef},
                 )
@@ -702,9 +705,10 @@ def _conclude(
     name = config.command.upper()
     result: dict[str, Any] = {"steps": metrics.total_steps, **float16_result(*trainer.steppers().values())}
     # From the file: the last step may have been another process's, before it was killed.
-    logged = read_lines(metrics.path) if metrics.path.is_file() else []
-    last: Mapping[str, Any] = next((numbers for numbers in reversed(logged) if "gap/mean" in numbers), {})
-    result["log_prob_gap"] = {k: last[f"gap/{k}"] for k in ("mean", "max", "mult") if f"gap/{k}" in last}
+    gaps = {k: logged(config.command, f"gap/{k}") for k in ("mean", "max", "mult")}
+    log = read_log(run.folder, config.command)
+    last: Mapping[str, Any] = next((line for line in reversed(log) if gaps["mean"] in line), {})
+    result["log_prob_gap"] = {k: last[key] for k, key in gaps.items() if key in last}
     rows: list[dict[str, Any]] = []
     if before and after:
         result["held_out"] = evaluate.held_out(before, after, config.seed)

@@ -75,12 +75,13 @@ class PPO(online.Trainer):
         )
         if config.reward_norm == "none":  # turns' rewards are then on the scale of the score
             rewards = credit_turns(rewards, rollout, self.rewards.weight_of("environment"))
+        total = float(losses.masked_sum(rewards, mask, dim=-1).mean())
         if config.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
         advantages, experience.returns = losses.gae(rewards, values, mask, config.gamma, config.lam)
         experience.values = values
         experience.advantages = losses.whiten(advantages, mask) if config.whiten_advantages else advantages
-        return {"score/total": float(losses.masked_sum(rewards, mask, dim=-1).mean())}
+        return {"score/total": total}
 
     def extra_loss(
         self, experience: Experience, rows: Sequence[int], batch: Rollout, ends: Tensor, how: dict[str, Any]

@@ -5,7 +5,6 @@ of its weights.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ class PretrainingMix:
         blocks = [list(self.blocks[int(i)]) for i in rows]
         ((piece, own),) = parallel.shares(blocks, count)
         # The first token of a block is given, the others are predicted.
-        batch: Any = batching.Sequences.of(
+        batch = batching.Sequences.of(
             [b[:1] for b in piece], [b[1:] for b in piece], self.pad_id, engine.device
         )
         logp = engine.logprobs(batch, temperature=1.0)

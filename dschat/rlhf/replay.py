@@ -30,6 +30,7 @@ from ..engine.stepper import Stepper
 from . import batching, checkpoint, conversations, data, dpo, environments, models, online, ppo, reward, sft
 from .experience import Experience
 from .grpo import GRPO
+from .names import logged
 from .rewards import RewardError, TrainerState, is_function_name
 from .run import rollout_dtype
 
@@ -301,10 +302,12 @@ def _online(
         experience.features = trainer.critic.features(rollout)
     ends = rollout.completion_mask.sum(1).cumsum(0).cpu()
     for name, value in trainer.minibatch(experience, rows, ends).items():
-        if bad := describe(torch.tensor([value], device="cpu")) if name.endswith("/loss") else "":
-            return out.stop(name, bad)
-        if name.endswith("/loss"):
-            out.ok(f"{name} {value:.6g}")
+        if not name.endswith("/loss"):
+            continue
+        said = logged(config.command, name)
+        if bad := describe(torch.tensor([value], device="cpu")):
+            return out.stop(said, bad)
+        out.ok(f"{said} {value:.6g}")
     return _gradients(out, modules)
 
 

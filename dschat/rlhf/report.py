@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from . import evaluate
+from . import evaluate, names
 from .checkpoint import atomic_text, read_json
-from .metrics import read_lines
+from .metrics import read_lines, read_log
 
 STYLE = """<style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
@@ -58,7 +58,7 @@ def _online(name: str) -> Panels:
     ]  # fmt: skip
 
 
-# What is drawn for each stage.
+# What is drawn for each stage, by the trainers' names.
 PANELS: dict[str, Panels] = {
     "sft": [("SFT: loss", [("loss", "training"), ("eval/loss", "held-out")])],
     "reward": _pairs("Reward model"),
@@ -123,7 +123,7 @@ def gather(folder: str | Path) -> list[RunFiles]:
                 name,
                 stage,
                 where,
-                read_lines(where / "metrics.jsonl"),
+                read_log(where, stage),
                 read_lines(where / "completions.jsonl"),
                 run.get("config", {}),
                 run.get("versions", {}),
@@ -192,7 +192,8 @@ def curves(runs: Sequence[RunFiles]) -> list[tuple[str, list[Curve]]]:
         several = sum(other.stage == run.stage for other in runs) > 1
         for title, keys in PANELS.get(run.stage, []):
             for key, label in keys:
-                points = [(line["step"], line[key]) for line in run.lines if line.get(key) is not None]
+                name = names.logged(run.stage, key)
+                points = [(line["step"], line[name]) for line in run.lines if line.get(name) is not None]
                 if points:
                     label = f"{run.name}: {label}" if several else label
                     x, y = ([float(p[i]) for p in points] for i in range(2))

@@ -210,9 +210,10 @@ def call_function(
     prompts: Sequence[Any],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Scores float32 [B], NaN where the function said None. Raises RewardError for anything else."""
-    return call_functions([function], prompts, completions, columns)[0]
+    return call_functions([function], prompts, completions, columns, completion_ids)[0]
 
 
 def call_functions(

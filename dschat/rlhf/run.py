@@ -20,7 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ from ..config import ConfigError, DPOConfig, OnlineConfig, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
 from ..engine.zero import ZeroSettings, whole
-from . import checkpoint, checks, data, models, reading, trackers
-from .metrics import Metrics, read_lines, reset_peak_memory
+from . import checkpoint, checks, data, digests, models, names, trackers
+from .metrics import Metrics, read_lines, read_log, reset_peak_memory
 
 # Keys that may differ when a run goes on: they change what is shown or kept and where things lie, never what is
 # computed (but for the rounding of sums over processes).
@@ -148,30 +148,18 @@ def _length(settings: Mapping[str, Any]) -> str:
     return f"{key} {settings.get(key)}"
 
 
-@cache
-def _digest(path: str, size: int, changed: int) -> str:
-    """Of a file's bytes; size and time of its last change: when a digest made before is no longer the file's."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
-
-
-def data_digests(config: StageConfig, read: bool) -> dict[str, str]:
-    """What tells the content of a run's data from any other, by source: a digest of all bytes of a file (a run reads
-    them all in any case, and slower), of a hub data set its fingerprint, once it has been read. Others are left out."""
-    found = reading.FINGERPRINTS if read else {}
-    out = {}
-    for source in (*config.data, *config.eval_data, *getattr(config, "unsup_data", ())):
-        if os.path.isfile(source):
-            about = os.stat(source)
-            out[source] = _digest(os.path.abspath(source), about.st_size, about.st_mtime_ns)
-        elif source in found:
-            out[source] = found[source]
-    return out
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def require_present_name(config: StageConfig, stage: str) -> None:
+    """Raise ConfigError where best_metric is a name that the log of this stage had in earlier versions."""
+    now = names.logged(stage, config.best_metric)
+    if now != config.best_metric:
+        raise ConfigError(
+            f"best_metric is {config.best_metric}, which {stage} logs as {now} now; set best_metric to {now}"
+        )
 
 
 class Run:
@@ -186,6 +174,7 @@ class Run:
         made: checks.Made | None = None,
     ) -> None:  # fmt: skip
         require_data(config)
+        require_present_name(config, stage)
         self.device = devices.use(config.device)
         self.dtype = models.pick_dtype(config.dtype, self.device)
         parallel.start(self.device)
@@ -206,13 +195,16 @@ class Run:
         self.number = uuid.uuid4().hex
         """What trackers know the run by; kept when it goes on."""
         self._started = time.perf_counter()
+        self._given = model is not None
         self._data_before: dict[str, str] = {}
         """What the rows were that the run began with; {} where it begins."""
+        self._models_before: dict[str, str] = {}
+        """What the models were that it began with; {} where it begins."""
         self._lock: checkpoint.Lock | None = None
         try:
             self._open()
             if self.result is None:
-                checks.check_stage(config, made or {}, model, tokenizer)
+                checks.check_stage(config, self.dtype, made or {}, model, tokenizer)
                 parallel.from_lead(partial(checkpoint.require_writable, self.folder))
         except BaseException:
             self.close()
@@ -274,6 +266,7 @@ class Run:
         if not isinstance(before.get("config"), dict):
             raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
         now, began = self.config.to_dict(), config_base.defaults(type(self.config)) | before["config"]
+        began["best_metric"] = names.logged(self.stage, str(began["best_metric"]))
         for key, value in now.items():
             if key not in FREE_KEYS | LENGTH_KEYS and began.get(key) != value:
                 old = began.get(key)
@@ -284,8 +277,9 @@ class Run:
         self.longer = _length(now) != _length(began)
         if self.longer:
             self._require_constant_rate(_length(began), _length(now))
-        self._data_before = before.get("data", {})
+        self._data_before, self._models_before = before.get("data", {}), before.get("models", {})
         self._require_same_data()
+        self._require_same_models()
         self.number = before.get("number", self.number)
         if "dtype" in before:  # what auto was where the run began
             self.dtype = models.pick_dtype(before["dtype"])
@@ -324,11 +318,25 @@ class Run:
 
     def _require_same_data(self, read: bool = False) -> None:
         """Raise ConfigError where a source holds other rows than those that the run began with."""
-        for source, digest in parallel.from_lead(partial(data_digests, self.config, read)).items():
+        for source, digest in parallel.from_lead(partial(digests.of_data, self.config, read)).items():
             if self._data_before.get(source, digest) != digest:
                 raise ConfigError(
                     f"{source} has changed since the run in {self.folder} began; put the first file back, name another "
                     "output_dir, or add --overwrite"
+                )
+
+    def _models(self) -> dict[str, str]:
+        """What the models are that the run reads."""
+        found: dict[str, str] = parallel.from_lead(partial(digests.of_models, self.config, self._given))
+        return found
+
+    def _require_same_models(self) -> None:
+        """Raise ConfigError where another model lies under the name of one that the run began with."""
+        for name, digest in self._models().items():
+            if self._models_before.get(name, digest) != digest:
+                raise ConfigError(
+                    f"model {name} has changed since the run in {self.folder} began; put the first model back, name "
+                    "another output_dir, or add --overwrite"
                 )
 
     def __enter__(self) -> Run:
@@ -367,13 +375,13 @@ class Run:
             self.metrics.say(f"{self.stage}: going on after step {self.step} of {total_steps}")
         return self.metrics
 
-    def logged(self, *names: str) -> dict[str, Any]:
+    def logged(self, *wanted: str) -> dict[str, Any]:
         """The last values of these metrics before the step where the run goes on, as a result names them: a run that
         was killed after its last step has their result too."""
-        assert self.metrics is not None
+        keys = {name.replace("/", "_"): names.logged(self.stage, name) for name in wanted}
         found: dict[str, Any] = {}
-        for line in read_lines(self.metrics.path):
-            found |= {name.replace("/", "_"): line[name] for name in names if line.get(name) is not None}
+        for line in read_log(self.folder, self.stage):
+            found |= {name: line[key] for name, key in keys.items() if line.get(key) is not None}
         return found
 
     def _require_untouched(self, fresh: bool) -> None:
@@ -402,7 +410,8 @@ class Run:
         content["device"], content["number"] = devices.describe(self.device), self.number
         if self.rollout_dtype is not None:
             content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
-        content["data"] = self._data_before | data_digests(self.config, read=True)
+        content["data"] = self._data_before | digests.of_data(self.config, read=True)
+        content["models"] = self._models_before | digests.of_models(self.config, self._given)
         content["config"] = self.config.to_dict()
         checkpoint.atomic_text(self.folder / "config.yaml", config_text.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
@@ -621,6 +630,8 @@ def zero_settings(config: StageConfig) -> ZeroSettings | None:
         settings = ZeroSettings.read(config.zero_stage, config.offload, config.deepspeed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if settings is not None and isinstance(config, OnlineConfig):
+        config.require_whole_trunk(settings.stage)
     if settings is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             f"zero_stage is {settings.stage} and DeepSpeed is not installed; run: pip install 'dschat[deepspeed]', or "

@@ -5,7 +5,7 @@ on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -123,7 +123,7 @@ def accumulate(
     total = 0.0
     for piece, own in (part for rows in pieces for part in parallel.shares(rows, len(rows))):
         batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
-        logp = engine.logprobs(cast(Any, batch), temperature=1.0)
+        logp = engine.logprobs(batch, temperature=1.0)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         engine.backward(loss if own else loss * 0.0)
         total += float(loss.detach()) * own
@@ -138,7 +138,7 @@ def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int
     total = 0.0
     for piece, own in parallel.shares(examples, config.batch_size):
         batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
-        logp = engine.logprobs(cast(Any, batch), temperature=1.0)
+        logp = engine.logprobs(batch, temperature=1.0)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         total += float(loss) * own
     return parallel.total({"loss": total})["loss"]

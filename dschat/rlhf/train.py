@@ -13,7 +13,7 @@ from .. import device as devices
 from ..config import ConfigError, OnlineConfig, StageConfig, TrainConfig
 from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
-from .checks import origin, require_rewards
+from .checks import Ahead, require_rewards, writer
 from .metrics import read_lines
 from .run import Run
 
@@ -32,7 +32,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     results: dict[str, Any] = {}
-    made: dict[str, str] = {}
+    made: dict[str, Ahead] = {}
     stages = {name: found for name in configs.STAGES if (found := getattr(config, name)) is not None}
     for settings in stages.values():
         devices.resolve(settings.device)  # before any process group is joined for another one
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if looked_at.longer:
                 grown[settings.output_dir] = stage
             if looked_at.result is None:
-                made[settings.output_dir] = origin(settings.model, made)
+                made[settings.output_dir] = Ahead(settings, looked_at.dtype)
     for stage, settings in stages.items():
         results[stage] = TRAINERS[stage](settings)
     if parallel.lead():
@@ -62,8 +62,8 @@ def _require_anew(stage: str, settings: StageConfig, grown: Mapping[str, str]) -
     if settings.overwrite or not (Path(settings.output_dir) / "run.json").is_file():
         return
     for name in filter(None, [*names, *getattr(settings, "reward", ())]):
-        before = origin(name, grown)
-        if before != name:
+        before = writer(name, grown)
+        if before is not None:
             raise ConfigError(
                 f"{before} is to go on, but {stage} in {settings.output_dir} has begun from what it wrote; add "
                 f"--{stage}.overwrite, or name another output_dir"

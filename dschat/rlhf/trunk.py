@@ -47,11 +47,12 @@ def digest(model: Any) -> str:
 
 def about_base(model: Any, config: StageConfig) -> dict[str, str]:
     """What is to be known of the weights on which an adapter will be trained, before it is there."""
-    return {
-        "digest": digest(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "base_weights": config.base_weights,
-    }
+    return {"digest": digest(model), **held_as(config, next(model.parameters()).dtype)}
+
+
+def held_as(config: StageConfig, dtype: torch.dtype) -> dict[str, str]:
+    """What is known of the weights under an adapter before they are read."""
+    return {"dtype": str(dtype).removeprefix("torch."), "base_weights": config.base_weights}
 
 
 def twin(module: nn.Module, config: Any) -> nn.Module:
@@ -156,13 +157,15 @@ class Trunk:
         return folder, about
 
 
-def require_alike(name: str, key: str, about: Mapping[str, Any], own: Mapping[str, str]) -> None:
+def require_alike(
+    name: str, key: str, about: Mapping[str, Any], own: Mapping[str, str], when: str = "was"
+) -> None:
     """Raise ConfigError where the weights under an adapter differ from the policy's in one of those facts."""
     for what in own:
         if about[what] != own[what]:
             raise ConfigError(
-                f"{key} is policy, but {name} was trained with {what} {about[what]} and this run has {own[what]}; set "
-                f"{what} to {about[what]}, or {key} to own"
+                f"{key} is policy, but {name} {when} trained with {what} {about[what]} and this run has {own[what]}; "
+                f"set {what} to {about[what]}, or {key} to own"
             )
 
 

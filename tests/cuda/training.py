@@ -103,7 +103,11 @@ def stopped_after(step: int) -> Iterator[None]:
 def numbers(folder: Path) -> list[dict[str, float]]:
     """The metrics of a run without what the clock says, and without how many of differences near 0 are above it."""
     return [
-        {k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith("accuracy")}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith("time/") and not k.endswith(("accuracy", "accuracies"))
+        }
         for line in read_lines(folder / "metrics.jsonl")
     ]
 

@@ -37,7 +37,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs and a reward model for the runs."""
-    from dschat.rlhf import models
+    from dschat.config import RewardConfig
+    from dschat.rlhf import models, reward
 
     where = session_folder(tmp_path_factory) / "distributed"
     where.mkdir(exist_ok=True)
@@ -53,6 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for j in (0, 1)
         ]
         (where / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        keys = {
+            "model": str(worker.STORIES),
+            "data": [str(where / "pairs.jsonl")],
+            "output_dir": str(where / "adapted"),
+        }
+        plain = {"device": "cpu", "dtype": "float32", "tensorboard": False, "progress": False}
+        reward.train(RewardConfig(**keys, **plain, lora_r=4, max_steps=4, learning_rate=1e-2, max_length=64))
     return where
 
 

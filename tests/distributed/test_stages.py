@@ -17,14 +17,22 @@ PLAIN = {"zero_stage": None}
 CURVES = {
     "sft": ("loss", "grad_norm", "eval/loss"),
     "reward": ("loss", "accuracy", "grad_norm", "eval/loss"),
-    "dpo": ("loss", "margin", "grad_norm", "eval/loss"),
-    "ppo": ("policy/loss", "value/loss", "kl/sequence", "score/mean", "policy/grad_norm", "value/grad_norm"),
-    "ppo-full": ("policy/loss", "value/loss", "kl/sequence", "score/mean", "policy/grad_norm"),
-    "grpo": ("policy/loss", "kl/loss", "score/mean", "group/advantage_std", "policy/grad_norm"),
-    "rloo": ("policy/loss", "score/total", "score/mean", "group/advantage_std", "policy/grad_norm"),
-    "ppo-mixed": ("policy/loss", "unsup/loss", "value/loss", "score/mean", "policy/grad_norm"),
-    "ppo-frozen": ("policy/loss", "value/loss", "kl/sequence", "score/mean", "policy/grad_norm"),
-    "dpo-frozen": ("loss", "margin", "grad_norm", "eval/loss"),
+    "dpo": ("loss", "rewards/margins", "grad_norm", "eval/loss"),
+    "ppo": (
+        "loss/policy_avg",
+        "loss/value_avg",
+        "objective/kl",
+        "score/mean",
+        "policy/grad_norm",
+        "value/grad_norm",
+    ),
+    "ppo-full": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "policy/grad_norm"),
+    "grpo": ("policy/loss", "kl/loss", "reward", "group/advantage_std", "grad_norm"),
+    "rloo": ("policy/loss", "score/total", "reward", "group/advantage_std", "grad_norm"),
+    "ppo-mixed": ("loss/policy_avg", "unsup/loss", "loss/value_avg", "score/mean", "policy/grad_norm"),
+    "ppo-shared": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "value/grad_norm"),
+    "ppo-frozen": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "policy/grad_norm"),
+    "dpo-frozen": ("loss", "rewards/margins", "grad_norm", "eval/loss"),
 }
 FEW = [(2, name) for name in CURVES] + [(4, name) for name in worker.FOUR_STAGES]
 REST = [(4, name) for name in CURVES if name not in worker.FOUR_STAGES]
@@ -62,8 +70,8 @@ def test_curves_are_those_of_one_process(many, folder, world, name):
         for key in CURVES[name]:
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (key, a["step"])
-        if "rollout/length" in b:
-            assert a["rollout/length"] == b["rollout/length"]
+        for key in ("rollout/length", "completions/mean_length"):
+            assert a.get(key) == b.get(key)
     assert any(key in alone[-1] for key in CURVES[name])
 
 
@@ -111,7 +119,7 @@ def test_a_run_goes_on_with_another_number_of_processes(many, folder, name):
     worker.run_stage(name, folder, "2", zero_stage=None)
     goes_on = read_lines(where / "metrics.jsonl")
     straight = one(name, folder)
-    key = "loss" if name == "sft-half" else "policy/grad_norm"
+    key = "loss" if name == "sft-half" else "grad_norm"
     assert [line["step"] for line in goes_on] == [1, 2, 3]
     assert goes_on[-1][key] == pytest.approx(straight[-1][key], rel=1e-3, abs=1e-5)
     for file, tensors in _models(folder / f"{name}-one").items():

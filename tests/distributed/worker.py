@@ -363,6 +363,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "rloo": {"zero_stage": 1, "lora_r": 4, "reward": ["worker:short"], "gradient_accumulation_steps": 2},
     "ppo-mixed": {"zero_stage": 3, "lora_r": 4, "critic_update": "head", "unsup_coef": 0.5, "unsup_length": 12,
                   "ema_decay": 0.5},
+    "ppo-shared": {"zero_stage": 2, "critic_zero_stage": 1, "lora_r": 4, "reward_trunk": "policy",
+                   "critic_trunk": "policy", "critic_lora_r": 2, "ppo_epochs": 2},
     "ppo-frozen": {"zero_stage": 3, "lora_r": 0, "critic_update": "all", "offload_reward": True},
     "dpo-frozen": {"zero_stage": 3, "lora_r": 0, "cache_reference": False, "offload_reference": True},
     "sft-half": {"zero_stage": 3, "lora_r": 0},
@@ -399,7 +401,7 @@ def run_stage(name: str, folder: Path, output: str, **more: Any) -> dict[str, An
     else:
         keys |= {"max_new_tokens": 8, "max_prompt_length": 16, "prompts_per_step": 3, "samples_per_prompt": 2,
                  "batch_size": 4}  # fmt: skip
-        keys = {"reward": [str(folder / "scorer")]} | keys
+        keys = {"reward": [str(folder / ("adapted" if "reward_trunk" in keys else "scorer"))]} | keys
     if command == "sft":
         keys |= {"response": "chosen"}
     if command == "ppo":

@@ -13,6 +13,7 @@ from test_grpo import keys, short
 
 from dschat import cli, config_base, config_text
 from dschat import config as configs
+from dschat.rlhf import names as logged_names
 from dschat.rlhf.metrics import read_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -78,6 +79,7 @@ def test_commands_and_functions_of_the_pages_exist(page):
 # --------------------------------------------------------------------------------------------- coming from TRL
 
 TRL = (DOCS / "trl.md").read_text()
+ONLINE = ("ppo", "grpo", "rloo")
 
 
 def table(title: str) -> list[list[str]]:
@@ -142,20 +144,23 @@ def test_rows_of_trl_are_read_or_refused(stories_tokenizer):
             assert example.prompt_ids and all(example.answers), (command, row)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "grpo", "rloo"])
 def test_metrics_for_trl_users_are_logged(base, tmp_path, stage):
-    """A step of every stage on the tiny model has the page's names."""
-    rows = [row for row in table("Metrics") if row[0] == stage]
+    """A step of every stage on the tiny model has the page's names, and none of those that TRL's took the place of."""
+    rows = [row for row in table("Metrics") if stage in row[0].split(", ")]
     wanted = {name for row in rows for name in names(row[2])}
     assert wanted and all(names(row[1]) for row in rows)
     more = {"max_steps": 1, "batch_size": 4, "lora_r": 2}
     online = {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4, "kl_coef": 0.1}
-    more |= online if stage in ("ppo", "grpo") else {"max_length": 64}
+    more |= online if stage in ONLINE else {"max_length": 64}
     cls = configs.COMMANDS[stage]
     train = importlib.import_module(f"dschat.rlhf.{stage}").train
-    train(cls(**{**base, **more}), **({"rewards": (short,)} if stage in ("ppo", "grpo") else {}))
+    train(cls(**{**base, **more}), **({"rewards": (short,)} if stage in ONLINE else {}))
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert wanted <= set(line), wanted - set(line)
+    mapped = logged_names.TRL[stage]
+    assert not set(line) & set(mapped), "each number has one name"
+    assert set(mapped.values()) <= wanted and set(mapped.values()) <= set(line)
 
 
 # ------------------------------------------------------------------------------------ coming from DeepSpeed-Chat
@@ -200,7 +205,7 @@ def test_commands_of_the_deepspeed_chat_page_run(stories_dir, pairs, tmp_path, c
         ]
         assert cli.main(words) == 0, (words[0], capsys.readouterr().err)
         folder = Path(words[words.index("--output_dir") + 1])
-        losses = {"ppo": "policy/loss"}
+        losses = {"ppo": "loss/policy_avg"}
         lines = read_lines(folder / "metrics.jsonl")
         assert len(lines) == 2 and all(line[losses.get(words[0], "loss")] is not None for line in lines)
         assert (folder / "result.json").is_file()

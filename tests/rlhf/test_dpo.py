@@ -137,7 +137,10 @@ def test_it_learns_and_loads(base, tmp_path):
     result = run(base, learning_rate=1e-2, epochs=4, eval_data=base["data"])
     assert result["eval_accuracy"] == 1.0 and result["eval_margin"] > 0.5 and result["eval_loss"] < 0.5
     lines = numbers(tmp_path / "run")
-    assert lines[-1]["margin"] > lines[0]["margin"] and lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    assert (
+        lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
+        and lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    )
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 

@@ -241,7 +241,7 @@ def test_ppo_of_episodes_resumes_bit_for_bit(base, tmp_path, kill_after):
     assert same_weights(tmp_path / "again", tmp_path / "straight")
     logged = numbers(tmp_path / "straight")
     assert all(n["policy/first_ratio_deviation"] == 0.0 and n["episode/turns"] > 1 for n in logged)
-    assert logged[0]["kl/sequence"] == 0.0
+    assert logged[0]["objective/kl"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dschat import cli
 from dschat.config import ConfigError, EvalConfig
-from dschat.rlhf import batching, conversations, data, evals, models, reading, reward
+from dschat.rlhf import batching, conversations, data, evals, evaluate, models, reading, reward
 
 PROMPTS = ["Once upon a time", "One day, a girl", "Tom and his dog", "The sun was", "Lily saw"]
 
@@ -67,6 +68,29 @@ def test_bootstrap():
     assert wide["high"] - wide["low"] == pytest.approx(0.098, abs=0.012)
     with pytest.raises(ConfigError, match="there is no row to evaluate"):
         evals.bootstrap([])
+
+
+def test_resamples_in_blocks(monkeypatch):
+    """The numbers of all resamples at once, in memory that does not grow with their number."""
+    generator = np.random.default_rng(3)
+    values, weights = generator.normal(size=(2, 700))
+    before, after = values[:300].tolist(), values[300:600].tolist()
+    blocks = []
+    for size in (10**9, 5_000, 1):
+        monkeypatch.setattr(evaluate, "BLOCK", size)
+        found = evals.bootstrap(values.tolist(), abs(weights).tolist(), 5)
+        blocks.append((found, evaluate.paired_bootstrap(before, after, 7)))
+    assert blocks[0] == blocks[1] == blocks[2]
+    rows = np.random.default_rng(5).integers(0, 700, (evals.RESAMPLES, 700))
+    drawn = (values * abs(weights))[rows].sum(1) / abs(weights)[rows].sum(1)
+    assert [blocks[0][0][side] for side in ("low", "high")] == np.percentile(drawn, [2.5, 97.5]).tolist()
+    monkeypatch.undo()
+    many = [float(i % 3) for i in range(10_000)]
+    tracemalloc.start()
+    evals.bootstrap(many)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * 2**20, f"{peak / 2**20:.0f} MB"
 
 
 def test_classification_by_hand():
@@ -386,7 +410,9 @@ def test_win_rate_of_a_model_with_itself_and_another(
 def test_answers(config, rows, tmp_path):
     """Mean over samples and prompts, share of prompts solved at least once, rows without a score."""
     (tmp_path / "mine.py").write_text(
-        "def has(prompts, completions, letter, **columns):\n"
+        "def has(prompts, completions, completion_ids, letter, **columns):\n"
+        "    assert [len(ids) > 0 for ids in completion_ids] == [True] * len(completions)\n"
+        "    assert all(isinstance(i, int) for ids in completion_ids for i in ids)\n"
         "    return [None if x is None else float(x in c) for c, x in zip(completions, letter)]\n"
     )
     values = [{"prompt": p, "letter": "w" if i else None} for i, p in enumerate(PROMPTS)]

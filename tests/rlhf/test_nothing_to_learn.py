@@ -13,7 +13,7 @@ from helpers_rlhf import numbers
 
 from dschat import config as C
 from dschat.engine.zero import held
-from dschat.rlhf import grpo, online, ppo, reading, rloo, sft
+from dschat.rlhf import grpo, names, online, ppo, reading, rloo, sft
 
 TRAINERS = {"grpo": grpo.train, "rloo": rloo.train, "ppo": ppo.train}
 SMALL = {
@@ -57,20 +57,20 @@ def run(base: dict[str, Any], command: str, reward: Any, **more: Any) -> list[di
 @pytest.mark.parametrize("command", ["grpo", "rloo"])
 def test_equal_scores_teach_a_group_nothing(base, command):
     lines = run(base, command, equal)
-    assert [(line["group/flat"], line["policy/grad_norm"], line["score/valid"]) for line in lines] == [
-        (1, 0, 1)
-    ] * 2
+    found = [(line["frac_reward_zero_std"], line["grad_norm"], line["score/valid"]) for line in lines]
+    assert found == [(1, 0, 1)] * 2
 
 
 def test_equal_scores_teach_a_critic(base):
     lines = run(base, "ppo", equal)
-    assert all(line["score/mean"] == 5.0 and line["value/loss"] > 0 for line in lines)
+    assert all(line["score/mean"] == 5.0 and line["loss/value_avg"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("command", TRAINERS)
 def test_no_scores_at_all(base, command):
     lines = run(base, command, nothing)
-    assert [(line["score/valid"], line["policy/grad_norm"]) for line in lines] == [(0, 0)] * 2
+    norm = names.logged(command, "policy/grad_norm")
+    assert [(line["score/valid"], line[norm]) for line in lines] == [(0, 0)] * 2
 
 
 @pytest.mark.parametrize("command", TRAINERS)
@@ -94,8 +94,12 @@ def test_a_step_without_a_backward_under_zero(base, tmp_path, stage, command, fi
     more = {**more, "save_every": 1, "keep_checkpoints": 9}
     plain = run(base, command, Late(first), **more)
     found = run(base | {"output_dir": str(tmp_path / "zero")}, command, Late(first), zero_stage=stage, **more)
-    assert found[0]["policy/grad_norm"] == plain[0]["policy/grad_norm"] == 0.0 < plain[1]["policy/grad_norm"]
-    for key in ("policy/grad_norm", "score/mean", "kl/sequence", "rollout/length"):
+    norm, *others = (
+        names.logged(command, name)
+        for name in ("policy/grad_norm", "score/mean", "kl/sequence", "rollout/length")
+    )
+    assert found[0][norm] == plain[0][norm] == 0.0 < plain[1][norm]
+    for key in (norm, *others):
         assert found[1][key] == pytest.approx(plain[1][key], rel=1e-3, abs=1e-6), key
 
 
@@ -127,9 +131,8 @@ def test_empty_answers(base, command, silent):
 
     more = {"model": silent, "data": [str(Path(silent).parents[1] / "rows.jsonl")]}
     lines = run(base, command, heard, **more)
-    assert set(texts) == {""} and all(
-        line["rollout/length"] == 1 == line["rollout/finished"] for line in lines
-    )
+    length = names.logged(command, "rollout/length")
+    assert set(texts) == {""} and all(line[length] == 1 == line["rollout/finished"] for line in lines)
 
 
 @pytest.mark.parametrize("command", TRAINERS)

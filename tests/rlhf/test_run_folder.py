@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_rlhf import Killed, numbers, same_weights
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from dschat import config as C
 from dschat import config_base
 from dschat.config import COMMANDS, ConfigError
-from dschat.rlhf import checkpoint, grpo, metrics, models, ppo, reading, report, sft
+from dschat.rlhf import checkpoint, digests, grpo, metrics, models, ppo, reading, report, sft
 from dschat.rlhf import run as run_module
 from dschat.rlhf import train as pipeline
 
@@ -98,10 +102,10 @@ def test_a_run_of_an_older_version_has_no_digests(base, kill_after):
     kill_after(None)
     file = Path(base["output_dir"]) / "run.json"
     about = json.loads(file.read_text())
-    assert list(about.pop("data")) == base["data"]
+    assert list(about.pop("data")) == base["data"] and list(about.pop("models")) == [base["model"]]
     file.write_text(json.dumps(about))
     assert run(base)["steps"] == 2
-    assert "data" in json.loads(file.read_text())
+    assert {"data", "models"} <= set(json.loads(file.read_text()))
 
 
 def test_another_revision_of_a_hub_data_set(base, monkeypatch, kill_after):
@@ -123,6 +127,88 @@ def test_another_revision_of_a_hub_data_set(base, monkeypatch, kill_after):
     refused(base, r"org/stories:train has changed since the run in .* began", **keys)
     rows._fingerprint = "one"
     assert run(base, **keys)["steps"] == 2
+
+
+# ----------------------------------------------------------------------------------------------- other models
+
+
+@pytest.mark.parametrize("which", ["model", "reference", "critic"])
+def test_another_model_under_the_same_name(base, tmp_path, kill_after, which):
+    """A run does not go on, and a finished one is not taken for done, with another model than it began with."""
+    folder = tmp_path / "other"
+    shutil.copytree(base["model"], folder)
+    stage = "sft" if which == "model" else "ppo"
+    keys: dict[str, Any] = {which: str(folder)}
+    kill_after(2)
+    with pytest.raises(Killed):
+        run(base, stage, **keys)
+    kill_after(None)
+    changed = load_file(folder / "model.safetensors")
+    changed["model.layers.2.mlp.up_proj.weight"][100, 3] += 1e-3
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    said = refused(base, r"model .*other has changed since the run in .* began", stage, **keys)
+    assert said.endswith("put the first model back, name another output_dir, or add --overwrite")
+    shutil.copy(Path(base["model"]) / "model.safetensors", folder)
+    done = run(base, stage, **keys)
+    settings = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(settings.replace("1e-05", "1e-06"))
+    refused(base, "model .*other has changed", stage, **keys)
+    (folder / "config.json").write_text(settings)
+    (folder / "README.md").write_text("about it")
+    assert run(base, stage, **keys) == done
+    shutil.rmtree(folder)
+    assert run(base, stage, **keys) == done, "a finished run needs its models no more"
+
+
+def test_what_a_digest_of_a_model_reads(tmp_path, monkeypatch):
+    """Of a large file the header and three blocks of each tensor: any tensor that was written anew is told, and the
+    time does not grow with the size. Of the base under an adapter the same."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    file = folder / "model.safetensors"
+    tensors = {f"layer.{i}": torch.full((300, 70), float(i)) for i in range(4)}
+
+    def found(where: Path = folder) -> str:
+        digests._digest.cache_clear()  # a clock may be too coarse for two changes
+        return digests.of_folder(where)
+
+    save_file(tensors, file)
+    small = found()
+    monkeypatch.setattr(digests, "WHOLE", 10_000)
+    first = found()
+    assert first != small
+    seen = {first}
+    for name in tensors:
+        for place in (0, 149, 299):
+            save_file({**tensors, name: tensors[name].index_fill(0, torch.tensor([place]), 0.5)}, file)
+            seen.add(found())
+    save_file({**tensors, "layer.0": tensors["layer.0"].view(70, 300)}, file)
+    seen.add(found())
+    assert len(seen) == 1 + 3 * len(tensors) + 1
+    between = tensors["layer.3"].clone()
+    between[80] = 0.5
+    save_file({**tensors, "layer.3": between}, file)
+    assert found() == first, "numbers between the blocks are not looked at, as docs/checkpoints.md says"
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    (folder / "config.json").write_text("{}")
+    before = found(adapter)
+    (folder / "config.json").write_text("{ }")
+    assert found(adapter) != before
+
+
+def test_the_digest_of_a_model_of_gigabytes_takes_no_time(tmp_path):
+    places = [[i * 2**30, (i + 1) * 2**30] for i in range(8)]
+    header = {str(p): {"dtype": "BF16", "shape": [2**29], "data_offsets": p} for p in places}
+    raw = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        f.truncate(8 + len(raw) + 8 * 2**30)  # without blocks on the disk
+    start = time.process_time()
+    digests.of_folder(tmp_path)
+    assert time.process_time() - start < 0.5
 
 
 # ------------------------------------------------------------------------------------------- two runs at once

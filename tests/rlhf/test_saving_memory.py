@@ -71,7 +71,10 @@ def test_adapters_learn_on_an_int8_base(stage, base, tmp_path, kill_after):
     result = train(cls(**{**base, **keys}), **more)
     lines = numbers(base["output_dir"])
     if stage == "grpo":
-        assert 0 < lines[0]["gap/mean"] < 0.05 and result["log_prob_gap"]["mean"] > 0
+        assert (
+            0 < lines[0]["sampling/sampling_logp_difference/mean"] < 0.05
+            and result["log_prob_gap"]["mean"] > 0
+        )
         assert result["speed"]["hf_tokens_per_s"] > 0, "Hugging Face ran the merged model"
     else:
         assert lines[-1]["loss"] < lines[0]["loss"]

@@ -177,7 +177,7 @@ def test_sft_learns_and_loads(base, tmp_path):
     ]
     assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6, 9, 12]
     assert result["eval_loss"] == lines[-1]["eval/loss"]
-    assert lines[0]["lr"] == 1e-2 and lines[-1]["lr"] < 1e-3, "linear to 0"
+    assert lines[0]["learning_rate"] == 1e-2 and lines[-1]["learning_rate"] < 1e-3, "linear to 0"
     files = set(os.listdir(tmp_path / "run"))
     assert files >= {
         "config.yaml",

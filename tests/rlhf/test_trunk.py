@@ -15,9 +15,11 @@ from helpers_rlhf import Killed, numbers, same_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dschat.config import ConfigError, GRPOConfig, PPOConfig, RewardConfig
+from dschat.config import ConfigError, GRPOConfig, PPOConfig, RewardConfig, TrainConfig
+from dschat.config import build as build_config
 from dschat.engine import HybridEngine
 from dschat.rlhf import batching, conversations, data, grpo, models, online, ppo, reading, reward
+from dschat.rlhf import train as pipeline
 from dschat.rlhf.trunk import Trunk, digest
 from tests.tiny_models import build
 
@@ -283,7 +285,7 @@ def test_grpo_takes_a_reward_model_on_the_policys_base(base, scored, tmp_path):
             "output_dir": str(tmp_path / trunk),
         }
         grpo.train(GRPOConfig(**keys))
-        scores.append([line["score/mean"] for line in numbers(tmp_path / trunk)])
+        scores.append([line["reward"] for line in numbers(tmp_path / trunk)])
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
@@ -315,7 +317,8 @@ def test_a_base_is_known_by_its_weights(base, scored, pairs, tmp_path, stories_t
         ({"critic_trunk": "policy", "lora_r": 0}, "critic_trunk is policy and lora_r 0, which trains the weights"),
         ({"reward_trunk": "policy", "lora_r": 0}, "reward_trunk is policy and lora_r 0, which trains the weights"),
         ({"critic_trunk": "policy", "critic_update": "all"}, "critic_trunk is policy and critic_update all"),
-        ({"critic_trunk": "policy", "zero_stage": 2}, "critic_trunk is policy with DeepSpeed"),
+        ({"critic_trunk": "policy", "zero_stage": 3}, "critic_trunk is policy with ZeRO-3, where each of two engines"),
+        ({"reward_trunk": "policy", "zero_stage": 2, "critic_zero_stage": 3}, "reward_trunk is policy with ZeRO-3"),
         ({"reward_trunk": "policy", "offload_reward": True}, "reward_trunk is policy and offload_reward true"),
     ],
 )  # fmt: skip
@@ -353,6 +356,10 @@ def test_models_that_cannot_share(base, scored, pairs, tmp_path):
     for more, said in cases:
         with pytest.raises(ConfigError, match=said):
             run(base, tmp_path / "ppo", **more)
+    stage3 = tmp_path / "deepspeed.json"
+    stage3.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(ConfigError, match="critic_trunk is policy with ZeRO-3"):
+        run(base, tmp_path / "ppo", (short,), critic_trunk="policy", deepspeed=str(stage3))
     with pytest.raises(ConfigError, match="reward_trunk is policy and reward names no model"):
         run(base, tmp_path / "ppo", (short,), reward_trunk="policy")
     facts = Path(scored) / "adapter" / models.BASE
@@ -364,3 +371,64 @@ def test_models_that_cannot_share(base, scored, pairs, tmp_path):
     with pytest.raises(ConfigError, match=r"adapter has no base\.json that says what weights it is on"):
         run(base, tmp_path / "ppo", reward=[scored], reward_trunk="policy")
     assert not (tmp_path / "ppo").exists()
+
+
+class Begun(Exception):
+    """The first stage of a pipeline would run now."""
+
+
+def begin(base: dict[str, Any], **stages: dict[str, Any]) -> None:
+    """A pipeline up to where its first stage would run."""
+
+    def stop(config: Any) -> Any:
+        raise Begun
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "TRAINERS", dict.fromkeys(pipeline.TRAINERS, stop))
+        keys = base | {"lora_r": 2, "sft": {"response": "chosen"}, "reward": {}, "ppo": {}} | stages
+        pipeline.train(build_config(TrainConfig, {k: v for k, v in keys.items() if v is not None}))
+
+
+def test_a_pipeline_whose_stages_cannot_share_is_refused_at_the_start(base, tmp_path):
+    """What a reward stage will train on is not what the policy starts from: known from the stages' settings."""
+    sft = f"{base['output_dir']}/sft"
+    copied, other = tmp_path / "copied", tmp_path / "other"
+    for folder in (copied, other):
+        shutil.copytree(base["model"], folder)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v * 2 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    shared = {"reward_trunk": "policy", "critic_trunk": "policy"}
+    said_weights = (
+        "the reward stage trains on .* and the policy is .*, which are other weights; give both stages one"
+    )
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"reward": {"model": base["model"]}}, said_weights),  # the policy is what SFT will make of it
+        ({"sft": None, "ppo": {"model": str(other)}}, said_weights),
+        ({"reward": {"lora_r": 0}}, "the reward stage has lora_r 0, so it will train all weights"),
+        (
+            {"reward": {"dtype": "bfloat16"}},
+            "the reward stage will be trained with dtype bfloat16 and this run",
+        ),
+        (
+            {"reward": {"base_weights": "int8"}},
+            "the reward stage will be trained with base_weights int8 and this",
+        ),
+        (
+            {"ppo": {"model": base["model"], "critic": sft, "reward_trunk": "own"}},
+            "sft is what sft is to write, which",
+        ),
+        ({"ppo": {"critic": base["model"], "reward_trunk": "own"}}, "has no adapter beside it"),
+    ]
+    for stages, said in cases:
+        with pytest.raises(ConfigError, match=said) as error:
+            begin(base, **{**stages, "ppo": shared | stages.get("ppo", {})})
+        assert "\n" not in str(error.value) and not Path(base["output_dir"]).exists()
+    for stages in (
+        {},
+        {"sft": None},
+        {"sft": None, "ppo": {"model": str(copied)}},
+        {"ppo": {"critic": sft}},
+        {"reward": {"model": base["model"]}, "ppo": {"reward_trunk": "own", "critic": sft}},
+    ):
+        with pytest.raises(Begun):
+            begin(base, **{**stages, "ppo": shared | stages.get("ppo", {})})
