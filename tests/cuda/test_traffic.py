@@ -61,8 +61,8 @@ def problems(kernel: str, rows: dict[str, dict[str, Any]], expected: dict[str, d
 
 @functools.cache
 def expected(dtype: torch.dtype) -> dict[str, dict[str, dict[str, Any]]]:
-    """The table's rows of a dtype, by the kernel's name or by the bytes of an element, s, of the case. What has neither is
-    measured with each dtype."""
+    """The table's rows of a dtype, by the kernel's name or by the bytes of an element, s, of the case. What has
+    neither is measured with each dtype."""
     other, size = ("<float", "s=4") if dtype != torch.float32 else ("<__nv_bfloat16", "s=2")
     return {
         kernel: {case: found for case, found in rows.items() if size not in case.split()}

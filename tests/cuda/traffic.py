@@ -230,7 +230,7 @@ def _attention(dtype: torch.dtype) -> list[Case]:
             sizes |= {"qout": min(dim, 128), "kout": 64}
             passes = {
                 f"query_tiles<{dim}, {min(dim, 128)}>": "heads * t * (4 * s * d * d / qout + s * d + 8)",
-                f"key_tiles<{dim}, 64>": "2 * kv * t * s * d + d / kout * t * (2 * kv * s * d + heads * (2 * s * d + 8))",
+                f"key_tiles<{dim}, 64>": "t * (2 * kv * s * d * (1 + d / kout) + heads * (2 * s * d + 8) * d / kout)",
             }
         qkv = [t(tokens, n, dim).requires_grad_() for n in (heads, kv, kv)]
         cu = cumulative([tokens])
