@@ -179,7 +179,8 @@ class PagedDynamicCache(DynamicCache):
     def _watch_layers(self) -> None:
         """Whoever looks into a layer finds it as it would be without us."""
         for layer in self.layers:
-            layer.__class__ = _watched(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _watched(kind)
             vars(layer)["_whole"] = weakref.ref(self)
 
     def layer_is_read(self) -> None:
@@ -191,7 +192,7 @@ class PagedDynamicCache(DynamicCache):
         self.to_dense()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedDynamicCache:
-        new = object.__new__(type(self))
+        new: Any = object.__new__(type(self))
         memo[id(self)] = new
         shared = ("_new_cache", "owner", "_note", "paged")
         for name, value in vars(self).items():
@@ -201,7 +202,8 @@ class PagedDynamicCache(DynamicCache):
                 vars(layer)["_whole"] = weakref.ref(new)
             if new.paged is not None:
                 new._rebuild(list(range(new.rows)), max(1, new.mask.shape[1]), new.paged.max_length)
-        return new
+        copied: PagedDynamicCache = new
+        return copied
 
     def __copy__(self) -> PagedDynamicCache:
         return self.__deepcopy__({})

@@ -271,7 +271,7 @@ class Patch:
         self.fused: Any = None
         self._requested = backend
         self._holders = 0
-        self._swapped: list[tuple[nn.Module, type, type]] = []
+        self._swapped: list[tuple[nn.Module, Any, Any]] = []
         self._marked: nn.Module | None = None
         self._notes: list[str] = []
         self._entries: list[Entry] = []

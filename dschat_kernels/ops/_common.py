@@ -274,7 +274,8 @@ def _describe(op: str, namespace: str, library: torch.library.Library) -> None:
             raise NotImplementedError(
                 f"{op} has no second derivative: call backward without create_graph, or use backend='reference'."
             )
-        return _differentiable(*parts.reference(ctx), grads)
+        outputs, inputs = parts.reference(ctx)
+        return _differentiable(outputs, inputs, grads)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.ops = getattr(torch.ops, namespace)
