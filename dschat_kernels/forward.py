@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -321,6 +322,7 @@ class _ExactLinear(torch.autograd.Function):
         return linear_sums(x, packed, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """With dy of a part and W_p its packed weight: dx += dy W_p, dW = dy^T x, db = sum dy,
         dA = s (dy B)^T x, dB = s dy^T (x A^T)."""

@@ -11,6 +11,11 @@ without us."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import copyreg
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +28,37 @@ from .cache import PagedKVCache
 NewCache = Callable[[int, int], PagedKVCache]
 
 
+# As in patch.py: what is pickled may name another class.
+_RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
+
+
+@functools.cache
+def _watched(kind: Any) -> Any:
+    """A kind of layer that tells its cache before its tensors are looked at."""
+
+    def look(self: Any) -> None:
+        whole = vars(self)["_whole"]()
+        if whole is not None:
+            whole.layer_is_read()
+
+    def tensor(name: str) -> property:
+        def read(self: Any) -> Any:
+            look(self)
+            return vars(self).get(name)
+
+        return property(read, lambda self, value: vars(self).__setitem__(name, value))
+
+    def get_seq_length(self: Any) -> Any:
+        look(self)
+        return kind.get_seq_length(self)
+
+    names = ("keys", "values", "is_initialized")
+    members: dict[str, Any] = {name: tensor(name) for name in names}
+    members |= {"get_seq_length": get_seq_length, "__module__": kind.__module__}
+    members["_layer_type"] = None  # transformers' table of layers holds every subclass that has one
+    return type(kind.__name__, (kind,), members)
+
+
 class PagedDynamicCache(DynamicCache):
     """A `DynamicCache` whose keys and values are pages, until `to_dense`.
 
@@ -31,10 +67,18 @@ class PagedDynamicCache(DynamicCache):
         new_cache: (slots, tokens a slot) -> an empty paged cache.
         max_length: columns that are known to come (0: not known; the cache grows when it must).
         owner: the decoder that writes the pages.
+        note: told when somebody reads the tensors of a layer, which makes the cache dense.
+
+    A copy shares no page that either writes to; what is pickled is a plain `DynamicCache`.
     """
 
-    def __init__(self, config: Any, new_cache: NewCache, *, max_length: int = 0, owner: Any = None) -> None:
+    def __init__(
+        self, config: Any, new_cache: NewCache, *, max_length: int = 0, owner: Any = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
+        self._watch_layers()
+        self._note = note
         self._new_cache = new_cache
         self._max_length = max_length
         self.owner = owner
@@ -66,24 +110,34 @@ class PagedDynamicCache(DynamicCache):
         """Room for `columns` columns in all of each of `rows` rows; an empty cache takes its number of rows
         from here."""
         if self.paged is None:
-            self.paged = self._new_cache(rows, max(columns, self._max_length))
+            self.paged = self._reserve(rows, columns, max(columns, self._max_length))
             self.slots = list(range(rows))
             self.mask = torch.zeros(rows, 0, dtype=torch.bool, device="cpu")
         elif columns > self.paged.max_length:
-            self._rebuild(list(range(rows)), max(columns, 2 * self.paged.max_length))
+            self._rebuild(list(range(rows)), columns, max(columns, 2 * self.paged.max_length))
         assert self.paged is not None
         return self.paged
+
+    def _reserve(self, rows: int, least: int, wanted: int) -> PagedKVCache:
+        """Room for `wanted` tokens a row; where memory has not that much, for twice the `least`, or the `least`:
+        `generate` names the most that may come, and rows seldom reach it. Raises MemoryError when `least` do not
+        fit."""
+        for tokens in (wanted, min(wanted, 2 * least)):
+            with contextlib.suppress(MemoryError):
+                return self._new_cache(rows, tokens)
+        return self._new_cache(rows, least)
 
     def wrote(self, columns: Tensor) -> None:
         """Count new columns: bool [rows, n], which of them became tokens."""
         self.mask = columns if self.mask.shape[1] == 0 else torch.cat([self.mask, columns], dim=1)
         self.fresh_packs = False
 
-    def _rebuild(self, sources: list[int], max_tokens: int) -> None:
-        """Make row i of a new paged cache what row `sources[i]` was; rows with one source share its pages."""
+    def _rebuild(self, sources: list[int], least: int, wanted: int) -> None:
+        """Make row i of a new paged cache what row `sources[i]` was; rows with one source share its pages.
+        least, wanted: tokens of a row, see `_reserve`."""
         old, old_slots = self.paged, self.slots
         assert old is not None
-        new = self._new_cache(max(1, len(sources)), max_tokens)
+        new = self._reserve(max(1, len(sources)), least, wanted)
         first: dict[int, int] = {}
         for row, source in enumerate(sources):
             if source in first:
@@ -105,6 +159,9 @@ class PagedDynamicCache(DynamicCache):
         if self._is_dense:
             return
         self._is_dense = True
+        for layer in self.layers:
+            layer.__class__ = type(layer).__mro__[1]
+            del vars(layer)["_whole"]
         if self.paged is None or self.mask.shape[1] == 0:
             return
         cache, mask = self.paged, self.mask
@@ -118,6 +175,55 @@ class PagedDynamicCache(DynamicCache):
                 values[row, :, mask[row]] = v.repeat_interleave(repeats, 0)
             super().update(keys, values, layer)
         self.paged, self.slots = None, []
+
+    def _watch_layers(self) -> None:
+        """Whoever looks into a layer finds it as it would be without us."""
+        for layer in self.layers:
+            kind: Any = type(layer)
+            layer.__class__ = _watched(kind)
+            vars(layer)["_whole"] = weakref.ref(self)
+
+    def layer_is_read(self) -> None:
+        """Somebody wants tensors of a layer, perhaps to change them."""
+        if self._is_dense or self.mask.shape[1] == 0:
+            return
+        if self._note is not None:
+            self._note("a cache went to transformers, because tensors of its layers were read")
+        self.to_dense()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedDynamicCache:
+        new: Any = object.__new__(type(self))
+        memo[id(self)] = new
+        shared = ("_new_cache", "owner", "_note", "paged")
+        for name, value in vars(self).items():
+            vars(new)[name] = value if name in shared else copy.deepcopy(value, memo)
+        if not self._is_dense:
+            for layer in new.layers:
+                vars(layer)["_whole"] = weakref.ref(new)
+            if new.paged is not None:
+                new._rebuild(list(range(new.rows)), max(1, new.mask.shape[1]), new.paged.max_length)
+        copied: PagedDynamicCache = new
+        return copied
+
+    def __copy__(self) -> PagedDynamicCache:
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        dense = copy.deepcopy(self)
+        dense.to_dense()
+        ours = {
+            "_new_cache",
+            "_max_length",
+            "owner",
+            "_note",
+            "fresh_packs",
+            "paged",
+            "slots",
+            "mask",
+            "_is_dense",
+        }
+        state = {name: value for name, value in vars(dense).items() if name not in ours}
+        return _RECONSTRUCT, (DynamicCache, object, None), state
 
     # ------------------------------------------------------------------------- transformers' interface
 
@@ -193,7 +299,7 @@ class PagedDynamicCache(DynamicCache):
     def _select(self, sources: list[int]) -> None:
         if self.paged is None:
             return
-        self._rebuild(sources, self.paged.max_length)
+        self._rebuild(sources, max(1, self.mask.shape[1]), self.paged.max_length)
         self.mask = self.mask[sources]
 
     def __repr__(self) -> str:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,13 +31,13 @@ from .models.source import mechanism
 from .models.spec import DecoderSpec, Unsupported, decoder_spec
 from .models.versions import cache_name
 from .ops._common import DTYPES as OP_DTYPES
-from .ops._common import is_plain
+from .ops._common import is_plain, is_transformed
 from .packing import DTYPES
-from .plan import Decoder
+from .plan import Decoder, check_plain
 
 # Hooks that change no value: PEFT's and transformers' for gradient checkpointing, and output capture, which
 # only acts inside transformers' own forward.
-_HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
+_HARMLESS_HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads", "output_capturing_hook")
 _NOTED = "_dschat_noted"
 _KNOWN_ARGUMENTS = frozenset(
     [
@@ -70,6 +72,12 @@ def spec_key(spec: Any) -> Any:
     return tuple(spec_key(getattr(spec, name)) for name in names) if names else spec
 
 
+def _decoder_key(spec: DecoderSpec) -> Any:
+    """Changes when another decoder is needed."""
+    embed: Any = spec.embed
+    return spec_key(spec), embed.weight.dtype, embed.weight.device
+
+
 def check_dtypes(spec: DecoderSpec) -> None:
     """One dtype of weights, one that the kernels have, all on one device."""
     check_one_dtype(spec)
@@ -92,8 +100,12 @@ def check_one_dtype(spec: DecoderSpec) -> None:
             weights += [(f"{layer.name}'s {name}", weight) for weight in norm.sources()]
     for name, outer in (("embedding's norm", spec.embed_norm), ("final norm", spec.final_norm)):
         weights += [(f"the {name}", weight) for weight in (outer.sources() if outer is not None else [])]
+    for projection in (spec.lm_head, spec.project_in, spec.project_out):
+        if projection is not None:
+            check_plain("a projection outside the layers", parts.base_linear(projection.module).weight)
     first, device = weights[0][1].dtype, weights[0][1].device
     for place, weight in weights:
+        check_plain(place, weight)
         if weight.dtype not in (first, torch.int8):  # integers have their own scales
             raise Unsupported(
                 f"{place} has dtype {weight.dtype} and the embedding {first}: cast the model to one dtype"
@@ -105,11 +117,28 @@ def check_one_dtype(spec: DecoderSpec) -> None:
             )
 
 
+def forward_hook(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+    """Which of these parts of the model has a forward hook that may change values; None where none has."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a global forward hook is registered"
+    for module in modules:
+        if not module._forward_hooks and not module._forward_pre_hooks:
+            continue
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS and not str(
+                getattr(hook, "__module__", "")
+            ).startswith("deepspeed."):  # its own bookkeeping
+                name = next(n for n, m in model.named_modules() if m is module) or "the model"
+                return f"{name} has a forward hook ({getattr(hook, '__qualname__', hook)})"
+    return None
+
+
 class FusedForward:
     """Runs a CausalLM's forward on a `Decoder`, or says why not.
 
     The spec is read anew for every new cache (adapters may have been added, modules replaced) and the packs
-    refreshed, so that a training step between two generations is always seen."""
+    refreshed, so that a training step between two generations is always seen; in the middle of a sequence, where
+    `Decoder.is_current` or the config says that something changed. Threads take turns."""
 
     def __init__(self, model: Any, backend: str | None, note: Callable[[str], None]) -> None:
         self.model = model
@@ -122,54 +151,59 @@ class FusedForward:
         )
         self._output_class: Any = CausalLMOutputWithCrossAttentions if crossed else CausalLMOutputWithPast
         self._inner: list[nn.Module] = []  # every module below the model, as of the last refresh
+        self._config: dict[str, Any] = {}  # the model's settings then
+        self._lock = threading.RLock()
+        self._keys: weakref.WeakKeyDictionary[Decoder, Any] = weakref.WeakKeyDictionary()
         self.decoder = self._make(decoder_spec(model))
 
     def _make(self, spec: DecoderSpec) -> Decoder:
         if spec.lm_head is None:
             raise Unsupported(f"{parts.class_name(self.model)} has no language-model head to generate with")
         check_dtypes(spec)
-        self._key = spec_key(spec)
-        return Decoder(spec, backend=self.backend)
+        decoder = Decoder(spec, backend=self.backend)
+        self._keys[decoder] = _decoder_key(spec)
+        return decoder
 
     # ----------------------------------------------------------------------------------------- weights
 
-    def describe(self) -> str | None:
-        """Bring spec and decoder up to date, but no packs; the reason when the model is no longer covered."""
+    def describe(self, owner: Decoder | None = None) -> str | None:
+        """Bring spec and decoder up to date, but no packs; the reason when the model is no longer covered. Where the
+        decoder is not the right one, `owner` is if it was made for what the model is now."""
         try:
             spec = decoder_spec(self.model)
             check_dtypes(spec)
-            if spec_key(spec) != self._key:
+            key = _decoder_key(spec)
+            if owner is not None and self._keys.get(owner) == key:
+                self.decoder = owner
+            elif key != self._keys[self.decoder]:
                 self.decoder = self._make(spec)
         except Unsupported as refused:
             return str(refused)
         return None
 
-    def refresh(self) -> str | None:
-        """Bring spec and packs up to date; the reason when the model is no longer covered."""
-        if (refused := self.describe()) is not None:
+    def refresh(self, owner: Decoder | None = None) -> str | None:
+        """Bring spec and packs up to date; the reason when the model is no longer covered. owner: see `describe`."""
+        if (refused := self.describe(owner)) is not None:
             return refused
+        self._config = dict(vars(self.model.config))
         self._inner = [module for module in self.model.modules() if module is not self.model]
         reason = self._hook()
         if reason is None:
-            self.decoder.refresh()
+            try:
+                self.decoder.refresh()
+            except Unsupported as refused:
+                return str(refused)
         return reason
 
     def _hook(self) -> str | None:
         """Who would miss being called, if the modules are not."""
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return "a global forward hook is registered"
-        for module in self._inner:
-            if not module._forward_hooks and not module._forward_pre_hooks:
-                continue
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS:
-                    name = next(n for n, m in self.model.named_modules() if m is module)
-                    return f"{name} has a forward hook ({getattr(hook, '__qualname__', hook)})"
-        return None
+        return forward_hook(self.model, self._inner)
 
     def new_cache(self, max_length: int = 0) -> PagedDynamicCache:
         config = self.model.config.get_text_config(decoder=True)
-        return PagedDynamicCache(config, self._pages, max_length=max_length, owner=self.decoder)
+        return PagedDynamicCache(
+            config, self._pages, max_length=max_length, owner=self.decoder, note=self.note
+        )
 
     def _pages(self, slots: int, tokens: int) -> PagedKVCache:
         return self.decoder.new_cache(slots, max(1, tokens))
@@ -179,6 +213,10 @@ class FusedForward:
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], max_length: int) -> None:
         """After transformers chose the cache of a `generate` call: replace its plain dynamic cache by
         ours."""
+        with self._lock:
+            self._prepare_cache(generation_config, model_kwargs, max_length)
+
+    def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], max_length: int) -> None:
         cache: Any = model_kwargs.get(cache_name())
         if cache is None:
             return
@@ -211,7 +249,7 @@ class FusedForward:
         """A cache of ours that comes back for another turn: make the packs those of today's weights."""
         if cache.is_dense:
             return
-        reason = self.refresh()
+        reason = self.refresh(cache.owner)
         if reason is not None or cache.owner is not self.decoder:
             cache.to_dense()
             reason = reason or "it belongs to another model or patch"
@@ -238,7 +276,8 @@ class FusedForward:
         reason = self._unsupported(arguments)
         output = None
         if reason is None:
-            output = self._run(arguments)
+            with self._lock:
+                output = self._run(arguments)
             if not isinstance(output, str):
                 return output
             reason = output
@@ -266,12 +305,10 @@ class FusedForward:
         device = self.decoder.device
         if ids.device.type not in ("cpu", device.type) or ids.dtype not in (torch.int64, torch.int32):
             return f"input_ids is {ids.dtype} on {ids.device}"
-        if self.model.training:
-            if self.decoder.spec.dropout:
-                place, p = next(iter(self.decoder.spec.dropout.items()))
-                return f"the model is in training mode with dropout ({place}={p})"
-            if getattr(self.model, "is_activation_checkpointing", False):
-                return "the model is in training mode with gradient checkpointing"
+        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
+            return "the model is in training mode with gradient checkpointing"
+        if is_transformed():
+            return "a transform of torch.func, forward-mode differentiation or a trace is active"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
         cache = arguments.get(cache_name())
@@ -287,8 +324,7 @@ class FusedForward:
             arguments = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         ids = arguments["input_ids"]
         cache = arguments.get(cache_name())
-        unused = cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0)
-        reason = self.refresh() if unused else self._hook()
+        reason = self._bring_up_to_date(cache) or self._dropout()
         if reason is not None:
             return reason
         if cache is None:
@@ -321,6 +357,30 @@ class FusedForward:
         if return_dict is None:
             return_dict = getattr(self.model.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
+
+    def _bring_up_to_date(self, cache: PagedDynamicCache | None) -> str | None:
+        """Spec and packs of a forward over this cache; the reason when the model is no longer covered."""
+        if cache is None or (not cache.fresh_packs and cache.get_seq_length() == 0):
+            return self.refresh()
+        same_model = cache.owner is self.decoder and vars(self.model.config) == self._config
+        if same_model and self.decoder.is_current():
+            return self._hook()
+        before = self.decoder, self.decoder.epoch
+        reason = self.refresh(cache.owner)
+        if (self.decoder, self.decoder.epoch) != before:
+            self.note(
+                "weights, adapters or config changed in the middle of a sequence, and packs were made anew: "
+                "right, and slow where it happens at every step"
+            )
+        return reason
+
+    def _dropout(self) -> str | None:
+        """Who would draw random numbers in the modules' own forward: any part may be in training mode by itself."""
+        dropout = self.decoder.spec.dropout
+        if not dropout or not (self.model.training or any(m.training for m in self._inner)):
+            return None
+        place, p = next(iter(dropout.items()))
+        return f"the model, or a part of it, is in training mode with dropout ({place}={p})"
 
     def _new_tokens(
         self, arguments: dict[str, Any], cache: PagedDynamicCache, rows: int, columns: int

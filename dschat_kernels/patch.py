@@ -18,7 +18,7 @@ import copyreg
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .models.detect import hf_model
 from .models.source import mechanism, original_class
 from .models.spec import Unsupported, decoder_spec
 from .models.versions import cache_name
-from .ops._common import CPU_DTYPES, DTYPES, is_plain, resolve_backend
+from .ops._common import CPU_DTYPES, DTYPES, is_plain, is_transformed, resolve_backend
 from .report import Entry, Report, make_report
 
 # How pickle protocols 0 and 1 make an object; unlike `__newobj__`, it may name another class.
@@ -41,9 +41,11 @@ _MARK = "_dschat_patch"  # in the instance dictionary of a patched model; never 
 
 
 @functools.cache
-def _fused_class(original: type, make_forward: Callable[..., Any], options: tuple[Any, ...]) -> type:
-    """The subclass of `original` whose forward is `make_forward(original, *options)`; one for all equal
-    requests."""
+def _fused_class(
+    original: Any, known: Callable[..., Any], make_forward: Callable[..., Any], options: tuple[Any, ...]
+) -> type:
+    """The subclass of `original` whose forward is `make_forward(original, *options)` while that of `original` is
+    `known`; one for all equal requests."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, arguments, state, *rest = super(fused, self).__reduce_ex__(protocol)
@@ -62,18 +64,27 @@ def _fused_class(original: type, make_forward: Callable[..., Any], options: tupl
         "_dschat_original": original,
         **make_forward(original, *options),
     }
+    kernel = members["forward"]
+
+    @functools.wraps(known)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The kernel, as long as it stands for what the class computes: a forward may be replaced in the class."""
+        return (kernel if original.forward is known else original.forward)(self, *args, **kwargs)
+
+    members["forward"] = forward
     fused: Any = type(original.__name__, (original,), members)
     return fused
 
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether the kernels may take these: plain tensors on one device, of one dtype that they have there, no
-    autocast."""
+    autocast, nothing of torch that has to see each operation."""
     first = tensors[0]
     return (
         all(t.dtype == first.dtype and t.device == first.device and is_plain(t) for t in tensors)
         and first.dtype in _dtypes_on(first.device)
         and not torch.is_autocast_enabled(first.device.type)
+        and not is_transformed()
     )
 
 
@@ -166,12 +177,10 @@ def _gated_mlp_packed(
 
 
 def _same_activation(module: Any, expected: Any) -> bool:
-    return bool(
-        type(module) is expected
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)
-    )
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    return type(module) is expected and not any(hooks) and "forward" not in vars(module)
 
 
 def _causal_lm(original: Any) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def _causal_lm(original: Any) -> dict[str, Any]:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         patch = vars(self).get(_MARK)
-        if patch is not None and patch.fused is not None:
+        if patch is not None and patch.fused is not None and patch.fused.model is self:  # no replica's
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if cache_name() not in given and "past_key_values" in given:
                 given[cache_name()] = given.pop("past_key_values")  # its name before transformers 5.24
@@ -262,7 +271,7 @@ class Patch:
         self.fused: Any = None
         self._requested = backend
         self._holders = 0
-        self._swapped: list[tuple[nn.Module, type, type]] = []
+        self._swapped: list[tuple[nn.Module, Any, Any]] = []
         self._marked: nn.Module | None = None
         self._notes: list[str] = []
         self._entries: list[Entry] = []
@@ -369,7 +378,7 @@ class Patch:
 
     def _swap(self, module: nn.Module, make_forward: Callable[..., Any], options: tuple[Any, ...]) -> None:
         original: Any = type(module)
-        fused = _fused_class(original, make_forward, options)
+        fused = _fused_class(original, original.forward, make_forward, options)
         module.__class__ = fused
         self._swapped.append((module, original, fused))
 
@@ -416,8 +425,12 @@ class Patch:
         self._holders = 0
 
     def _restore(self) -> None:
-        for module, original, _ in reversed(self._swapped):
+        for module, original, fused in reversed(self._swapped):
             module.__class__ = original
+            held = vars(module)
+            for name, value in list(held.items()):  # what accelerate's hooks keep, and put back as theirs
+                if getattr(value, "__func__", None) is vars(fused)["forward"]:
+                    held[name] = MethodType(original.forward, module)
         if self._marked is not None:
             vars(self._marked).pop(_MARK, None)
         self._marked = None

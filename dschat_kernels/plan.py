@@ -9,6 +9,8 @@ ops one by one on any backend and device. `graphs.DecodeGraphs` replays what the
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,12 +25,12 @@ from .cache import PagedKVCache, pages_for
 from .executors import Draw, Drawn, NativeExecutor, PythonExecutor, StepTables
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
 from .ops._common import DTYPES as OP_DTYPES
-from .ops._common import native, ptr, resolve_backend
+from .ops._common import is_plain, native, ptr, resolve_backend
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import MAX_HEAD_DIM
 from .ops.sample import check_draw, raise_for_bad_rows
-from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digests, resolve_linear
+from .packing import DTYPES, PackedLinear, ResolvedLinear, check_weights, digests, is_lora, resolve_linear
 
 
 @dataclass(frozen=True)
@@ -296,6 +298,31 @@ def _versions(parts: Sequence[ResolvedLinear]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
+def check_plain(name: str, weight: Tensor) -> None:
+    """Raises Unsupported for a weight that is no plain tensor: what it holds is not what its shape and dtype say."""
+    if not is_plain(weight):
+        raise Unsupported(
+            f"{name} holds a {type(weight).__module__}.{type(weight).__name__}, and only plain tensors are fused "
+            "(quantised and sharded weights stay with HF)"
+        )
+
+
+def _switches(lora: Any) -> tuple[Any, ...]:
+    """What of a LoRA layer decides which of its adapters take part."""
+    return (lora.disable_adapters, lora.merged, *lora.active_adapters, *lora.scaling.values())
+
+
+def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a Decoder that other threads wait for: its buffers hold one step, and kernels run without the GIL."""
+
+    @functools.wraps(method)
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Decoder:
     """A fused decoder over the weights of a model.
 
@@ -355,6 +382,9 @@ class Decoder:
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
             )
         self.spec, self.weights = spec, weights
+        self.lock = threading.RLock()
+        self._sources: list[tuple[Any, str, Tensor, int | None, int]] = []
+        self._adapters: list[tuple[Any, tuple[Any, ...]]] = []
         self.backend = backend or ("cpu" if native() is not None else "reference")
         self.max_tokens = max_tokens
         self.plan = make_plan(spec)
@@ -391,6 +421,7 @@ class Decoder:
         """Bytes that the packs take beside the model's own weights."""
         return sum(g.packed.nbytes for g in self.groups.values() if g.packed is not None)
 
+    @_one_at_a_time
     def refresh(self) -> RefreshStats:
         """Repacks every matrix whose weights, biases, adapters or adapter switches changed since the last
         call.
@@ -414,11 +445,36 @@ class Decoder:
                 self._refresh_tables(known, stats)
             else:
                 self._refresh_sharded(self.gather, stats)
+            self._remember()
         if stats.changed:
             self.epoch += 1
             self._rebind()
         stats.seconds = time.perf_counter() - start
         return stats
+
+    def _remember(self) -> None:
+        """Notes what the packs were made of, for `is_current`."""
+        owners = [s.module for group in self.groups.values() for s in group.specs]
+        owners += [norm.spec.module for norm in self.norms.values()]
+        owners += [m for m in (self.spec.embed, self.spec.positions) if m is not None]
+        modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
+        held = [] if self.gather is not None else [m._parameters for m in modules]  # shards come and go
+        self._sources = [
+            (place, name, t, None if t.is_inference() else t._version, t.data_ptr())
+            for place in held for name, t in place.items() if t is not None
+        ]  # fmt: skip
+        self._adapters = [(m, _switches(m)) for m in modules if is_lora(m)]
+
+    def is_current(self) -> bool:
+        """Whether parameters and adapters are those of the last `refresh`, as far as one can tell without reading them:
+        by identity, version counter, address and the adapters' switches. Much cheaper than `refresh`, which alone sees
+        what was written through `.data`."""
+        for place, name, tensor, version, address in self._sources:
+            if place.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return all(_switches(module) == before for module, before in self._adapters)
 
     def _rebind(self) -> None:
         """What the plan reads may lie elsewhere now."""
@@ -442,6 +498,7 @@ class Decoder:
         held |= {f"table {i}": [t] for i, t in enumerate(self._tables())}
         for name, tensors in held.items():
             for tensor in tensors:
+                check_plain(name, tensor)
                 if tensor.device != self.device:
                     raise Unsupported(
                         f"{name} is on {tensor.device} and the embedding was on {self.device}: "
@@ -578,6 +635,7 @@ class Decoder:
             pages, self.dtype, self.device, padding,
         )  # fmt: skip
 
+    @_one_at_a_time
     def step(
         self,
         tokens: Tensor,
@@ -617,6 +675,7 @@ class Decoder:
             cache.advance(chosen, row_lens)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    @_one_at_a_time
     def decode(
         self,
         tokens: Tensor,

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import copy
+import functools
+import pickle
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
 from peft import LoraConfig, get_peft_model
 
 import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
 from dschat_kernels.models.versions import cache_name
-from tests.tiny_models import build, randomise
+from tests.tiny_models import build, randomise, stories
 
 CACHE = cache_name()
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -241,3 +248,413 @@ def test_modules_to_save_generate(saved: str) -> None:
         assert torch.equal(model.generate(input_ids=ids(), **GREEDY), theirs)
         with model.disable_adapter():
             assert torch.equal(model.generate(input_ids=ids(), **GREEDY), without)
+
+
+def logits(model: Any, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(tokens, **options).logits
+    return out
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+def with_adapter(name: str = "llama", **settings: Any) -> Any:
+    model = get_peft_model(build(name), LoraConfig(r=4, target_modules="all-linear", **settings))
+    randomise(model, 3)
+    return model.eval()
+
+
+def in_threads(works: list[Any]) -> None:
+    """Calls all at the same time; raises what one of them raised."""
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
+        for done in [pool.submit(work) for work in works]:
+            done.result()
+
+
+class TestThreads:
+    """Kernels run without the GIL: two generations at a time may not meet in one buffer."""
+
+    @staticmethod
+    def works(generate: Any) -> list[Any]:
+        """Four threads that generate over and over, and see what they saw when they were alone."""
+
+        def work(prompt: torch.Tensor, expected: torch.Tensor) -> None:
+            for _ in range(3):
+                assert torch.equal(generate(prompt), expected)
+
+        prompts = [torch.randint(3, 500, (2, 8 + 5 * i)) for i in range(4)]
+        return [functools.partial(work, prompt, generate(prompt)) for prompt in prompts]
+
+    def test_one_patched_model(self) -> None:
+        model = stories()
+        works = self.works(lambda prompt: model.generate(prompt, **{**GREEDY, "max_new_tokens": 40}))
+        with dk.patch(model, strict=True) as patch:
+            in_threads(works)
+            assert not patch.report().notes
+
+    def test_one_engine(self) -> None:
+        engine = HybridEngine(stories())
+        sampling = SamplingConfig(max_new_tokens=40, seed=1)
+        in_threads(self.works(lambda prompt: engine.generate(prompt, None, sampling).completion_ids))
+
+    def test_a_rollout_inside_a_rollout(self) -> None:
+        engine, sampling = HybridEngine(build("llama")), SamplingConfig(max_new_tokens=8, seed=3)
+        alone, inner = (engine.generate(ids(rows, 9, rows), None, sampling) for rows in (3, 1))
+
+        def ask(row: int, token: int) -> None:
+            again = engine.generate(ids(1, 9, 1), None, sampling)
+            assert torch.equal(again.logprobs, inner.logprobs)
+
+        together = engine.generate(ids(3, 9, 3), None, sampling, on_token=ask)
+        assert torch.equal(together.completion_ids, alone.completion_ids)
+        assert torch.equal(together.logprobs, alone.logprobs)
+
+        def change(row: int, token: int) -> None:
+            engine.model.lm_head.weight.data.mul_(-1)
+            engine.flip()
+
+        with pytest.raises(RuntimeError, match="packs changed in the middle of a rollout"):
+            engine.generate(ids(), None, sampling, on_token=change)
+        engine.model.lm_head.weight.data.mul_((-1) ** 2)
+        engine.generate(ids(), None, sampling)
+
+
+class TestCaches:
+    @pytest.mark.parametrize("name", ["llama", "mistral"])
+    def test_a_prompts_cache_serves_several_answers(self, name: str) -> None:
+        """Copied as transformers' guide copies it, pickled, and looked into."""
+        model, prompt = build(name), ids(2)
+
+        def answers() -> list[torch.Tensor]:
+            with torch.no_grad():
+                whole = model(prompt, use_cache=True)[CACHE]
+            found = []
+            for seed, other in ((5, copy.deepcopy), (6, copy.copy), (7, copy.deepcopy)):
+                turn = torch.cat([prompt, ids(2, 70, seed)], 1)
+                found.append(model.generate(turn, **GREEDY, **{CACHE: copy.deepcopy(other(whole))}))
+            return [*found, model.generate(torch.cat([prompt, ids(2, 3, 8)], 1), **GREEDY, **{CACHE: whole})]
+
+        table = dict(transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
+        theirs, plain = answers(), model(prompt)[CACHE]
+        with dk.patch(model, strict=True) as patch, torch.no_grad():
+            assert all(map(torch.equal, answers(), theirs)) and not patch.report().notes
+            unpickled = pickle.loads(pickle.dumps(model(prompt)[CACHE]))
+            assert type(unpickled) is transformers.DynamicCache
+            cache = model(prompt)[CACHE]
+            assert (len(cache), cache.is_sliding) == (len(plain), plain.is_sliding)
+            assert cache.layers[1].get_seq_length() == 9 and "layers were read" in patch.report().notes[0]
+            for mine in (unpickled, cache):
+                for layer, hf in zip(mine.layers, plain.layers, strict=True):
+                    assert type(layer) is type(hf)
+                    close(layer.keys, hf.keys)
+                    close(layer.values, hf.values)
+        assert transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING == table
+
+    def test_far_more_tokens_allowed_than_memory_has(self) -> None:
+        """The cache is as large as it has to be, as transformers' is."""
+
+        class Stop(transformers.StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                return torch.full((len(input_ids),), input_ids.shape[1] >= 80)
+
+        model, options = stories(), {**GREEDY, "max_new_tokens": 10**8, "stopping_criteria": [Stop()]}
+        theirs = model.generate(ids(4), **options)
+        with dk.patch(model, strict=True) as patch:
+            assert torch.equal(model.generate(ids(4), **options), theirs)
+            assert not patch.report().notes
+
+
+class TestChangesInTheMiddle:
+    """What changes between two steps of a sequence counts from the next step on."""
+
+    def test_weights_and_adapters(self) -> None:
+        def negate(model: Any) -> Any:
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(-1)
+
+        def assign(model: Any) -> Any:
+            weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+            weight.data = weight.data.flip(0).clone()
+
+        def off(model: Any) -> Any:
+            model.base_model.disable_adapter_layers()
+
+        def shallow(model: Any) -> Any:
+            model.config.num_hidden_layers = 2
+
+        for change in (negate, assign, off, shallow):
+            results = []
+            for patched in (False, True):
+                model = with_adapter()
+                with dk.patch(model) if patched else contextlib.nullcontext() as patch, torch.no_grad():
+                    cache = model(input_ids=ids())[CACHE]
+                    change(model)
+                    results.append(logits(model, ids(2, 1, 5), **{CACHE: cache}))
+                    if patch is not None:
+                        assert patch.report().notes, change
+            close(results[1], results[0])
+
+    def test_a_processor_that_asks_the_base_model(self) -> None:
+        """Contrast with the model without its adapter: the two take turns at every step."""
+        model = with_adapter()
+
+        class Contrast(transformers.LogitsProcessor):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                with model.disable_adapter():
+                    return scores - 0.5 * model(input_ids=input_ids).logits[:, -1]
+
+        options: dict[str, Any] = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+        theirs = model.generate(input_ids=ids(), logits_processor=[Contrast()], **options)
+        with dk.patch(model, strict=True) as patch:
+            ours = model.generate(input_ids=ids(), logits_processor=[Contrast()], **options)
+            assert "middle of a sequence" in patch.report().notes[0]
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for mine, hf in zip(ours.logits, theirs.logits, strict=True):
+            close(mine, hf)
+
+    def test_a_draft_by_the_first_layers(self) -> None:
+        """`assistant_early_exit` sets config.num_hidden_layers while it drafts."""
+        model, options = stories(), {**GREEDY, "max_new_tokens": 20}
+        theirs = model.generate(ids(1), **options)
+        with dk.patch(model, strict=True) as patch:
+            assert torch.equal(model.generate(ids(1), assistant_early_exit=2, **options), theirs)
+            assert "middle of a sequence" in patch.report().notes[0] and model.config.num_hidden_layers == 5
+            assert torch.equal(model.generate(ids(1), **options), theirs)
+
+    @pytest.mark.parametrize("name", ["bloom", "llama"])
+    def test_a_cast(self, name: str) -> None:
+        model = build(name)
+        engine = HybridEngine(copy.deepcopy(model))
+        with dk.patch(model, strict=True) as patch:
+            logits(model, ids())
+            model.to(torch.bfloat16)
+            assert logits(model, ids()).dtype == torch.bfloat16 and not patch.report().notes
+            assert patch.fused.decoder.dtype == torch.bfloat16
+        engine.flip()
+        engine.model.to(torch.bfloat16)
+        rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=3))
+        assert engine.decoder.dtype == torch.bfloat16
+        assert torch.equal(engine.logprobs(rollout, exact=True), rollout.logprobs)
+
+    def test_a_forward_replaced_in_the_class(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = transformers.models.llama.modeling_llama
+        model = build("llama")
+        plain = copy.deepcopy(model)
+        with dk.patch(model, strict=True):
+            logits(model, ids())
+            for kind, forward in (
+                (module.LlamaMLP, lambda self, x: -x),
+                (module.LlamaRMSNorm, lambda self, hidden_states: 0.5 * hidden_states),
+            ):
+                monkeypatch.setattr(kind, "forward", forward)
+                for options in ({}, {"use_cache": False}):
+                    close(logits(model, ids(), **options), logits(plain, ids(), **options))
+
+
+class TestRandomness:
+    def test_monte_carlo_dropout(self) -> None:
+        """Only the dropouts are in training mode: answers differ, as without us."""
+        model = build("gpt2", resid_pdrop=0.3).eval()
+        for module in model.modules():
+            module.train(isinstance(module, torch.nn.Dropout))
+        torch.manual_seed(1)
+        theirs = logits(model, ids())
+        with dk.patch(model) as patch:
+            torch.manual_seed(1)
+            close(logits(model, ids()), theirs)
+            assert "in training mode with dropout" in patch.report().notes[0]
+
+    def test_dropout_that_comes_later(self) -> None:
+        """The first forward already knows of it."""
+        model = build("llama").train()
+        with dk.patch(model):
+            logits(model, ids())
+            for layer in model.model.layers:
+                layer.self_attn.attention_dropout = 0.5
+            torch.manual_seed(1)
+            ours = logits(model, ids())
+        torch.manual_seed(1)
+        close(ours, logits(model, ids()))
+
+    def test_the_callers_random_numbers_are_left_alone(self) -> None:
+        engine = HybridEngine(build("llama"))
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        engine.logprobs(engine.generate(ids(), None, SamplingConfig(max_new_tokens=3)))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+class TestDerivatives:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "olmo", "glm"])
+    def test_second_ones(self, name: str) -> None:
+        """A gradient penalty: through norms, gates and activations."""
+        model = build(name)
+        model.set_attn_implementation("eager")
+        results = []
+        for patched in (False, True):
+            with dk.patch(model, strict=True) if patched else contextlib.nullcontext():
+                embeds = model.get_input_embeddings()(ids()).detach().requires_grad_()
+                (grad,) = torch.autograd.grad(
+                    model(inputs_embeds=embeds).logits.pow(2).mean(), embeds, create_graph=True
+                )
+                penalty = grad.pow(2).sum()
+                results.append(torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True))
+        largest = max(float(g.abs().max()) for g in results[0] if g is not None)
+        for mine, hf in zip(*reversed(results), strict=True):
+            assert (mine is None) == (hf is None)
+            if hf is not None:
+                torch.testing.assert_close(mine, hf, rtol=1e-3, atol=1e-4 * largest)
+
+    def test_transforms(self) -> None:
+        """torch.func, forward mode and traces go through transformers' own code."""
+        model = build("llama", tie_word_embeddings=False)
+        model.set_attn_implementation("eager")
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        tangents = {name: 0.1 * torch.cos(p) for name, p in weights.items()}
+        call = torch.func.functional_call
+
+        def loss(p: Any, tokens: torch.Tensor) -> Any:
+            return call(model, p, (tokens,), {"use_cache": False}).logits.pow(2).mean()
+
+        class Logits(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, tokens: torch.Tensor) -> Any:
+                return self.model(tokens, use_cache=False).logits
+
+        def run() -> list[torch.Tensor]:
+            grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids(2)[:, None])
+            _, slope = torch.func.jvp(lambda p: loss(p, ids()), (weights,), (tangents,))
+            with torch.no_grad():
+                batched = torch.func.vmap(lambda t: model(t[None]).logits)(ids(3))
+                with torch.autograd.forward_ad.dual_level() as _:
+                    dual = torch.autograd.forward_ad.make_dual
+                    out = call(model, {n: dual(p, tangents[n]) for n, p in weights.items()}, (ids(),)).logits
+                    tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+                traced = torch.jit.trace(Logits(), ids(), check_trace=False)(ids(2, 9, 3))
+            return [*grads.values(), slope, batched, tangent, traced]
+
+        theirs = run()
+        with dk.patch(model, strict=True):
+            ours = run()
+        for mine, hf in zip(ours, theirs, strict=True):
+            close(mine, hf, 1e-3)
+
+
+class Twice(torch.Tensor):
+    """A weight that is not what its memory says, like a quantised or a sharded one."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Twice:
+        made: Twice = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        made.held = held
+        return made
+
+    def __init__(self, held: torch.Tensor) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Twice(args[0].held)
+        args = [2 * a.held if isinstance(a, Twice) else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+class TestWhatOthersPutIn:
+    @pytest.mark.parametrize("place", ["model.layers.0.mlp.up_proj", "model.norm", "lm_head"])
+    def test_weights_that_are_no_plain_tensors(self, place: str) -> None:
+        """In an nn.Linear as ever: refused before anything reads their memory, also when they come later."""
+        for later in (False, True):
+            model = build("llama", tie_word_embeddings=False)
+            with contextlib.ExitStack() as stack:
+                if later:
+                    patch = stack.enter_context(dk.patch(model, strict=True))
+                    logits(model, ids())
+                module = model.get_submodule(place)
+                module.weight = torch.nn.Parameter(Twice(module.weight.detach()), requires_grad=False)
+                if not later:
+                    theirs = logits(model, ids())
+                    patch = stack.enter_context(dk.patch(model))
+                close(logits(model, ids()), theirs)
+                said = patch.report().notes[0] if later else patch.report().decoder
+                assert "Twice, and only plain tensors are fused" in said
+        with pytest.raises(ValueError, match="only plain tensors are fused"):
+            HybridEngine(model)
+
+    def test_hooks_that_a_rollout_would_pass_by(self) -> None:
+        model = build("llama")
+        engine = HybridEngine(model)
+        rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=3))
+        handle = model.model.layers[1].register_forward_hook(lambda module, args, output: 0.5 * output)
+        for work in (
+            lambda: engine.generate(ids(), None, rollout.sampling),
+            lambda: engine.logprobs(rollout),
+        ):
+            with pytest.raises(ValueError, match=r"model.layers.1 has a forward hook .*: remove the hook"):
+                work()
+        handle.remove()
+        torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.down_proj, "weight", 0.5)
+        with pytest.raises(ValueError, match=r"down_proj has a forward hook .*L1Unstructured"):
+            engine.generate(ids(), None, rollout.sampling)
+
+    def test_hooks_that_change_no_value(self) -> None:
+        """PEFT's and transformers' own for gradient checkpointing."""
+        base = build("llama")
+        base.gradient_checkpointing_enable({"use_reentrant": True})
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).eval()
+        assert model.get_input_embeddings()._forward_hooks
+        with dk.patch(model, strict=True) as patch:
+            model.generate(input_ids=ids(), **GREEDY)
+            assert not patch.report().notes
+        HybridEngine(model).generate(ids(), None, SamplingConfig(max_new_tokens=2))
+
+    def test_backward_hooks_of_an_activation(self) -> None:
+        results = []
+        for patched in (False, True):
+            model = build("llama")
+            for layer in model.model.layers:
+                layer.mlp.act_fn.register_full_backward_hook(lambda module, grads, _: (1.5 * grads[0],))
+            with dk.patch(model) if patched else contextlib.nullcontext():
+                model(ids(), labels=ids()).loss.backward()
+            results.append([p.grad for p in model.parameters()])
+        for mine, hf in zip(*reversed(results), strict=True):
+            close(mine, hf)
+
+    @pytest.mark.parametrize("removed_first", [True, False])
+    def test_undo_below_accelerates_hooks(self, removed_first: bool) -> None:
+        """They keep the forward that they found, and put it back as an attribute."""
+        hooks = pytest.importorskip("accelerate.hooks")
+        model = build("llama")
+        expected = logits(model, ids())
+        patch = dk.patch(model)
+        held = [model, model.model.norm, model.model.layers[0].mlp]
+        for module in held:
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+        if removed_first:
+            hooks.remove_hook_from_module(model, recurse=True)
+        patch.undo()
+        for module in held:
+            kept = vars(module)["forward" if removed_first else "_old_forward"]
+            assert kept.__func__ is type(module).forward
+        assert torch.equal(logits(model, ids()), expected)
+
+    def test_replicas(self) -> None:
+        """DataParallel copies the dictionary of a module, and gives the copy weights of its own."""
+        model = build("llama")
+        with dk.patch(model):
+            replica = model._replicate_for_data_parallel()
+            replica.lm_head = copy.deepcopy(model.lm_head)
+            with torch.no_grad():
+                replica.lm_head.weight.mul_(2)
+            close(logits(replica, ids()), 2 * logits(model, ids()))
+
+    def test_an_engine_is_not_copied(self) -> None:
+        with pytest.raises(TypeError, match="HybridEngine cannot be copied or pickled: copy its model"):
+            copy.deepcopy(HybridEngine(build("llama")))

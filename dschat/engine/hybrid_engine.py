@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -112,6 +113,8 @@ class HybridEngine:
         self._cuda_graphs = cuda_graphs
         self.graphs: DecodeGraphs | None = None
         self._kept: KeptCache | None = None
+        self._rolling_out = threading.Lock()
+        """Held by the rollout that has what is kept between rollouts; another one at the same time has its own."""
         self.decoder = self._make_decoder()
         embed: Any = self.spec.embed
         model_dtype = embed.weight.dtype
@@ -156,7 +159,10 @@ class HybridEngine:
     def flip(self) -> RefreshStats:
         """Brings the packs up to the present weights, adapters and modules. `generate` does it by itself."""
         self.packed.sync()
-        if self._described is not self.spec:
+        embed: Any = self.spec.embed
+        now = (self._dtype or embed.weight.dtype, embed.weight.device)
+        if self._described is not self.spec or (self.decoder.dtype, self.decoder.device) != now:
+            check_one_dtype(self.spec)
             self.decoder = self._make_decoder()
         self._check_memory()
         start = time.perf_counter()
@@ -221,6 +227,7 @@ class HybridEngine:
         if limits is not None:
             _check_limits(limits, len(prompts), sampling.max_new_tokens)
 
+        self.packed.check_hooks()
         flip = self.flip()
         completions, stats = self._roll_out(prompts, sampling, on_token, limits)
         stats.flip = flip.seconds
@@ -261,20 +268,38 @@ class HybridEngine:
         taken: Sequence[int] = []
         found, stats = empty_completions(self.device), RolloutStats()
         if own:
-            run = RolloutRun(
-                self.decoder, prompts, sampling, self.max_slots, pad, on_token, limits, self.graphs,
-                self._kept, own=own, more=None if queue is None else queue.take, agree=sharing.smallest,
-            )  # fmt: skip
-            run.run()
-            found, taken, stats = run.completions(), run.taken, run.stats
-            if self._kept is not None:
-                self._kept.trim(int(KEPT_SHARE * (available_memory() or 0)))
+            with self._kept_for_rollout() as (graphs, kept):
+                run = RolloutRun(
+                    self.decoder, prompts, sampling, self.max_slots, pad, on_token, limits, graphs,
+                    kept, own=own, more=None if queue is None else queue.take, agree=sharing.smallest,
+                )  # fmt: skip
+                run.run()
+                found, taken, stats = run.completions(), run.taken, run.stats
+                if kept is not None:
+                    kept.trim(int(KEPT_SHARE * (available_memory() or 0)))
         if parallel.world() > 1:
             found = self._together(found, taken, len(prompts), sampling, pad)
             stats.completion_tokens = int(found[1].sum())
         if queue is not None:
             queue.close()
         return found, stats
+
+    @contextlib.contextmanager
+    def _kept_for_rollout(self) -> Iterator[tuple[DecodeGraphs | None, KeptCache | None]]:
+        """Recordings and cache of the rollouts before, for the one rollout that may write to them: not for one that
+        runs at the same time, in another thread or from `on_token`."""
+        if not self._rolling_out.acquire(blocking=False):
+            yield None, None
+            return
+        try:
+            yield self.graphs, self._kept
+        finally:
+            self._rolling_out.release()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled: copy its model, and make an engine of the copy."
+        )
 
     def _together(
         self,

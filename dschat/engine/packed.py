@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kernels.forward import Segment, exact_weight, packed_hidden, run_segment
+from dschat_kernels.hf_generate import forward_hook
 from dschat_kernels.models.spec import DecoderSpec, decoder_spec
 from dschat_kernels.ops.token_logprobs import token_logprobs
 from dschat_kernels.packing import resolve_linear
@@ -97,6 +98,8 @@ class PackedModel:
         self._modules: list[nn.Module] = []
         self.segment: Segment = run_segment
         """Runs a part of the model; replaced where the weights are sharded (dschat/engine/zero.py)."""
+        self.passes_hooks = False
+        """Whether forward hooks are passed by instead of refused: to find out what they would have done."""
         self.sync()
 
     def sync(self) -> bool:
@@ -111,10 +114,17 @@ class PackedModel:
     def hidden(self, rows: PackedRows, exact: Decoder | None = None) -> Tensor:
         """Hidden states after the last norm, [T, width], with gradient where the model has it."""
         self.sync()
+        self.check_hooks()
         self.check_dropout()
         return packed_hidden(
             self.spec, rows.ids, rows.cu_seqlens, exact=exact, backend=self.backend, segment=self.segment
         )
+
+    def check_hooks(self) -> None:
+        """A packed forward, and a rollout, call few of the modules: what a hook does would be missing."""
+        found = forward_hook(self.model, self._modules)
+        if found is not None and not self.passes_hooks:
+            raise ValueError(f"{found}, which packed rows would pass by: remove the hook.")
 
     def check_dropout(self) -> None:
         """Dropout would make the ratio of the first minibatch differ from 1."""

@@ -206,6 +206,7 @@ class RolloutRun:
         agree: Callable[[int], int] = int,
     ):
         self.decoder, self.sampling, self.on_token = decoder, sampling, on_token
+        self.epoch = decoder.epoch
         self.graphs = graphs if graphs is not None and graphs.reason is None else None
         rows = len(prompts) * sampling.n
         self.streams = row_streams(prompts, sampling.n)
@@ -260,9 +261,18 @@ class RolloutRun:
         """Runs until every row is done."""
         with _no_garbage_collection():
             while self._admit():
+                self._check_packs()
                 self._decode()
         self.stats.prompt_tokens = sum(len(self.prompts[i]) for i in self.taken)
         self.stats.completion_tokens = int(self.counts.sum())
+
+    def _check_packs(self) -> None:
+        """Raises RuntimeError where a callback or another thread packed other weights in the middle of the rollout."""
+        if self.decoder.epoch != self.epoch:
+            raise RuntimeError(
+                "the packs changed in the middle of a rollout: change weights and adapters before or after generate, "
+                "not from on_token or another thread."
+            )
 
     # ------------------------------------------------------------------------------------------------ admission
 

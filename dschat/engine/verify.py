@@ -176,6 +176,7 @@ class _Verifier:
     ):
         self.model, self.new, self.seed = model, new, seed
         self.engine = HybridEngine(model, backend=backend, rollout_weights=weights)
+        self.engine.packed.passes_hooks = True
         self.quantised = weights != "model"
         spec = self.engine.spec
         if prompts is None:

@@ -20,6 +20,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -161,17 +162,25 @@ def is_plain(value: Any) -> TypeGuard[Tensor]:
     return type(value) in PLAIN
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace wants to see every operation:
+    kernels have no rule for them."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
 def runs_directly(*tensors: Tensor | None) -> bool:
     """Nothing of torch needs to see this call: no gradient, no trace, no fake or wrapped tensor.
 
     Then an op may call its CPU implementation itself; the dispatcher's way through Python costs more than a
     small kernel does.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_transformed():
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
@@ -224,6 +233,7 @@ class _Op:
     fake: Callable[..., Any]
     save: Callable[..., None] | None
     grad: Callable[..., Any] | None
+    reference: Callable[..., Any] | None
 
 
 _OPS: dict[str, _Op] = {}
@@ -237,10 +247,13 @@ def register(
     fake: Callable[..., Any],
     save: Callable[..., None] | None = None,
     grad: Callable[..., Any] | None = None,
+    reference: Callable[..., Any] | None = None,
 ) -> None:
     """Completes an op that LIBRARY defines: its CPU implementation, its fake, and what its gradient saves and
-    computes. `grad` finds the ops of the forward's backend as `ctx.ops`."""
-    _OPS[op] = _Op(fake, save, grad)
+    computes. `grad` finds the ops of the forward's backend as `ctx.ops`. reference: `reference(ctx)` gives the op's
+    results in plain PyTorch, and the inputs they were made of in the order of the schema (None: no tensor): what a
+    gradient that is to be differentiated again is taken of."""
+    _OPS[op] = _Op(fake, save, grad, reference)
     _IMPLEMENTATIONS["cpu"] = {**_IMPLEMENTATIONS["cpu"], op: cpu}
     LIBRARY.impl(op, cpu, "CPU")
     _describe(op, "dschat", LIBRARY)
@@ -252,15 +265,40 @@ def _describe(op: str, namespace: str, library: torch.library.Library) -> None:
     torch.library.register_fake(f"{namespace}::{op}", parts.fake, lib=library)
     if parts.grad is None or parts.save is None:
         return
-    save = parts.save
+    save, grad = parts.save, parts.grad
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grad(ctx, *grads)
+        if parts.reference is None:  # create_graph=True
+            raise NotImplementedError(
+                f"{op} has no second derivative: call backward without create_graph, or use backend='reference'."
+            )
+        outputs, inputs = parts.reference(ctx)
+        return _differentiable(outputs, inputs, grads)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.ops = getattr(torch.ops, namespace)
         save(ctx, inputs, output)
 
-    torch.library.register_autograd(
-        f"{namespace}::{op}", parts.grad, setup_context=setup_context, lib=library
+    torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup_context, lib=library)
+
+
+def _differentiable(
+    outputs: Tensor | tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an op as operations that can be differentiated themselves."""
+    made = [
+        (out, grad) for out, grad in zip(outputs if isinstance(outputs, tuple) else (outputs,), grads, strict=False)
+        if grad is not None and out.requires_grad
+    ]  # fmt: skip
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in made], wanted, [grad for _, grad in made], create_graph=True, allow_unused=True
+        )
     )
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
 def offered(backend: str) -> Mapping[str, Callable[..., Any]]:

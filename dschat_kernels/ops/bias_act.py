@@ -148,5 +148,10 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dbias.to(bias.dtype) if bias_grad else None, None
 
 
-register("bias_act", _forward_cpu, _forward_fake, _save, _grad)
+def _again(ctx: Any) -> tuple[Any, tuple[Tensor | None, ...]]:
+    x, bias = ctx.saved_tensors
+    return bias_act_reference(x, bias, ctx.activation), (x, bias, None)
+
+
+register("bias_act", _forward_cpu, _forward_fake, _save, _grad, _again)
 register("bias_act_backward", _backward_cpu, _backward_fake)

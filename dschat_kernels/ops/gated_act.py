@@ -214,5 +214,11 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-register("gated_act", _forward_cpu, _forward_fake, _save, _grad)
+def _again(ctx: Any) -> tuple[Any, tuple[Tensor | None, ...]]:
+    gate, up, gate_bias, up_bias = ctx.saved_tensors
+    y = gated_act_reference(gate, up, ctx.activation, gate_bias=gate_bias, up_bias=up_bias)
+    return y, (gate, up, gate_bias, up_bias, None)
+
+
+register("gated_act", _forward_cpu, _forward_fake, _save, _grad, _again)
 register("gated_act_backward", _backward_cpu, _backward_fake)

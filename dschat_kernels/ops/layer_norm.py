@@ -164,16 +164,15 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, residual, _ = inputs
+    x, weight, bias, residual, ctx.eps = inputs
     _, residual_out, mean, rstd = output
     ctx.has_residual = residual is not None
-    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(residual_out if ctx.has_residual else x, weight, mean, rstd)
+    ctx.save_for_backward(residual_out if ctx.has_residual else x, weight, mean, rstd, bias)
 
 
 def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight, mean, rstd = ctx.saved_tensors
+    h, weight, mean, rstd, bias = ctx.saved_tensors
     _, weight_grad, bias_grad, *_ = ctx.needs_input_grad
     dx, dweight, dbias = ctx.ops.layer_norm_backward(
         dy, d_residual_out if ctx.has_residual else None, h, weight, mean, rstd, weight_grad, bias_grad
@@ -181,11 +180,19 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, *_: Tensor) -> tuple[Ten
     return (
         dx,
         dweight.to(weight.dtype) if weight_grad else None,
-        dbias.to(ctx.bias_dtype) if bias_grad else None,
+        dbias.to(bias.dtype) if bias_grad else None,
         dx if ctx.has_residual else None,
         None,
     )
 
 
-register("layer_norm", _forward_cpu, _forward_fake, _save, _grad)
+def _again(ctx: Any) -> tuple[Any, tuple[Tensor | None, ...]]:
+    h, weight, _, _, bias = ctx.saved_tensors
+    y = layer_norm_reference(h, weight, bias, ctx.eps)
+    if not ctx.has_residual:
+        return y, (h, weight, bias, None, None)
+    return (y, h), (h, weight, bias, h, None)
+
+
+register("layer_norm", _forward_cpu, _forward_fake, _save, _grad, _again)
 register("layer_norm_backward", _backward_cpu, _backward_fake)

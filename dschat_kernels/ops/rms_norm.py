@@ -204,7 +204,7 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, residual, _, ctx.offset, ctx.rounding = inputs
+    x, weight, residual, ctx.eps, ctx.offset, ctx.rounding = inputs
     _, residual_out, rstd = output
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(rstd)
@@ -228,5 +228,13 @@ def _grad(ctx: Any, dy: Tensor, d_residual_out: Tensor, _: Tensor) -> tuple[Tens
     return dx, dweight, dx if ctx.has_residual else None, None, None, None
 
 
-register("rms_norm", _forward_cpu, _forward_fake, _save, _grad)
+def _again(ctx: Any) -> tuple[Any, tuple[Tensor | None, ...]]:
+    h, weight, _ = ctx.saved_tensors
+    y = rms_norm_reference(h, weight, ctx.eps, weight_offset=ctx.offset, rounding=ctx.rounding)
+    if not ctx.has_residual:
+        return y, (h, weight, None, None, None, None)
+    return (y, h), (h, weight, h, None, None, None)
+
+
+register("rms_norm", _forward_cpu, _forward_fake, _save, _grad, _again)
 register("rms_norm_backward", _backward_cpu, _backward_fake)
