@@ -144,20 +144,20 @@ inline const int32_t* table_of(const AttentionArgs& a, const AttentionTile& t) {
   return a.block_table + (a.slots ? a.slots[t.row] : t.row) * a.block_table_stride;
 }
 
-// The pages of keys of a tile in chunk c.
-template <typename T> Prefetch keys_ahead(const AttentionArgs& a, const AttentionTile& t, int64_t c) {
+// The pages of keys of a tile in chunk c. C: of the cache.
+template <typename C> Prefetch keys_ahead(const AttentionArgs& a, const AttentionTile& t, int64_t c) {
   const int64_t group = a.Hq / a.Hkv, first = first_position(a, t.row);
   const int64_t lo = std::max(visible(a, first + t.begin / group).lo, c * kChunk);
   const int64_t hi = std::min(visible(a, first + (t.end - 1) / group).hi, (c + 1) * kChunk);
   Prefetch ahead;
   for (int64_t page = lo / kPage; page * kPage < hi; ++page)
-    ahead.add(static_cast<const T*>(a.k_cache) + k_page_offset(table_of(a, t)[page], t.head, a.Hkv, a.D),
-              std::min(kPage, hi - page * kPage) * a.D * int64_t(sizeof(T)));
+    ahead.add(static_cast<const C*>(a.k_cache) + k_page_offset<C>(table_of(a, t)[page], t.head, a.Hkv, a.D),
+              (kPageScales<C> + std::min(kPage, hi - page * kPage) * a.D) * int64_t(sizeof(C)));
   return ahead;
 }
 
-// One tile at work: query rows widened to float32 and the sums of the current chunk.
-template <typename T> class TileWorker {
+// One tile at work: query rows widened to float32 and the sums of the current chunk. T: of the queries, C: of the cache.
+template <typename T, typename C> class TileWorker {
  public:
   TileWorker(const AttentionArgs& args, const AttentionTile& tile)
       : a_(args),
@@ -167,7 +167,7 @@ template <typename T> class TileWorker {
         rows_(int(tile.end - tile.begin)),
         first_(first_position(args, tile.row)),
         table_(table_of(args, tile)),
-        widen_(sizeof(T) < sizeof(float) && rows_ > kMaxRows) {
+        widen_(sizeof(C) < sizeof(float) && rows_ > kMaxRows) {
     const int64_t D = a_.D, page_k = widen_ ? kPage * D : 0, page_v = widen_ ? kPage * Dp_ : 0;
     const int64_t floats = kTileRows * (D + kScoreStride + 2 * Dp_) + page_k + page_v;
     float* memory = static_cast<float*>(scratch(kScratchAttention, size_t(floats) * sizeof(float)));
@@ -202,9 +202,9 @@ template <typename T> class TileWorker {
 
     Prefetch prefetch;
     for (int64_t p = page_begin; p < page_end; ++p)
-      prefetch.add(v_page(page_number + p), std::min(kPage, hi - p * kPage) * Dp_ * kSize);
+      prefetch.add(v_page(page_number + p), (kPageScales<C> + std::min(kPage, hi - p * kPage) * Dp_) * kSize);
     for (int64_t p = page_begin; p < page_end; ++p) {
-      const T* k = k_page(page_number + p);
+      const C* k = k_page(page_number + p) + kPageScales<C>;
       const int64_t base = p * kPage, vec_end = (std::min(hi - base, kPage) + kLanes - 1) / kLanes;
       if (widen_) {
         const int64_t vec_begin = std::max<int64_t>(lo - base, 0) / kLanes;
@@ -225,12 +225,17 @@ template <typename T> class TileWorker {
       }
     }
 
+    if constexpr (kQuantised)
+      for (int64_t p = page_begin; p < page_end; ++p) {
+        std::memcpy(k_scales_ + p * kPage, k_page(page_number + p), kPage * sizeof(float));
+        std::memcpy(v_scales_ + p * kPage, v_page(page_number + p), kPage * sizeof(float));
+      }
     for (int i = 0; i < rows_; ++i)
       if (live_[i]) softmax(i, start);
 
     std::memset(o, 0, size_t(rows_ * Dp_) * sizeof(float));
     for (int64_t p = page_begin; p < page_end; ++p) {
-      const T* v = v_page(page_number + p);
+      const C* v = v_page(page_number + p) + kPageScales<C>;
       const int64_t base = p * kPage;
       if (widen_) {
         const int64_t from = std::max<int64_t>(lo - base, 0), to = std::min(hi - base, kPage);
@@ -279,18 +284,19 @@ template <typename T> class TileWorker {
   float sum_of(int i) const { return sum_[i]; }
 
   // The pages of keys that the tile needs of chunk c.
-  Prefetch keys_of(int64_t c) const { return keys_ahead<T>(a_, tile_, c); }
+  Prefetch keys_of(int64_t c) const { return keys_ahead<C>(a_, tile_, c); }
 
  private:
-  static constexpr int64_t kSize = sizeof(T);
-  const T* k_page(int64_t page) const {
-    return static_cast<const T*>(a_.k_cache) + k_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
+  static constexpr int64_t kSize = sizeof(C);
+  static constexpr bool kQuantised = kPageScales<C> > 0;
+  const C* k_page(int64_t page) const {
+    return static_cast<const C*>(a_.k_cache) + k_page_offset<C>(table_[page], tile_.head, a_.Hkv, a_.D);
   }
   int64_t token(int i) const { return a_.cu_seqlens[tile_.row] + (tile_.begin + i) / group_; }
   int64_t head(int i) const { return tile_.head * group_ + (tile_.begin + i) % group_; }
   int64_t position(int i) const { return first_ + (tile_.begin + i) / group_; }
-  const T* v_page(int64_t page) const {
-    return static_cast<const T*>(a_.v_cache) + v_page_offset(table_[page], tile_.head, a_.Hkv, a_.D);
+  const C* v_page(int64_t page) const {
+    return static_cast<const C*>(a_.v_cache) + v_page_offset<C>(table_[page], tile_.head, a_.Hkv, a_.D);
   }
   // Keys that any of the rows sees, as offsets in the chunk.
   Span outer_span(int r, int rows) const {
@@ -300,7 +306,8 @@ template <typename T> class TileWorker {
     return all;
   }
 
-  // Scores to weights exp(s - max) in place; lanes outside the row's span become 0.
+  // Scores to weights exp(s - max) in place, times the scales of the values they meet where those are quantised; lanes
+  // outside the row's span become 0 or, where such a scale is not finite, NaN, and weigh nothing.
   void softmax(int i, int64_t start) {
     float* s = s_ + i * kScoreStride;
     const Span keys = span_[i];
@@ -312,7 +319,9 @@ template <typename T> class TileWorker {
     const int64_t from = keys.lo / kLanes * kLanes, to = keys.hi;
     Vec m = minus_inf;
     for (int64_t j = from; j < to; j += kLanes) {
-      Vec x = load(s + j) * scale;
+      Vec x = load(s + j);
+      if constexpr (kQuantised) x = x * load(k_scales_ + j);
+      x = x * scale;
       if (a_.softcap > 0.0f) x = cap * tanh(x / cap);
       const Vec key = lanes + set1(float(j));
       if (a_.alibi_slopes) x = add_alibi(x, slope, a_.scale, key + set1(float(start)), key - query);
@@ -326,7 +335,8 @@ template <typename T> class TileWorker {
     Vec sum = zero();
     for (int64_t j = from; j < to; j += kLanes) {
       const Vec p = exp(load(s + j) - pivot);
-      store(s + j, p);
+      if constexpr (kQuantised) store(s + j, p * load(v_scales_ + j));
+      else store(s + j, p);
       sum = sum + p;
     }
     sum_[i] = reduce_add(sum);
@@ -376,12 +386,13 @@ template <typename T> class TileWorker {
   bool live_[kTileRows], seen_[kTileRows];
   float max_[kTileRows], sum_[kTileRows];  // of the current chunk
   float m_[kTileRows], l_[kTileRows];      // running
+  float k_scales_[kQuantised ? kChunk : 1], v_scales_[kQuantised ? kChunk : 1];  // of the current chunk
 };
 
-template <typename T>
+template <typename T, typename C>
 void run_tile(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* next) {
-  TileWorker<T> worker(args, tile);
-  const Prefetch after_tile = next ? keys_ahead<T>(args, *next, next->chunk_begin) : Prefetch{};
+  TileWorker<T, C> worker(args, tile);
+  const Prefetch after_tile = next ? keys_ahead<C>(args, *next, next->chunk_begin) : Prefetch{};
   for (int64_t c = tile.chunk_begin; c < tile.chunk_end; ++c) {
     // The first chunk is summed in place.
     float* o = c == tile.chunk_begin ? worker.running() : worker.chunk_sums();
@@ -392,10 +403,10 @@ void run_tile(const AttentionArgs& args, const AttentionTile& tile, const Attent
   for (int i = 0; i < worker.rows(); ++i) worker.write(i);
 }
 
-template <typename T>
+template <typename T, typename C>
 void run_partials(const AttentionArgs& args, const AttentionTile& tile, int64_t chunk_begin, int64_t chunk_end,
                   float* partials) {
-  TileWorker<T> worker(args, tile);
+  TileWorker<T, C> worker(args, tile);
   const int64_t chunks = tile.chunk_end - tile.chunk_begin, size = partial_size(args.D), Dp = padded_head_dim(args.D);
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
     worker.chunk(c, worker.chunk_sums(), c + 1 < chunk_end ? worker.keys_of(c + 1) : Prefetch{});
@@ -408,9 +419,9 @@ void run_partials(const AttentionArgs& args, const AttentionTile& tile, int64_t 
   }
 }
 
-template <typename T>
+template <typename T, typename C>
 void run_fold(const AttentionArgs& args, const AttentionTile& tile, int64_t begin, int64_t end, const float* partials) {
-  TileWorker<T> worker(args, tile);
+  TileWorker<T, C> worker(args, tile);
   const int64_t chunks = tile.chunk_end - tile.chunk_begin, size = partial_size(args.D);
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t c = 0; c < chunks; ++c) {
@@ -421,20 +432,29 @@ void run_fold(const AttentionArgs& args, const AttentionTile& tile, int64_t begi
   }
 }
 
+// f(an element of the queries, an element of the cache)
+template <typename F> void dispatch_both(DType dtype, const AttentionArgs& args, F&& f) {
+  dispatch(dtype, [&](auto t) { args.int8_cache ? f(t, int8_t{}) : f(t, t); });
+}
+
 }  // namespace
 
 void attention_tile(DType dtype, const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* next) {
-  dispatch(dtype, [&](auto t) { run_tile<decltype(t)>(args, tile, next); });
+  dispatch_both(dtype, args, [&](auto t, auto c) { run_tile<decltype(t), decltype(c)>(args, tile, next); });
 }
 
 void attention_partials(DType dtype, const AttentionArgs& args, const AttentionTile& tile, int64_t chunk_begin,
                         int64_t chunk_end, float* partials) {
-  dispatch(dtype, [&](auto t) { run_partials<decltype(t)>(args, tile, chunk_begin, chunk_end, partials); });
+  dispatch_both(dtype, args, [&](auto t, auto c) {
+    run_partials<decltype(t), decltype(c)>(args, tile, chunk_begin, chunk_end, partials);
+  });
 }
 
 void attention_fold(DType dtype, const AttentionArgs& args, const AttentionTile& tile, int64_t begin, int64_t end,
                     const float* partials) {
-  dispatch(dtype, [&](auto t) { run_fold<decltype(t)>(args, tile, begin, end, partials); });
+  dispatch_both(dtype, args, [&](auto t, auto c) {
+    run_fold<decltype(t), decltype(c)>(args, tile, begin, end, partials);
+  });
 }
 
 void attention(const Team& team, DType dtype, const AttentionArgs& args) {

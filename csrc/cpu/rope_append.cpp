@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "quantise.h"
 
 namespace dschat {
 namespace {
@@ -32,13 +33,26 @@ DSCHAT_INLINE void rotate(const T* src, T* dst, const float* cos, const float* s
   if (dst != src && rotary_dim < D) std::memcpy(dst + rotary_dim, src + rotary_dim, size_t(D - rotary_dim) * sizeof(T));
 }
 
-template <typename T> void run(const Team& team, const RopeAppendArgs& a) {
+// x[0..D) into the cache, elements `step` apart; `scale`: its place in a quantised page.
+template <typename T, typename C> DSCHAT_INLINE void put(const T* x, int64_t D, C* to, int64_t step, float* scale) {
+  if constexpr (sizeof(C) == 1) {
+    float row[kMaxHeadDim];
+    for (int64_t d = 0; d < D; ++d) row[d] = to_float(x[d]);
+    *scale = quantise(row, D);
+    for (int64_t d = 0; d < D; ++d) to[d * step] = C(row[d]);
+  } else {
+    for (int64_t d = 0; d < D; ++d) to[d * step] = x[d];
+  }
+}
+
+// C: of the cache.
+template <typename T, typename C> void run(const Team& team, const RopeAppendArgs& a) {
   const T* q = static_cast<const T*>(a.q);
   const T* k = static_cast<const T*>(a.k);
   const T* v = static_cast<const T*>(a.v);
   T* q_out = static_cast<T*>(a.q_out);
-  T* k_cache = static_cast<T*>(a.k_cache);
-  T* v_cache = static_cast<T*>(a.v_cache);
+  C* k_cache = static_cast<C*>(a.k_cache);
+  C* v_cache = static_cast<C*>(a.v_cache);
   const int64_t D = a.D, Dp = padded_head_dim(D), half = a.rotary_dim / 2;
   // One unit of work is one head of one token: q heads first, then the kv heads (k and v together).
   const int64_t q_heads = q ? a.Hq : 0, heads = q_heads + (k ? a.Hkv : 0);
@@ -64,17 +78,22 @@ template <typename T> void run(const Team& team, const RopeAppendArgs& a) {
       rotate(key, rotated, cos, sin, D, a.rotary_dim, a.style, 1.0f);
       key = rotated;
     }
-    T* lane = k_cache + k_page_offset(page, head, a.Hkv, D) + place / kLanes * D * kLanes + place % kLanes;
-    for (int64_t d = 0; d < D; ++d) lane[d * kLanes] = key[d];
-    std::memcpy(v_cache + v_page_offset(page, head, a.Hkv, D) + place * Dp, v + t * a.v_stride + head * D,
-                size_t(D) * sizeof(T));
+    C* k_page = k_cache + k_page_offset<C>(page, head, a.Hkv, D);
+    C* v_page = v_cache + v_page_offset<C>(page, head, a.Hkv, D);
+    put(key, D, k_page + kPageScales<C> + place / kLanes * D * kLanes + place % kLanes, kLanes,
+        reinterpret_cast<float*>(k_page) + place);
+    put(v + t * a.v_stride + head * D, D, v_page + kPageScales<C> + place * Dp, 1,
+        reinterpret_cast<float*>(v_page) + place);
   }
 }
 
 }  // namespace
 
 void rope_append(const Team& team, DType dtype, const RopeAppendArgs& args) {
-  dispatch(dtype, [&](auto t) { run<decltype(t)>(team, args); });
+  dispatch(dtype, [&](auto t) {
+    using Element = decltype(t);
+    args.int8_cache ? run<Element, int8_t>(team, args) : run<Element, Element>(team, args);
+  });
 }
 
 void rope(const Team& team, DType dtype, const void* x, int64_t x_stride, void* y, int64_t y_stride, const float* cos,

@@ -12,7 +12,8 @@ from dschat import HybridEngine, SamplingConfig
 from dschat.engine.verify import Certificate, logprob_gap, verify
 from dschat_kernels.executors import NativeExecutor, PythonExecutor
 from dschat_kernels.models import decoder_spec
-from dschat_kernels.packing import PackedLinear, fused_weight, quantise
+from dschat_kernels.packing import PackedLinear, fused_weight
+from dschat_kernels.quantise import quantise
 from dschat_kernels.plan import Decoder
 from tests.engine.test_rollout import PROMPTS, left
 from tests.test_packing import lora
