@@ -6,8 +6,8 @@ Layout of one layer (csrc/cpu/kv_cache.h says the same):
 * ``v[layer]``: ``[pages, Hkv, PAGE, Dp]``, ``Dp`` = ``D`` rounded up to 16.
 
 Of a cache of dtype int8 a page of a head is ``PAGE`` float32 scales, one a token, and behind them the same numbers as
-integers: ``k[layer]`` is int8 ``[pages, Hkv, PAGE * (4 + D)]``, ``v[layer]`` int8 ``[pages, Hkv, PAGE * (4 + Dp)]``. A
-token's key (and its value) in a head is scale * integers, as dschat_kernels/quantise.py makes them of its ``D`` numbers.
+integers: ``k[layer]`` is int8 ``[pages, Hkv, PAGE * (4 + D)]``, ``v[layer]`` int8 ``[pages, Hkv, PAGE * (4 + Dp)]``.
+A token's key (and its value) in a head is scale * integers, as quantise.py makes them of its ``D`` numbers.
 
 A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1:
 none), and ``lengths[slot]`` the number of tokens written. A step is ``prepare_append`` (pages,
@@ -36,6 +36,7 @@ from .quantise import quantise
 
 __all__ = [
     "CHUNK",
+    "KV_CACHES",
     "LANES",
     "PAGE",
     "OutOfPages",
@@ -56,6 +57,8 @@ LANES = 16
 SCALE_BYTES = 4
 """Of a token's float32 scale in a page of int8."""
 
+KV_CACHES = ("auto", "int8")
+"""How a decoder keeps keys and values: in its own dtype, or quantised."""
 
 Ints = Sequence[int] | np.ndarray | torch.Tensor
 """Slots, or numbers of tokens."""
@@ -99,9 +102,7 @@ def _int8_views(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, Tenso
     return k_scales, k.unflatten(-1, (PAGE // LANES, -1, LANES)), v_scales, v.unflatten(-1, (PAGE, -1))
 
 
-def write_pages(
-    k_cache: Tensor, v_cache: Tensor, page: Tensor, inside: Tensor, k: Tensor, v: Tensor
-) -> None:
+def write_pages(k_cache: Tensor, v_cache: Tensor, page: Tensor, inside: Tensor, k: Tensor, v: Tensor) -> None:
     """Token i's k[i] and v[i], [n, Hkv, D], to place inside[i] of page page[i] of one layer."""
     dim = k.shape[2]
     if k_cache.dtype == torch.int8:
@@ -364,7 +365,8 @@ class PagedKVCache:
     # -------------------------------------------------------------------------------------------------- data
 
     def gather(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contiguous copies ``(k, v)``, each ``[Hkv, length, D]``, of what a slot holds in one layer (int8: float32)."""
+        """Contiguous copies ``(k, v)``, each ``[Hkv, length, D]``, of what a slot holds in one layer; of int8 in
+        float32."""
         slot = self._slot(slot)
         length = int(self._lengths[slot])
         pages = torch.from_numpy(self._table[slot, : pages_for(length)].astype(np.int64)).to(self.device)

@@ -111,8 +111,8 @@ def rope_append(
     q [T, Hq, D], k and v [T, Hkv, D] may be slices of one packed qkv. Token t is the token at `positions[t]`
     of the sequence in row `slots[t]` of block_table [slots, max_pages]; its page must be allocated and
     unshared (`PagedKVCache.prepare_append`). k_cache and v_cache are `cache.k[layer]` and `cache.v[layer]`,
-    changed in place; those of int8 get what others would hold, quantised. cos = sin = None: no rotation (learned positions, ALiBi). The rotation has the bits of
-    `rope`. Forward only.
+    changed in place; those of int8 get what others would hold, quantised. cos = sin = None: no rotation (learned
+    positions, ALiBi). The rotation has the bits of `rope`. Forward only.
 
     Raises ValueError or TypeError for wrong shapes and dtypes, and for positions outside the tables or the
     pages.

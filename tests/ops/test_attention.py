@@ -20,7 +20,6 @@ from dschat_kernels.ops.attention import (
     packed_attention_reference,
 )
 
-
 CACHES = [None, torch.int8]
 """Dtypes of a cache: that of the queries, or int8."""
 
@@ -30,7 +29,9 @@ def expected(batch: Batch, dtype: torch.dtype, **options: Any) -> Tensor:
     out, bounds = [], cumulative(batch.q_lens).tolist()
     for row, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
-            kv_dtype = dtype if batch.k[row].dtype == batch.q.dtype else torch.promote_types(dtype, torch.float32)
+            kv_dtype = (
+                dtype if batch.k[row].dtype == batch.q.dtype else torch.promote_types(dtype, torch.float32)
+            )
             k, v = batch.k[row].to(kv_dtype), batch.v[row].to(kv_dtype)
             q = torch.zeros(len(k), *batch.q.shape[1:], dtype=dtype)
             q[len(k) - (end - begin) :] = batch.q[begin:end].to(dtype)
@@ -97,9 +98,7 @@ def test_prefill_is_decode_bit_for_bit(problem: tuple[Batch, dict[str, Any]], st
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("cache", CACHES)
-def test_long_rows_across_chunks(
-    dtype: torch.dtype, window: int | None, cache: torch.dtype | None
-) -> None:
+def test_long_rows_across_chunks(dtype: torch.dtype, window: int | None, cache: torch.dtype | None) -> None:
     """Several chunks of 256, tiles that begin anywhere, and one token at a time over the same cache."""
     batch = make_batch([600, 1, 129], [900, 1025, 129], 6, 2, 64, dtype, cache_dtype=cache)
     y = check(batch, scale=0.125, window=window)
@@ -162,9 +161,7 @@ def test_large_scores_do_not_overflow(cache: torch.dtype | None) -> None:
 def test_int8_cache_is_within_its_rounding(dtype: torch.dtype) -> None:
     """A score is off by at most |q|_1 times half a key's scale, so every weight by at most the factor exp(2 that); the
     output, a mean of values, by what that moves and half a value's scale."""
-    plain, quantised = (
-        make_batch([5, 1], [300, 60], 6, 2, 40, dtype, cache_dtype=cache) for cache in CACHES
-    )
+    plain, quantised = (make_batch([5, 1], [300, 60], 6, 2, 40, dtype, cache_dtype=cache) for cache in CACHES)
     y, z = (attention(*b.arguments, scale=0.1, backend="reference").double() for b in (plain, quantised))
     rows = torch.repeat_interleave(torch.arange(2), torch.tensor(plain.q_lens))
     for token, row in enumerate(rows.tolist()):
@@ -326,7 +323,10 @@ def test_opcheck() -> None:
         ({"q": torch.randn(3, 4, 16).bfloat16()}, "model's dtype"),
         ({"v_cache": torch.zeros(9, 2, 64, 24)}, "v_cache has shape"),
         ({"k_cache": torch.zeros(9, 2, 4, 16, 8)}, "k_cache has shape"),
-        ({"k_cache": torch.zeros(9, 2, 64 * 20, dtype=torch.int8)}, r"v_cache is torch\.float32 and k_cache torch\.int8"),
+        (
+            {"k_cache": torch.zeros(9, 2, 64 * 20, dtype=torch.int8)},
+            r"v_cache is torch\.float32 and k_cache torch\.int8",
+        ),
         ({"v_cache": torch.zeros(9, 2, 64, 16, dtype=torch.int16)}, r"v_cache is torch\.int16"),
         ({"cu_seqlens": int_tensor([0, 2, 4])}, "rise from 0 to the 3 tokens"),
         ({"cu_seqlens": int_tensor([0, 4, 3])}, "smallest step of -1"),

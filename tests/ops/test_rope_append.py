@@ -157,7 +157,13 @@ def test_append_quantises_what_it_would_write(dtype: torch.dtype, dim: int) -> N
     """scale * integer, within half a scale of what a cache of the model's dtype holds; zeros, what is too small for a
     scale, and what is not finite too."""
     plain, case = Case(dtype, dim=dim), Case(dtype, dim=dim, cache=torch.int8)
-    case.q, case.k, case.v, case.slots, case.positions = plain.q, plain.k, plain.v, plain.slots, plain.positions
+    case.q, case.k, case.v, case.slots, case.positions = (
+        plain.q,
+        plain.k,
+        plain.v,
+        plain.slots,
+        plain.positions,
+    )
     first = [int(torch.nonzero((plain.slots == 0) & (plain.positions == i))) for i in range(4)]
     for token, value in zip(first, (0.0, 1e-39, float("inf"), float("nan")), strict=True):
         case.k[token], case.v[token] = value, value
