@@ -5,8 +5,12 @@ Layout of one layer (csrc/cpu/kv_cache.h says the same):
 * ``k[layer]``: ``[pages, Hkv, PAGE / 16, D, 16]``, 16 keys side by side, so that scores vectorise over keys;
 * ``v[layer]``: ``[pages, Hkv, PAGE, Dp]``, ``Dp`` = ``D`` rounded up to 16.
 
-Of a cache of dtype int8 a page of a head is ``PAGE`` float32 scales, one a token, and behind them the same numbers as
-integers: ``k[layer]`` is int8 ``[pages, Hkv, PAGE * (4 + D)]``, ``v[layer]`` int8 ``[pages, Hkv, PAGE * (4 + Dp)]``.
+Of a cache of dtype int8 a page of a head is ``PAGE`` float32 scales, one a token, and behind them integers in pairs:
+
+* ``k[layer]``: int8 ``[pages, Hkv, PAGE * (4 + De)]``, integers ``[PAGE / 16, De / 2, 16, 2]``, ``De`` = ``D`` or, where
+  that is odd, ``D + 1``;
+* ``v[layer]``: int8 ``[pages, Hkv, PAGE * (4 + Dp)]``, integers ``[PAGE / 2, Dp, 2]``.
+
 A token's key (and its value) in a head is scale * integers, as quantise.py makes them of its ``D`` numbers.
 
 A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1:
@@ -82,7 +86,8 @@ def cache_shapes(pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     """Shapes of keys and values of one layer."""
     padded = padded_head_dim(head_dim)
     if dtype == torch.int8:
-        return tuple((pages, kv_heads, PAGE * (SCALE_BYTES + width)) for width in (head_dim, padded))
+        widths = head_dim + head_dim % 2, padded
+        return tuple((pages, kv_heads, PAGE * (SCALE_BYTES + width)) for width in widths)
     return (pages, kv_heads, PAGE // LANES, head_dim, LANES), (pages, kv_heads, PAGE, padded)
 
 
@@ -97,23 +102,33 @@ def _quantised(pages: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int8_views(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scales of keys, keys, scales of values, values) of int8 pages, keys and values in the shapes of others."""
+    """(scales of keys, keys, scales of values, values) of int8 pages."""
     (k_scales, k), (v_scales, v) = _quantised(k_cache), _quantised(v_cache)
-    return k_scales, k.unflatten(-1, (PAGE // LANES, -1, LANES)), v_scales, v.unflatten(-1, (PAGE, -1))
+    return (
+        k_scales,
+        k.unflatten(-1, (PAGE // LANES, -1, LANES, 2)),
+        v_scales,
+        v.unflatten(-1, (PAGE // 2, -1, 2)),
+    )
 
 
 def write_pages(k_cache: Tensor, v_cache: Tensor, page: Tensor, inside: Tensor, k: Tensor, v: Tensor) -> None:
     """Token i's k[i] and v[i], [n, Hkv, D], to place inside[i] of page page[i] of one layer."""
     dim = k.shape[2]
-    if k_cache.dtype == torch.int8:
-        k_scales, k_cache, v_scales, v_cache = _int8_views(k_cache, v_cache)
-        (k, k_scale), (v, v_scale) = (quantise(x.float().reshape(-1, dim)) for x in (k, v))
-        k, v = k.view(len(page), -1, dim), v.view(len(page), -1, dim)
-        k_scales[page, :, inside] = k_scale.view(len(page), -1)
-        v_scales[page, :, inside] = v_scale.view(len(page), -1)
     # Advanced indices separated by a slice put their dimension first: [n, Hkv, D].
-    k_cache[page, :, inside // LANES, :, inside % LANES] = k.to(k_cache.dtype)
-    v_cache[page, :, inside, :dim] = v.to(v_cache.dtype)
+    if k_cache.dtype != torch.int8:
+        k_cache[page, :, inside // LANES, :, inside % LANES] = k.to(k_cache.dtype)
+        v_cache[page, :, inside, :dim] = v.to(v_cache.dtype)
+        return
+    k_scales, k_cache, v_scales, v_cache = _int8_views(k_cache, v_cache)
+    (k, k_scale), (v, v_scale) = (quantise(x.float().reshape(-1, dim)) for x in (k, v))
+    shape = (len(page), k_cache.shape[1])
+    k_scales[page, :, inside] = k_scale.view(shape)
+    v_scales[page, :, inside] = v_scale.view(shape)
+    for odd in range(min(2, dim)):
+        half = k[:, odd::2].reshape(*shape, -1)
+        k_cache[page, :, inside // LANES, : half.shape[2], inside % LANES, odd] = half
+    v_cache[page, :, inside // 2, :dim, inside % 2] = v.view(*shape, dim)
 
 
 def read_pages(
@@ -123,6 +138,7 @@ def read_pages(
     k, v = k_cache[pages], v_cache[pages]
     if k_cache.dtype == torch.int8:
         k_scales, k, v_scales, v = _int8_views(k, v)
+        k, v = k.transpose(-1, -2).flatten(3, 4)[..., :head_dim, :], v.transpose(-1, -2).flatten(2, 3)
         k = k.to(wide) * k_scales.to(wide).unflatten(-1, (PAGE // LANES, 1, LANES))
         v = v.to(wide) * v_scales.to(wide)[..., None]
     heads = k.shape[1]

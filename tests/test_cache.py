@@ -185,19 +185,21 @@ def test_layout_of_int8() -> None:
     """A page of a head is 64 scales and the same numbers as integers."""
     cache = small(dtype=torch.int8)
     k, v = append(cache, 0, 70)
-    assert cache.k.shape == (1, 6, 2, 64 * 9) and cache.v.shape == (1, 6, 2, 64 * 20)
+    assert cache.k.shape == (1, 6, 2, 64 * 10) and cache.v.shape == (1, 6, 2, 64 * 20)
     for token in (0, 17, 63, 64, 69):
         page, inside = cache.block_table[0, token // 64], token % 64
-        for held, x, stride, step in ((cache.k, k, 1, 16), (cache.v, v, 16, 1)):
-            for head in range(2):
+        for head in range(2):
+            for held, x, shape in ((cache.k, k, (4, 3, 16, 2)), (cache.v, v, (32, 16, 2))):
                 raw = held[0, page, head]
-                scale = raw.view(torch.float32)[inside]
+                scale = raw[:256].view(torch.float32)[inside]
                 assert scale == x[head, token].abs().max() / 127
-                first = 256 + (inside // 16 * 80 + inside % 16 if step == 16 else inside * stride)
-                assert torch.equal(
-                    raw[first : first + 5 * step : step].float(), (x[head, token] / scale).round()
-                )
-    assert cache.bytes_per_page == 2 * 64 * (4 + 5) + 2 * 64 * (4 + 16)
+                whole = raw[256:].view(shape)
+                if held is cache.k:
+                    found = whole[inside // 16, :, inside % 16].flatten()
+                else:
+                    found = whole[inside // 2, :, inside % 2]
+                assert torch.equal(found[:5].float(), (x[head, token] / scale).round())
+    assert cache.bytes_per_page == 2 * 64 * (4 + 6) + 2 * 64 * (4 + 16)
 
 
 def test_shared_prompt_costs_its_pages_once() -> None:

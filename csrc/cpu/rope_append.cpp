@@ -33,16 +33,31 @@ DSCHAT_INLINE void rotate(const T* src, T* dst, const float* cos, const float* s
   if (dst != src && rotary_dim < D) std::memcpy(dst + rotary_dim, src + rotary_dim, size_t(D - rotary_dim) * sizeof(T));
 }
 
-// x[0..D) into the cache, elements `step` apart; `scale`: its place in a quantised page.
-template <typename T, typename C> DSCHAT_INLINE void put(const T* x, int64_t D, C* to, int64_t step, float* scale) {
-  if constexpr (sizeof(C) == 1) {
-    float row[kMaxHeadDim];
-    for (int64_t d = 0; d < D; ++d) row[d] = to_float(x[d]);
-    *scale = quantise(row, D);
-    for (int64_t d = 0; d < D; ++d) to[d * step] = C(row[d]);
-  } else {
-    for (int64_t d = 0; d < D; ++d) to[d * step] = x[d];
-  }
+// The key of a head into its place of a page.
+template <typename T> DSCHAT_INLINE void put_key(const T* key, int64_t D, int64_t place, T* page) {
+  T* lane = page + place / kLanes * D * kLanes + place % kLanes;
+  for (int64_t d = 0; d < D; ++d) lane[d * kLanes] = key[d];
+}
+template <typename T> DSCHAT_INLINE void put_value(const T* value, int64_t D, int64_t place, T* page) {
+  std::memcpy(page + place * padded_head_dim(D), value, size_t(D) * sizeof(T));
+}
+
+// The integers and, into the page, the scale of a row.
+template <typename T> DSCHAT_INLINE void quantised(const T* x, int64_t D, int64_t place, int8_t* page, float* row) {
+  for (int64_t d = 0; d < D; ++d) row[d] = to_float(x[d]);
+  reinterpret_cast<float*>(page)[place] = quantise(row, D);
+}
+template <typename T> DSCHAT_INLINE void put_key(const T* key, int64_t D, int64_t place, int8_t* page) {
+  float row[kMaxHeadDim];
+  quantised(key, D, place, page, row);
+  int8_t* lane = page + kPageScales<int8_t> + place / kLanes * even(D) * kLanes + place % kLanes * 2;
+  for (int64_t d = 0; d < D; ++d) lane[d / 2 * 2 * kLanes + d % 2] = int8_t(row[d]);
+}
+template <typename T> DSCHAT_INLINE void put_value(const T* value, int64_t D, int64_t place, int8_t* page) {
+  float row[kMaxHeadDim];
+  quantised(value, D, place, page, row);
+  int8_t* to = page + kPageScales<int8_t> + place / 2 * padded_head_dim(D) * 2 + place % 2;
+  for (int64_t d = 0; d < D; ++d) to[d * 2] = int8_t(row[d]);
 }
 
 // C: of the cache.
@@ -53,7 +68,7 @@ template <typename T, typename C> void run(const Team& team, const RopeAppendArg
   T* q_out = static_cast<T*>(a.q_out);
   C* k_cache = static_cast<C*>(a.k_cache);
   C* v_cache = static_cast<C*>(a.v_cache);
-  const int64_t D = a.D, Dp = padded_head_dim(D), half = a.rotary_dim / 2;
+  const int64_t D = a.D, half = a.rotary_dim / 2;
   // One unit of work is one head of one token: q heads first, then the kv heads (k and v together).
   const int64_t q_heads = q ? a.Hq : 0, heads = q_heads + (k ? a.Hkv : 0);
   if (heads == 0) return;
@@ -78,12 +93,8 @@ template <typename T, typename C> void run(const Team& team, const RopeAppendArg
       rotate(key, rotated, cos, sin, D, a.rotary_dim, a.style, 1.0f);
       key = rotated;
     }
-    C* k_page = k_cache + k_page_offset<C>(page, head, a.Hkv, D);
-    C* v_page = v_cache + v_page_offset<C>(page, head, a.Hkv, D);
-    put(key, D, k_page + kPageScales<C> + place / kLanes * D * kLanes + place % kLanes, kLanes,
-        reinterpret_cast<float*>(k_page) + place);
-    put(v + t * a.v_stride + head * D, D, v_page + kPageScales<C> + place * Dp, 1,
-        reinterpret_cast<float*>(v_page) + place);
+    put_key(key, D, place, k_cache + k_page_offset<C>(page, head, a.Hkv, D));
+    put_value(v + t * a.v_stride + head * D, D, place, v_cache + v_page_offset<C>(page, head, a.Hkv, D));
   }
 }
 

@@ -257,10 +257,10 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
             TypeError,
         )
         check_device(op, name, cache, like)
-    dim = _head_dim(k_cache)
+    dim = _head_dim(k_cache, like)
     pages, heads = k_cache.shape[:2] if dim else (0, 0)
     k_shape, v_shape = cache_shapes(pages, heads, dim, k_cache.dtype)
-    names = "Hkv, PAGE * (4 + D)" if k_cache.dtype == torch.int8 else f"Hkv, {PAGE // LANES}, D, {LANES}"
+    names = f"Hkv, {PAGE} * (4 + D)" if k_cache.dtype == torch.int8 else f"Hkv, {PAGE // LANES}, D, {LANES}"
     check(
         k_cache.shape == k_shape,
         f"{op}: k_cache has shape {list(k_cache.shape)}; give one layer, [pages, {names}].",
@@ -292,11 +292,12 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
     check_device(op, "block_table", block_table, like)
 
 
-def _head_dim(k_cache: Tensor) -> int:
+def _head_dim(k_cache: Tensor, like: Tensor) -> int:
     """Of one layer's keys; 0 where their shape is none that keys have."""
-    if k_cache.dtype == torch.int8:
-        return max(0, k_cache.shape[2] // PAGE - SCALE_BYTES) if k_cache.dim() == 3 else 0
-    return k_cache.shape[3] if k_cache.dim() == 5 else 0
+    if k_cache.dtype != torch.int8:
+        return k_cache.shape[3] if k_cache.dim() == 5 else 0
+    even = max(0, k_cache.shape[2] // PAGE - SCALE_BYTES) if k_cache.dim() == 3 else 0
+    return like.shape[-1] if like.shape[-1] + 1 == even else even  # a byte is left over where D is odd
 
 
 def cache_backend(op: str, backend: str | None, q: Tensor, k_cache: Tensor) -> str:

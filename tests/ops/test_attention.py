@@ -354,7 +354,7 @@ def test_bad_int8_input() -> None:
     q, k_cache, v_cache, *rest = make_batch([2], [70], 4, 2, 16, cache_dtype=torch.int8).arguments
     for cut, other, message in (
         (k_cache[..., :-1].contiguous(), v_cache, "k_cache has shape"),
-        (k_cache.flatten(1), v_cache, r"give one layer, \[pages, Hkv, PAGE \* \(4 \+ D\)\]"),
+        (k_cache.flatten(1), v_cache, r"give one layer, \[pages, Hkv, 64 \* \(4 \+ D\)\]"),
         (k_cache, v_cache[..., 64:].contiguous(), r"give \[5, 2, 1280\]"),
     ):
         with pytest.raises(ValueError, match=message):
