@@ -7,8 +7,8 @@ Layout of one layer (csrc/cpu/kv_cache.h says the same):
 
 Of a cache of dtype int8 a page of a head is ``PAGE`` float32 scales, one a token, and behind them integers in pairs:
 
-* ``k[layer]``: int8 ``[pages, Hkv, PAGE * (4 + De)]``, integers ``[PAGE / 16, De / 2, 16, 2]``, ``De`` = ``D`` or, where
-  that is odd, ``D + 1``;
+* ``k[layer]``: int8 ``[pages, Hkv, PAGE * (4 + De)]``, integers ``[PAGE / 16, De / 2, 16, 2]``, ``De`` = ``D`` or,
+  where that is odd, ``D + 1``;
 * ``v[layer]``: int8 ``[pages, Hkv, PAGE * (4 + Dp)]``, integers ``[PAGE / 2, Dp, 2]``.
 
 A token's key (and its value) in a head is scale * integers, as quantise.py makes them of its ``D`` numbers.
