@@ -211,14 +211,15 @@ def generate(
     peers: Sequence[Side] = (),
     backend: str | None = None,
     weights: str = "model",
+    kv_cache: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> GenerateReport:
     """Measures `workloads`, each (batch size, prompt length, new tokens), on a causal language model.
 
     Each side is warmed up once with the workload, then measured `repeats` times, the sides taking turns.
     compare_hf: Hugging Face runs in this process, unless a peer does it. peers: other sides with the same model.
-    weights: "model", or "int8": then the facts also hold how far the log-probs of a sampled rollout of the first
-    workload are from those of the training forward.
+    weights, kv_cache: as HybridEngine's rollout_weights and kv_cache; where one is quantised the facts also hold how
+    far the log-probs of a sampled rollout of the first workload are from those of the training forward.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: measure at least once.")
@@ -234,7 +235,11 @@ def generate(
     if compare_hf and all(side.name != "hf" for side in sides):
         sides.insert(0, Here(model))
     engine = HybridEngine(
-        model, max_slots=max(b for b, _, _ in workloads), backend=backend, rollout_weights=weights
+        model,
+        max_slots=max(b for b, _, _ in workloads),
+        backend=backend,
+        rollout_weights=weights,
+        kv_cache=kv_cache,
     )
     engine.flip()
     device = engine.device
@@ -247,14 +252,13 @@ def generate(
         if progress is not None:
             progress(f"batch {batch}, {prompt} + {new} tokens")
         report.rows.append(_measure(engine, sides, batch, prompt, new, repeats, machine))
-    if weights != "model":
+    if weights != "model" or kv_cache != "auto":
         batch, prompt, new = workloads[0]
         rollout = engine.generate(
             _random_prompts(engine, batch, prompt), None, SamplingConfig(max_new_tokens=new)
         )
         with torch.no_grad():
             gap = logprob_gap(engine.logprobs(rollout), rollout)
-        report.model["weights"] = weights
         report.model["logprob_gap"] = {k: round(v, 5) for k, v in gap.items()}
     return report
 
@@ -330,6 +334,7 @@ def model_facts(engine: HybridEngine) -> dict[str, Any]:
         "parameters": sum(parameters.values()),
         "dtype": str(engine.decoder.dtype).removeprefix("torch."),
         "weights": engine.decoder.weights,
+        "kv_cache": engine.decoder.kv_cache,
     }
 
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from dschat_kernels.cache import SCALE_BYTES
 from dschat_kernels.models.spec import DecoderSpec
 from dschat_kernels.plan import Decoder
 
@@ -42,11 +45,11 @@ class Work:
 
 def decode_step(decoder: Decoder, contexts: Sequence[float]) -> Work:
     """One token for rows that hold `contexts` tokens each, the new one included. The decoder has its packs."""
-    spec, size = decoder.spec, decoder.dtype.itemsize
+    spec = decoder.spec
     rows, weights = len(contexts), _weights(decoder)
     keys = sum(_keys(spec, context) for context in contexts)
     return Work(
-        bytes=decoder.packed_bytes + keys * 2 * spec.num_kv_heads * spec.head_dim * size,
+        bytes=decoder.packed_bytes + keys * 2 * spec.num_kv_heads * _key_bytes(decoder),
         flops=2 * rows * sum(weights.values()) + keys * 4 * spec.num_heads * spec.head_dim,
     )
 
@@ -75,6 +78,12 @@ def generation_seconds(decoder: Decoder, machine: Machine, rows: int, prompt: in
 def _weights(decoder: Decoder) -> dict[str, int]:
     """Numbers in every packed matrix, by its name."""
     return {name: g.packed.total * g.packed.k for name, g in decoder.groups.items() if g.packed is not None}
+
+
+def _key_bytes(decoder: Decoder) -> int:
+    """Of a token's key, or its value, in one head."""
+    dim, dtype = decoder.spec.head_dim, decoder.cache_dtype
+    return dim + SCALE_BYTES if dtype == torch.int8 else dim * dtype.itemsize
 
 
 def _keys(spec: DecoderSpec, context: float) -> float:

@@ -55,7 +55,9 @@ def chat(
     """
     source, target = source or sys.stdin, target or sys.stdout
     encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
-    engine = HybridEngine(model, backend=config.backend, rollout_weights=config.weights)
+    engine = HybridEngine(
+        model, backend=config.backend, rollout_weights=config.weights, kv_cache=config.kv_cache
+    )
     templated = bool(tokenizer.chat_template)
 
     def write(text: str) -> None:

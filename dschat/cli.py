@@ -200,7 +200,9 @@ def generate(config: configs.GenerateConfig) -> None:
         eos_token_id=encoder.stop_ids,
         pad_token_id=encoder.pad_id,
     )
-    engine = HybridEngine(model, backend=config.backend, rollout_weights=config.weights)
+    engine = HybridEngine(
+        model, backend=config.backend, rollout_weights=config.weights, kv_cache=config.kv_cache
+    )
     rollout = engine.generate(ids, mask, sampling)
     for i, (row, real) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
         if len(rollout) > 1:
@@ -243,7 +245,8 @@ def bench_generate(config: configs.BenchGenerateConfig) -> None:
     with others as sides:
         result = bench.generate(
             model, workloads, repeats=config.repeats, compare_hf=False, peers=sides, backend=config.backend,
-            weights=config.weights, progress=lambda text: print(text, file=sys.stderr, flush=True),
+            weights=config.weights, kv_cache=config.kv_cache,
+            progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
     print("  ".join(f"{k}: {v}" for k, v in (result.machine | result.model).items()))
     print(result.to_markdown())
@@ -262,7 +265,7 @@ def verify(config: configs.VerifyConfig) -> int:
         model = models.load_adapter(model, config.adapter)
     certificate = certify(
         model, max_new_tokens=config.max_new_tokens, backend=config.backend, seed=config.seed,
-        rollout_weights=config.weights, deep=config.deep,
+        rollout_weights=config.weights, kv_cache=config.kv_cache, deep=config.deep,
     )  # fmt: skip
     if note := vocabulary_gap(model, tokenizer):
         print(f"dschat: note: {note}", file=sys.stderr)

@@ -28,6 +28,10 @@ def _rollout_weights() -> Any:
     )
 
 
+def _kv_cache() -> Any:
+    return opt("auto", "keys and values of generation; int8: quantised, half the memory of bfloat16, on CPUs")
+
+
 def _device() -> Any:
     return opt("auto", "auto (a GPU where PyTorch has one, else the CPU), cpu, cuda or cuda:N")
 
@@ -415,6 +419,7 @@ class OnlineConfig(StageConfig):
         "token", "ratio of single tokens, their geometric mean over an answer (GSPO), or of whole answers"
     )
     rollout_weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    kv_cache: Literal["auto", "int8"] = _kv_cache()
     inference_tp_size: int = opt(
         1, "processes that generate together, each with a part of every layer, for models that fit in none"
     )
@@ -520,16 +525,21 @@ class OnlineConfig(StageConfig):
                 f"unsup_coef is {self.unsup_coef} and unsup_data {self.unsup_data}; "
                 "give both, or leave both out"
             )
-        if self.rollout_weights != "model" and self.exact:
-            raise ConfigError(
-                f"rollout_weights is {self.rollout_weights} and exact is true, which trains on the rollout's own "
-                "weights; set rollout_weights to model, or exact to false"
-            )
-        if self.rollout_weights != "model" and self.importance_cap is None:
-            raise ConfigError(
-                f"rollout_weights is {self.rollout_weights} and importance_cap none, so nothing would correct "
-                "for the rollout's lesser precision; set importance_cap to a number such as 2"
-            )
+        for key, plain, own in (
+            ("rollout_weights", "model", "weights"),
+            ("kv_cache", "auto", "keys and values"),
+        ):
+            value = getattr(self, key)
+            if value != plain and self.exact:
+                raise ConfigError(
+                    f"{key} is {value} and exact is true, which trains on the rollout's own {own}; "
+                    f"set {key} to {plain}, or exact to false"
+                )
+            if value != plain and self.importance_cap is None:
+                raise ConfigError(
+                    f"{key} is {value} and importance_cap none, so nothing would correct for the rollout's lesser "
+                    "precision; set importance_cap to a number such as 2"
+                )
         if self.inference_tp_size > 1 and self.exact:
             raise ConfigError(
                 f"inference_tp_size is {self.inference_tp_size} and exact is true, which trains on the whole packs of "
@@ -797,6 +807,7 @@ class GenerateConfig(_ModelCommand):
     command: ClassVar[str] = "generate"
     about: ClassVar[str] = "answers to prompts, on the fused kernels"
     weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    kv_cache: Literal["auto", "int8"] = _kv_cache()
     prompt: list[str] = opt([], "prompts; none: lines of standard input")
     chat: bool = opt(True, "put prompts through the chat template if the tokenizer has one")
     max_new_tokens: int = opt(128, "most tokens in an answer")
@@ -813,6 +824,7 @@ class BenchGenerateConfig(_ModelCommand):
     command: ClassVar[str] = "bench generate"
     about: ClassVar[str] = "tokens a second against Hugging Face, prefill and decode apart"
     weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    kv_cache: Literal["auto", "int8"] = _kv_cache()
     workload: list[str] = opt(
         ["16x128+128"], "BATCHxPROMPT+NEW in tokens, such as 16x128+128; several one by one"
     )
@@ -851,6 +863,7 @@ class VerifyConfig(_ModelCommand):
     command: ClassVar[str] = "verify"
     about: ClassVar[str] = "certificate: fused = Hugging Face, padded = unpadded, rollout = training"
     weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    kv_cache: Literal["auto", "int8"] = _kv_cache()
     adapter: str = opt("", "folder or hub id of a PEFT adapter, certified on top of the model, not merged")
     deep: bool = opt(False, "every backend that runs here, and longer prompts")
     max_new_tokens: int = opt(16, "tokens generated in the comparisons")
@@ -863,6 +876,7 @@ class ServeConfig(_ModelCommand):
     command: ClassVar[str] = "serve"
     about: ClassVar[str] = "a model behind OpenAI's HTTP interface, on this machine"
     weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    kv_cache: Literal["auto", "int8"] = _kv_cache()
     host: str = opt("localhost", "address to listen on; there is no authentication")
     port: int = opt(8000, "port to listen on")
     name: str = opt("", "name of the model in requests; empty: as given to --model")
@@ -919,6 +933,7 @@ class ChatConfig(_ModelCommand):
     command: ClassVar[str] = "chat"
     about: ClassVar[str] = "talk to a model in the terminal"
     weights: Literal["model", "int8", "int8_dynamic"] = _rollout_weights()
+    kv_cache: Literal["auto", "int8"] = _kv_cache()
     system_prompt: str | None = opt(None, "system message; none: what the chat template does by itself")
     max_new_tokens: int = opt(256, "most tokens in an answer")
     temperature: float = opt(0.7, "0: greedy")

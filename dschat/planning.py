@@ -144,6 +144,10 @@ def plan(config: PlanConfig) -> tuple[StageConfig, Estimate]:
     """The recipe as it is with that many processes, and its estimate."""
     if config.stage == "ppo":
         recipe = config_text.load(PPOConfig, config.recipe, processes=config.gpus)
+        if recipe.kv_cache != "auto":
+            raise ConfigError(
+                f"kv_cache is {recipe.kv_cache} in {config.recipe}, which rollouts on GPUs do not have; set it to auto"
+            )
         return recipe, estimate(recipe, config)
     cls: Any = configs.COMMANDS[config.stage]
     run = config_text.load(cls, config.recipe, processes=config.gpus)

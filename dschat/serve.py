@@ -205,8 +205,9 @@ class Service:
         self.numbers = itertools.count()  # of requests
         self.encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
         self.engine = HybridEngine(
-            model, backend=config.backend, max_slots=config.max_batch, rollout_weights=config.weights
-        )
+            model, backend=config.backend, max_slots=config.max_batch, rollout_weights=config.weights,
+            kv_cache=config.kv_cache,
+        )  # fmt: skip
         self.batcher = Batcher(
             self.engine, self.encoder.pad_id, config.max_waiting, config.window_ms / 1000, config.seed
         )

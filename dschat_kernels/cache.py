@@ -5,6 +5,14 @@ Layout of one layer (csrc/cpu/kv_cache.h says the same):
 * ``k[layer]``: ``[pages, Hkv, PAGE / 16, D, 16]``, 16 keys side by side, so that scores vectorise over keys;
 * ``v[layer]``: ``[pages, Hkv, PAGE, Dp]``, ``Dp`` = ``D`` rounded up to 16.
 
+Of a cache of dtype int8 a page of a head is ``PAGE`` float32 scales, one a token, and behind them integers in pairs:
+
+* ``k[layer]``: int8 ``[pages, Hkv, PAGE * (4 + De)]``, integers ``[PAGE / 16, De / 2, 16, 2]``, ``De`` = ``D`` or,
+  where that is odd, ``D + 1``;
+* ``v[layer]``: int8 ``[pages, Hkv, PAGE * (4 + Dp)]``, integers ``[PAGE / 2, Dp, 2]``.
+
+A token's key (and its value) in a head is scale * integers, as quantise.py makes them of its ``D`` numbers.
+
 A slot is one sequence. ``block_table[slot, i]`` is the page that holds its tokens ``64 i .. 64 i + 63`` (-1:
 none), and ``lengths[slot]`` the number of tokens written. A step is ``prepare_append`` (pages,
 copy-on-write), the kernels, ``advance``.
@@ -18,6 +26,7 @@ that holds no token yet (reserved beyond ``lengths``) belongs to one slot only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,15 +36,33 @@ from torch import Tensor
 
 from .huge_pages import huge_zeros
 from .limits import available_memory
+from .quantise import quantise
 
-__all__ = ["CHUNK", "LANES", "PAGE", "OutOfPages", "PagedKVCache", "padded_head_dim", "pages_for"]
+__all__ = [
+    "CHUNK",
+    "KV_CACHES",
+    "LANES",
+    "PAGE",
+    "OutOfPages",
+    "PagedKVCache",
+    "cache_shapes",
+    "padded_head_dim",
+    "page_bytes",
+    "pages_for",
+    "read_pages",
+    "write_pages",
+]
 
 PAGE = 64
 """Tokens of a page."""
 CHUNK = 256
 """Keys that attention reduces in one go; part of the definition of its bits."""
 LANES = 16
+SCALE_BYTES = 4
+"""Of a token's float32 scale in a page of int8."""
 
+KV_CACHES = ("auto", "int8")
+"""How a decoder keeps keys and values: in its own dtype, or quantised."""
 
 Ints = Sequence[int] | np.ndarray | torch.Tensor
 """Slots, or numbers of tokens."""
@@ -55,6 +82,72 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // LANES) * LANES
 
 
+def cache_shapes(pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+    """Shapes of keys and values of one layer."""
+    padded = padded_head_dim(head_dim)
+    if dtype == torch.int8:
+        widths = head_dim + head_dim % 2, padded
+        return tuple((pages, kv_heads, PAGE * (SCALE_BYTES + width)) for width in widths)
+    return (pages, kv_heads, PAGE // LANES, head_dim, LANES), (pages, kv_heads, PAGE, padded)
+
+
+def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a page over all layers, keys and values."""
+    return layers * dtype.itemsize * sum(math.prod(s) for s in cache_shapes(1, kv_heads, head_dim, dtype))
+
+
+def _quantised(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of int8 pages: scales, float32 [pages, Hkv, PAGE], and integers, [pages, Hkv, the rest]."""
+    return pages[..., : PAGE * SCALE_BYTES].view(torch.float32), pages[..., PAGE * SCALE_BYTES :]
+
+
+def _int8_views(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scales of keys, keys, scales of values, values) of int8 pages."""
+    (k_scales, k), (v_scales, v) = _quantised(k_cache), _quantised(v_cache)
+    return (
+        k_scales,
+        k.unflatten(-1, (PAGE // LANES, -1, LANES, 2)),
+        v_scales,
+        v.unflatten(-1, (PAGE // 2, -1, 2)),
+    )
+
+
+def write_pages(k_cache: Tensor, v_cache: Tensor, page: Tensor, inside: Tensor, k: Tensor, v: Tensor) -> None:
+    """Token i's k[i] and v[i], [n, Hkv, D], to place inside[i] of page page[i] of one layer."""
+    dim = k.shape[2]
+    # Advanced indices separated by a slice put their dimension first: [n, Hkv, D].
+    if k_cache.dtype != torch.int8:
+        k_cache[page, :, inside // LANES, :, inside % LANES] = k.to(k_cache.dtype)
+        v_cache[page, :, inside, :dim] = v.to(v_cache.dtype)
+        return
+    k_scales, k_cache, v_scales, v_cache = _int8_views(k_cache, v_cache)
+    (k, k_scale), (v, v_scale) = (quantise(x.float().reshape(-1, dim)) for x in (k, v))
+    shape = (len(page), k_cache.shape[1])
+    k_scales[page, :, inside] = k_scale.view(shape)
+    v_scales[page, :, inside] = v_scale.view(shape)
+    for odd in range(min(2, dim)):
+        half = k[:, odd::2].reshape(*shape, -1)
+        k_cache[page, :, inside // LANES, : half.shape[2], inside % LANES, odd] = half
+    v_cache[page, :, inside // 2, :dim, inside % 2] = v.view(*shape, dim)
+
+
+def read_pages(
+    k_cache: Tensor, v_cache: Tensor, pages: Tensor, head_dim: int, wide: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """k and v, [len(pages) * PAGE, Hkv, D], of pages of one layer; those of int8 multiplied out in `wide`."""
+    k, v = k_cache[pages], v_cache[pages]
+    if k_cache.dtype == torch.int8:
+        k_scales, k, v_scales, v = _int8_views(k, v)
+        k, v = k.transpose(-1, -2).flatten(3, 4)[..., :head_dim, :], v.transpose(-1, -2).flatten(2, 3)
+        k = k.to(wide) * k_scales.to(wide).unflatten(-1, (PAGE // LANES, 1, LANES))
+        v = v.to(wide) * v_scales.to(wide)[..., None]
+    heads = k.shape[1]
+    return (
+        k.permute(0, 2, 4, 1, 3).reshape(-1, heads, head_dim),
+        v.transpose(1, 2).reshape(-1, heads, v.shape[-1])[..., :head_dim],
+    )
+
+
 class PagedKVCache:
     """Keys and values of ``num_slots`` sequences in ``num_pages`` shared pages.
 
@@ -63,7 +156,7 @@ class PagedKVCache:
         num_pages: pages of the pool; ``bytes_per_page`` tells the cost of one.
         num_slots: sequences held at once.
         max_pages_per_slot: width of the block table, that is the longest sequence in pages.
-        dtype: dtype of the model's activations.
+        dtype: of keys and values: that of the model's activations, or int8 for quantised ones.
         device: of keys, values and block table.
         padding: one slot more, ``padding_slot``, whose places all lie in one page of its own, for rows that only fill
             up a batch (dschat_kernels/graphs.py); the methods do not know it.
@@ -91,8 +184,8 @@ class PagedKVCache:
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}: a cache needs at least 1.")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}: keys and values need a floating-point dtype.")
+        if not dtype.is_floating_point and dtype != torch.int8:
+            raise TypeError(f"dtype is {dtype}: keys and values need a floating-point dtype, or int8.")
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -104,11 +197,11 @@ class PagedKVCache:
         self.padding_slot = num_slots if padding else None
         pages, slots = num_pages + padding, num_slots + padding
         if self.device.type == "cpu":
-            _check_memory(pages, self._page_elements() * num_layers * dtype.itemsize)
+            _check_memory(pages, self.bytes_per_page)
         # Zeroed: kernels read whole vectors, so padding must be finite.
-        layers = (num_layers, pages, num_kv_heads)
-        self.k = _zeros((*layers, PAGE // LANES, head_dim, LANES), dtype, self.device)
-        self.v = _zeros((*layers, PAGE, padded_head_dim(head_dim)), dtype, self.device)
+        k, v = cache_shapes(pages, num_kv_heads, head_dim, dtype)
+        self.k = _zeros((num_layers, *k), dtype, self.device)
+        self.v = _zeros((num_layers, *v), dtype, self.device)
         self._table = np.full((slots, max_pages_per_slot), -1, dtype=np.int32)
         self._table[num_slots:] = num_pages  # the padding slot's page
         self._lengths = np.zeros(num_slots, dtype=np.int32)
@@ -131,11 +224,7 @@ class PagedKVCache:
     @property
     def bytes_per_page(self) -> int:
         """Bytes that one page costs over all layers."""
-        return self.num_layers * self._page_elements() * self.dtype.itemsize
-
-    def _page_elements(self) -> int:
-        """Numbers in one page of one layer, keys and values."""
-        return self.num_kv_heads * PAGE * (self.head_dim + padded_head_dim(self.head_dim))
+        return page_bytes(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
 
     @property
     def max_length(self) -> int:
@@ -292,14 +381,13 @@ class PagedKVCache:
     # -------------------------------------------------------------------------------------------------- data
 
     def gather(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contiguous copies ``(k, v)``, each ``[Hkv, length, D]``, of what a slot holds in one layer."""
+        """Contiguous copies ``(k, v)``, each ``[Hkv, length, D]``, of what a slot holds in one layer; of int8 in
+        float32."""
         slot = self._slot(slot)
         length = int(self._lengths[slot])
         pages = torch.from_numpy(self._table[slot, : pages_for(length)].astype(np.int64)).to(self.device)
-        heads, dim = self.num_kv_heads, self.head_dim
-        k = self.k[layer, pages].permute(1, 0, 2, 4, 3).reshape(heads, -1, dim)
-        v = self.v[layer, pages].transpose(0, 1).reshape(heads, -1, self.v.shape[-1])
-        return k[:, :length].clone(), v[:, :length, :dim].clone()
+        k, v = read_pages(self.k[layer], self.v[layer], pages, self.head_dim)
+        return k[:length].transpose(0, 1).contiguous(), v[:length].transpose(0, 1).contiguous()
 
     def write(self, slot: int, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Writes ``k`` and ``v``, ``[Hkv, n, D]``, at the places from ``start`` on of a slot in one layer.
@@ -331,9 +419,7 @@ class PagedKVCache:
         place = torch.arange(start, start + n, device="cpu")
         page = torch.from_numpy(self._table[slot].astype(np.int64))[place // PAGE].to(self.device)
         inside = (place % PAGE).to(self.device)
-        # Advanced indices separated by a slice put their dimension first: [n, Hkv, D].
-        self.k[layer][page, :, inside // LANES, :, inside % LANES] = k.transpose(0, 1).to(self.dtype)
-        self.v[layer][page, :, inside, : self.head_dim] = v.transpose(0, 1).to(self.dtype)
+        write_pages(self.k[layer], self.v[layer], page, inside, k.transpose(0, 1), v.transpose(0, 1))
 
     # ---------------------------------------------------------------------------------------------- internal
 

@@ -181,7 +181,8 @@ class NativeExecutor:
             rows, len(t.slots), t.token_ids.ctypes.data, t.positions.ctypes.data, t.slot_of_token.ctypes.data,
             t.cu_seqlens.ctypes.data, t.kv_lens.ctypes.data, t.slots.ctypes.data, ptr(table), table.stride(0),
             ptr(cache.k), ptr(cache.v), cache.k.stride(0) * cache.k.element_size(),
-            cache.v.stride(0) * cache.v.element_size(), len(t.selected), t.selected.ctypes.data,
+            cache.v.stride(0) * cache.v.element_size(), cache.dtype == torch.int8,
+            len(t.selected), t.selected.ctypes.data,
         )  # fmt: skip
 
     def _reserve(self, tokens: int, selected: int) -> None:

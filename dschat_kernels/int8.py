@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .models.spec import LinearSpec
-from .packing import fused_weight, is_lora, quantise, resolve_linear
+from .packing import fused_weight, is_lora, resolve_linear
+from .quantise import quantise
 
 KINDS = ("Linear", "FalconLinear", "Conv1D")
 

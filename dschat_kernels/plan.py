@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cache import PagedKVCache, pages_for
+from .cache import KV_CACHES, PagedKVCache, pages_for
 from .executors import Draw, Drawn, NativeExecutor, PythonExecutor, StepTables
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
 from .ops._common import DTYPES as OP_DTYPES
@@ -334,6 +334,7 @@ class Decoder:
             "triton", "cuda" or "reference".
         max_tokens: tokens of one pass over the plan; longer steps are cut, which does not change their bits.
         weights: how packs hold matrices, one of packing.WEIGHTS; int8 is quantised while packing.
+        kv_cache: how caches hold keys and values, one of cache.KV_CACHES; int8 on the CPU only.
 
     `bindings` counts the times that something the plan reads may have moved (see `addresses`).
     `epoch` counts the refreshes that changed something; a pack never serves an older epoch, because `step`
@@ -349,8 +350,11 @@ class Decoder:
         backend: str | None = None,
         max_tokens: int = 2048,
         weights: str = "model",
+        kv_cache: str = "auto",
     ):
         check_weights(weights)
+        if kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache is {kv_cache!r}: give one of {', '.join(map(repr, KV_CACHES))}.")
         embed: Any = spec.embed
         self.dtype: torch.dtype = dtype or embed.weight.dtype
         self.device: torch.device = embed.weight.device
@@ -373,6 +377,11 @@ class Decoder:
             raise ValueError(
                 f"weights is {weights!r} and backend {chosen!r}: it runs on 'cpu' and 'reference'; give 'int8'."
             )
+        if kv_cache == "int8" and (self.device.type != "cpu" or chosen in ("triton", "cuda")):
+            raise ValueError(
+                f"kv_cache is 'int8' and the rollout runs on {chosen!r}, device {self.device.type}: the 8-bit cache is "
+                "the CPU's; leave kv_cache at 'auto'."
+            )
         if self.device.type != "cpu" or backend in ("triton", "cuda"):  # on CPU tensors in tests only
             backend = resolve_backend("decoder", backend, embed.weight)
         if backend in ("triton", "cuda") and spec.head_dim > MAX_HEAD_DIM:
@@ -381,7 +390,8 @@ class Decoder:
             raise RuntimeError(
                 "backend is 'cpu' and the native kernels are not available: see dschat doctor."
             )
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights, self.kv_cache = spec, weights, kv_cache
+        self.cache_dtype = torch.int8 if kv_cache == "int8" else self.dtype
         self.lock = threading.RLock()
         self._sources: list[tuple[Any, str, Tensor, int | None, int]] = []
         self._adapters: list[tuple[Any, tuple[Any, ...]]] = []
@@ -632,7 +642,7 @@ class Decoder:
         spec, pages = self.spec, pages_for(max_tokens)
         return PagedKVCache(
             len(spec.layers), spec.num_kv_heads, spec.head_dim, num_pages or num_slots * pages, num_slots,
-            pages, self.dtype, self.device, padding,
+            pages, self.cache_dtype, self.device, padding,
         )  # fmt: skip
 
     @_one_at_a_time
@@ -747,7 +757,7 @@ class Decoder:
                 "check the tokenizer."
             )
         spec = self.spec
-        ours = (self.dtype, len(spec.layers), spec.num_kv_heads, spec.head_dim, self.device)
+        ours = (self.cache_dtype, len(spec.layers), spec.num_kv_heads, spec.head_dim, self.device)
         if (cache.dtype, cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.device) != ours:
             raise ValueError(f"the cache ({cache}) was not made for this decoder: use decoder.new_cache().")
         if slots.min() < 0 or slots.max() >= cache.num_slots:

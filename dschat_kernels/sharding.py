@@ -158,8 +158,10 @@ def sharded_decoder(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     weights: str = "model",
+    kv_cache: str = "auto",
 ) -> Decoder:
     """The decoder of one part. Arguments and errors: as Decoder and `part_of`."""
-    decoder = Decoder(part_of(spec, part, parts), dtype=dtype, backend=backend, weights=weights)
+    own = part_of(spec, part, parts)
+    decoder = Decoder(own, dtype=dtype, backend=backend, weights=weights, kv_cache=kv_cache)
     decoder.executor = ShardedExecutor(decoder, spec, parts, gather)
     return decoder

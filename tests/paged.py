@@ -75,8 +75,12 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     scale: float = 1.0,
+    cache_dtype: torch.dtype | None = None,
 ) -> Batch:
-    """Random rows; the pages of a row lie anywhere in the cache, and everything that no row owns is NaN."""
+    """Random rows; the pages of a row lie anywhere in the cache, and everything that no row owns is NaN.
+
+    cache_dtype int8: k and v are what the cache holds, float32.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -85,21 +89,27 @@ def make_batch(
     device = torch.get_default_device()
     rows, widest = len(kv_lens), max([1, *(pages_for(n) for n in kv_lens)])
     pages = sum(pages_for(n) for n in kv_lens) + 3
-    cache = PagedKVCache(1, kv_heads, head_dim, pages, max(rows, 1), widest, dtype, device)
+    cache = PagedKVCache(1, kv_heads, head_dim, pages, max(rows, 1), widest, cache_dtype or dtype, device)
     cache._free = torch.randperm(pages, generator=g, device="cpu").tolist()
-    cache.k.fill_(float("nan"))
-    cache.v[..., :head_dim] = float("nan")
+    if cache_dtype == torch.int8:
+        cache.k.fill_(-1)  # of scales: NaN
+        cache.v.fill_(-1)
+    else:
+        cache.k.fill_(float("nan"))
+        cache.v[..., :head_dim] = float("nan")
     k = [normal(n, kv_heads, head_dim) for n in kv_lens]
     v = [normal(n, kv_heads, head_dim) for n in kv_lens]
     for row in range(rows):
         fill(cache, row, k[row], v[row])
+        if cache_dtype == torch.int8:
+            k[row], v[row] = (x.transpose(0, 1) for x in cache.gather(row, 0))
     cache.sync()
     return Batch(normal(sum(q_lens), q_heads, head_dim), k, v, cache, list(q_lens), list(kv_lens))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, signs of zeros and NaN payloads included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return (
         a.shape == b.shape
         and a.dtype == b.dtype

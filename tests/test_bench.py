@@ -36,6 +36,7 @@ def test_report(stories_model: Any, small_machine: None) -> None:
         "parameters": parameters,
         "dtype": "float32",
         "weights": "model",
+        "kv_cache": "auto",
     }
     assert data["machine"]["read_gb_per_s"] == 10.0 and data["machine"]["threads"] == torch.get_num_threads()
     assert data["machine"]["backends"]["cpu"] is True
@@ -233,6 +234,19 @@ def test_bench_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peers.environment("hf", 2, sys.executable)["PYTHONPATH"] == "ours"
     assert "PYTHONPATH" not in peers.environment("vllm", 2, "another/python")
     assert peers.environment("vllm", 3, "another/python")["OMP_NUM_THREADS"] == "3"
+
+
+def test_an_int8_cache_is_counted_and_says_how_far_its_log_probs_are(
+    stories_model: Any, small_machine: None
+) -> None:
+    report = bench.generate(stories_model, [(2, 5, 4)], repeats=1, compare_hf=False, kv_cache="int8")
+    assert report.model["kv_cache"] == "int8" and 0 < report.model["logprob_gap"]["mean"] < 0.1
+    plain, quantised = (HybridEngine(stories_model, kv_cache=kind) for kind in ("auto", "int8"))
+    for engine in (plain, quantised):
+        engine.flip()
+    less = bounds.decode_step(plain.decoder, [9]).bytes - bounds.decode_step(quantised.decoder, [9]).bytes
+    spec = plain.spec
+    assert less == len(spec.layers) * 9 * 2 * spec.num_kv_heads * (4 * spec.head_dim - (spec.head_dim + 4))
 
 
 def test_int8_says_how_far_its_log_probs_are(stories_model: Any, small_machine: None) -> None:

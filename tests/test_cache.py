@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ token_counts = st.one_of(st.integers(0, 5), st.integers(0, 150))
 class CacheMachine(RuleBasedStateMachine):
     """Every token has its own number; keys and values follow from it, layer, head and dimension."""
 
+    dtype = torch.float32
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PagedKVCache(LAYERS, HEADS, DIM, PAGES, SLOTS, WIDTH)
+        self.cache = PagedKVCache(LAYERS, HEADS, DIM, PAGES, SLOTS, WIDTH, self.dtype)
         self.model: list[list[int]] = [[] for _ in range(SLOTS)]
         self.tokens = 0
 
@@ -125,11 +128,25 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(references[page] == 1 for page in pages[pages_for(self.cache.length(slot)) :])
 
 
+class Int8CacheMachine(CacheMachine):
+    """Numbers that int8 holds exactly, a scale of its own for every token, layer and head."""
+
+    dtype = torch.int8
+
+    def data(self, tokens: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = torch.tensor(tokens, dtype=torch.float32)[None, :, None] + 1
+        head = (layer * HEADS + torch.arange(HEADS))[:, None, None]
+        k = scale * torch.cat([torch.full_like(head, 127), head, -head - 1], dim=2)
+        return k, -2 * k
+
+
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+TestInt8CacheMachine = Int8CacheMachine.TestCase
+for case in (TestCacheMachine, TestInt8CacheMachine):
+    case.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
 
 
-def small(**change: int) -> PagedKVCache:
+def small(**change: Any) -> PagedKVCache:
     sizes = {
         "num_layers": 1,
         "num_kv_heads": 2,
@@ -162,6 +179,27 @@ def test_layout() -> None:
         assert torch.equal(cache.v[0, page, :, inside, :5], v[:, token])
     assert not cache.v[..., 5:].any()
     assert cache.bytes_per_page == 4 * (2 * 64 * 5 + 2 * 64 * 16)
+
+
+def test_layout_of_int8() -> None:
+    """A page of a head is 64 scales and the same numbers as integers."""
+    cache = small(dtype=torch.int8)
+    k, v = append(cache, 0, 70)
+    assert cache.k.shape == (1, 6, 2, 64 * 10) and cache.v.shape == (1, 6, 2, 64 * 20)
+    for token in (0, 17, 63, 64, 69):
+        page, inside = cache.block_table[0, token // 64], token % 64
+        for head in range(2):
+            for held, x, shape in ((cache.k, k, (4, 3, 16, 2)), (cache.v, v, (32, 16, 2))):
+                raw = held[0, page, head]
+                scale = raw[:256].view(torch.float32)[inside]
+                assert scale == x[head, token].abs().max() / 127
+                whole = raw[256:].view(shape)
+                if held is cache.k:
+                    found = whole[inside // 16, :, inside % 16].flatten()
+                else:
+                    found = whole[inside // 2, :, inside % 2]
+                assert torch.equal(found[:5].float(), (x[head, token] / scale).round())
+    assert cache.bytes_per_page == 2 * 64 * (4 + 6) + 2 * 64 * (4 + 16)
 
 
 def test_shared_prompt_costs_its_pages_once() -> None:

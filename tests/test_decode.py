@@ -47,7 +47,15 @@ def one_by_one(decoder: Decoder, draw: Draw, steps: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_all_steps_at_once_have_the_bits_of_one_by_one(name: str, dtype: torch.dtype, settings: Any) -> None:
-    decoder = decoder_of(model_of(name, dtype))
+    check_all_steps(decoder_of(model_of(name, dtype)), settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_steps_at_once_over_an_int8_cache(dtype: torch.dtype) -> None:
+    check_all_steps(decoder_of(model_of("llama", dtype), kv_cache="int8"), {"seed": 5})
+
+
+def check_all_steps(decoder: Decoder, settings: Any) -> None:
     draw = drawing(5, **settings)
     tokens, log_probs, there = one_by_one(decoder, draw, STEPS)
     cache, slots = filled(decoder)

@@ -197,6 +197,16 @@ def test_int8_packs_are_a_byte_a_weight(tmp_path):
     assert 0.4 < found[1].seconds["decode"] / found[0].seconds["decode"] < 0.7
 
 
+def test_a_cache_that_gpus_do_not_have(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes/deepspeed_chat/llama2-7b.yaml").read_text()
+    recipe.write_text(f"{text}\nkv_cache: int8\nimportance_cap: 2.0\n")
+    with pytest.raises(
+        ConfigError, match=r"kv_cache is int8 in .*recipe\.yaml, which rollouts on GPUs do not have"
+    ):
+        planning.plan(PlanConfig(recipe=str(recipe), gpus=8))
+
+
 def test_packs_in_parts():
     _, found = planning.plan(
         PlanConfig(recipe=str(ROOT / "recipes/deepspeed_chat/opt-13b-lora.yaml"), gpus=8)

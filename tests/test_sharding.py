@@ -89,9 +89,9 @@ def test_what_cannot_be_divided_is_refused(name: str) -> None:
         part_of(decoder_spec(build(name)), 0, 2)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int8_dynamic"])
-def test_quantised_packs(weights: str) -> None:
-    check(stories(), 4, weights=weights)
+@pytest.mark.parametrize("how", [{"weights": "int8"}, {"weights": "int8_dynamic"}, {"kv_cache": "int8"}])
+def test_quantised(how: dict[str, str]) -> None:
+    check(stories(), 4, **how)
 
 
 def test_lora_is_fused_in_parts_and_follows_training() -> None:

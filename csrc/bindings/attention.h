@@ -61,7 +61,7 @@ inline void bind_attention(pybind11::module_& m) {
          uintptr_t q_out, int64_t q_out_stride, uintptr_t cos, uintptr_t sin, uintptr_t positions,
          uintptr_t seq_of_token, uintptr_t block_table, int64_t block_table_stride, uintptr_t k_cache,
          uintptr_t v_cache, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t rotary_dim,
-         int style) {
+         int style, bool int8_cache) {
         RopeAppendArgs a;
         a.q = pointer<void>(q);
         a.q_stride = q_stride;
@@ -79,6 +79,7 @@ inline void bind_attention(pybind11::module_& m) {
         a.block_table_stride = block_table_stride;
         a.k_cache = pointer<void>(k_cache);
         a.v_cache = pointer<void>(v_cache);
+        a.int8_cache = int8_cache;
         a.T = tokens;
         a.Hq = q_heads;
         a.Hkv = kv_heads;
@@ -94,7 +95,7 @@ inline void bind_attention(pybind11::module_& m) {
       [](int type, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t k_cache,
          uintptr_t v_cache, uintptr_t block_table, int64_t block_table_stride, uintptr_t slots, uintptr_t cu_seqlens,
          uintptr_t kv_lens, int64_t rows, int64_t q_heads, int64_t kv_heads, int64_t head_dim, float scale,
-         int64_t window, float softcap, uintptr_t alibi_slopes, int64_t num_splits) {
+         int64_t window, float softcap, uintptr_t alibi_slopes, int64_t num_splits, bool int8_cache) {
         AttentionArgs a;
         a.q = pointer<void>(q);
         a.q_stride = q_stride;
@@ -102,6 +103,7 @@ inline void bind_attention(pybind11::module_& m) {
         a.out_stride = out_stride;
         a.k_cache = pointer<void>(k_cache);
         a.v_cache = pointer<void>(v_cache);
+        a.int8_cache = int8_cache;
         a.block_table = pointer<int32_t>(block_table);
         a.block_table_stride = block_table_stride;
         a.slots = pointer<int32_t>(slots);

@@ -67,17 +67,17 @@ constexpr const char* kBf16Products = "float32";
 #endif
 
 // What executors.py hands over of a step: tokens, rows, the addresses of token_ids, positions, slot_of_token,
-// cu_seqlens, kv_lens and slots, block_table and its stride, k_cache, v_cache and the bytes of a layer of each, selected
-// and the address of selected_tokens.
+// cu_seqlens, kv_lens and slots, block_table and its stride, k_cache, v_cache, the bytes of a layer of each and whether
+// they are int8, selected and the address of selected_tokens.
 using Tables = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                          int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
+                          int64_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, int64_t, uintptr_t>;
 
 inline StepInputs step_inputs(const Tables& tables) {
   StepInputs in;
   uintptr_t ids, positions, slot_of_token, cu_seqlens, kv_lens, slots, block_table, k_cache, v_cache, selected_tokens;
   std::tie(in.tokens, in.rows, ids, positions, slot_of_token, cu_seqlens, kv_lens, slots, block_table,
-           in.block_table_stride, k_cache, v_cache, in.k_layer_bytes, in.v_layer_bytes, in.selected, selected_tokens) =
-      tables;
+           in.block_table_stride, k_cache, v_cache, in.k_layer_bytes, in.v_layer_bytes, in.int8_cache,
+           in.selected, selected_tokens) = tables;
   in.token_ids = reinterpret_cast<const int64_t*>(ids);
   in.positions = reinterpret_cast<const int32_t*>(positions);
   in.slot_of_token = reinterpret_cast<const int32_t*>(slot_of_token);

@@ -9,6 +9,10 @@
 // then the fixed tree, o_c by fma over the keys in order; chunks are folded from left to right:
 //   m' = max(m, m_c),  l' = l exp(m - m') + l_c exp(m_c - m'),  o' = o exp(m - m') + o_c exp(m_c - m')
 // and out = round(o / l).
+// Over a quantised cache (int8 keys K_j and values V_j with scales) float32 queries take dot(q, K_j) * k_scale_j in place
+// of dot(q, k_j), and (p_j * v_scale_j) and V_j in place of p_j and v_j; l_c sums p_j. bfloat16 queries do so in integers:
+// q is rounded to 16 bits of its largest |q_d|, the (p_j * v_scale_j) of a chunk to 16 bits of their largest, which is
+// far below the rounding of bfloat16; sums of products are exact.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +29,7 @@ struct AttentionArgs {
   int64_t out_stride = 0;
   const void* k_cache = nullptr;  // one layer, see kv_cache.h; already holds the keys of the query tokens
   const void* v_cache = nullptr;
+  bool int8_cache = false;  // of a byte a number; else of the dtype of q
   const int32_t* block_table = nullptr;  // [slots, block_table_stride]
   int64_t block_table_stride = 0;
   const int32_t* slots = nullptr;       // [rows] row of block_table of each row; null: row r uses block_table[r]

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "quantise.h"
 
 namespace dschat {
 namespace {
@@ -32,14 +33,42 @@ DSCHAT_INLINE void rotate(const T* src, T* dst, const float* cos, const float* s
   if (dst != src && rotary_dim < D) std::memcpy(dst + rotary_dim, src + rotary_dim, size_t(D - rotary_dim) * sizeof(T));
 }
 
-template <typename T> void run(const Team& team, const RopeAppendArgs& a) {
+// The key of a head into its place of a page.
+template <typename T> DSCHAT_INLINE void put_key(const T* key, int64_t D, int64_t place, T* page) {
+  T* lane = page + place / kLanes * D * kLanes + place % kLanes;
+  for (int64_t d = 0; d < D; ++d) lane[d * kLanes] = key[d];
+}
+template <typename T> DSCHAT_INLINE void put_value(const T* value, int64_t D, int64_t place, T* page) {
+  std::memcpy(page + place * padded_head_dim(D), value, size_t(D) * sizeof(T));
+}
+
+// The integers and, into the page, the scale of a row.
+template <typename T> DSCHAT_INLINE void quantised(const T* x, int64_t D, int64_t place, int8_t* page, float* row) {
+  for (int64_t d = 0; d < D; ++d) row[d] = to_float(x[d]);
+  reinterpret_cast<float*>(page)[place] = quantise(row, D);
+}
+template <typename T> DSCHAT_INLINE void put_key(const T* key, int64_t D, int64_t place, int8_t* page) {
+  float row[kMaxHeadDim];
+  quantised(key, D, place, page, row);
+  int8_t* lane = page + kPageScales<int8_t> + place / kLanes * even(D) * kLanes + place % kLanes * 2;
+  for (int64_t d = 0; d < D; ++d) lane[d / 2 * 2 * kLanes + d % 2] = int8_t(row[d]);
+}
+template <typename T> DSCHAT_INLINE void put_value(const T* value, int64_t D, int64_t place, int8_t* page) {
+  float row[kMaxHeadDim];
+  quantised(value, D, place, page, row);
+  int8_t* to = page + kPageScales<int8_t> + place / 2 * padded_head_dim(D) * 2 + place % 2;
+  for (int64_t d = 0; d < D; ++d) to[d * 2] = int8_t(row[d]);
+}
+
+// C: of the cache.
+template <typename T, typename C> void run(const Team& team, const RopeAppendArgs& a) {
   const T* q = static_cast<const T*>(a.q);
   const T* k = static_cast<const T*>(a.k);
   const T* v = static_cast<const T*>(a.v);
   T* q_out = static_cast<T*>(a.q_out);
-  T* k_cache = static_cast<T*>(a.k_cache);
-  T* v_cache = static_cast<T*>(a.v_cache);
-  const int64_t D = a.D, Dp = padded_head_dim(D), half = a.rotary_dim / 2;
+  C* k_cache = static_cast<C*>(a.k_cache);
+  C* v_cache = static_cast<C*>(a.v_cache);
+  const int64_t D = a.D, half = a.rotary_dim / 2;
   // One unit of work is one head of one token: q heads first, then the kv heads (k and v together).
   const int64_t q_heads = q ? a.Hq : 0, heads = q_heads + (k ? a.Hkv : 0);
   if (heads == 0) return;
@@ -64,17 +93,18 @@ template <typename T> void run(const Team& team, const RopeAppendArgs& a) {
       rotate(key, rotated, cos, sin, D, a.rotary_dim, a.style, 1.0f);
       key = rotated;
     }
-    T* lane = k_cache + k_page_offset(page, head, a.Hkv, D) + place / kLanes * D * kLanes + place % kLanes;
-    for (int64_t d = 0; d < D; ++d) lane[d * kLanes] = key[d];
-    std::memcpy(v_cache + v_page_offset(page, head, a.Hkv, D) + place * Dp, v + t * a.v_stride + head * D,
-                size_t(D) * sizeof(T));
+    put_key(key, D, place, k_cache + k_page_offset<C>(page, head, a.Hkv, D));
+    put_value(v + t * a.v_stride + head * D, D, place, v_cache + v_page_offset<C>(page, head, a.Hkv, D));
   }
 }
 
 }  // namespace
 
 void rope_append(const Team& team, DType dtype, const RopeAppendArgs& args) {
-  dispatch(dtype, [&](auto t) { run<decltype(t)>(team, args); });
+  dispatch(dtype, [&](auto t) {
+    using Element = decltype(t);
+    args.int8_cache ? run<Element, int8_t>(team, args) : run<Element, Element>(team, args);
+  });
 }
 
 void rope(const Team& team, DType dtype, const void* x, int64_t x_stride, void* y, int64_t y_stride, const float* cos,

@@ -32,13 +32,15 @@ struct RopeAppendArgs {
   int64_t block_table_stride = 0;
   void* k_cache = nullptr;  // one layer, see kv_cache.h
   void* v_cache = nullptr;
+  bool int8_cache = false;  // of a byte a number; else of the dtype of q, k and v
   int64_t T = 0, Hq = 0, Hkv = 0, D = 0;
   int64_t rotary_dim = 0;  // even, <= D; the other dimensions pass through
   RopeStyle style = RopeStyle::half;
 };
 
 // y1 = round(x1 * cos - x2 * sin), y2 = round(x2 * cos + x1 * sin): products and sum rounded separately in
-// float32, which is what the unfused formula gives. Dtypes of q, k, v, q_out and the cache are the same.
+// float32, which is what the unfused formula gives. Dtypes of q, k, v and q_out are the same. A quantised cache holds
+// what would have been written.
 // The pages of the tokens must be allocated and not shared. SPMD, no barrier at the end.
 void rope_append(const Team& team, DType dtype, const RopeAppendArgs& args);
 

@@ -147,6 +147,7 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
       a.block_table_stride = in.block_table_stride;
       a.k_cache = in.k_cache + call.layer * in.k_layer_bytes;
       a.v_cache = in.v_cache + call.layer * in.v_layer_bytes;
+      a.int8_cache = in.int8_cache;
       a.T = rows, a.Hq = num_heads_, a.Hkv = num_kv_heads_, a.D = head_dim_;
       a.rotary_dim = call.rotary_dim;
       a.style = call.style;
@@ -158,6 +159,7 @@ void StepPlan::execute(const Team& team, const Call& call, const StepInputs& in,
       a.out = y.data, a.out_stride = y.stride;
       a.k_cache = in.k_cache + call.layer * in.k_layer_bytes;
       a.v_cache = in.v_cache + call.layer * in.v_layer_bytes;
+      a.int8_cache = in.int8_cache;
       a.block_table = in.block_table;
       a.block_table_stride = in.block_table_stride;
       a.slots = in.slots;

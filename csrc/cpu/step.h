@@ -66,6 +66,7 @@ struct StepInputs {
   char* k_cache = nullptr;                // layer 0; layers follow each other
   char* v_cache = nullptr;
   int64_t k_layer_bytes = 0, v_layer_bytes = 0;
+  bool int8_cache = false;                // else of the model's dtype
   int64_t selected = 0;                   // rows that go on to the head
   const int64_t* selected_tokens = nullptr;
 };

@@ -58,6 +58,9 @@ class HybridEngine:
             is faster from a few rows on and less precise. The training forward keeps the model's weights;
             `logprobs` against `rollout.logprobs` says how far apart they are, and PPO's and GRPO's importance_cap
             corrects for it.
+        kv_cache: "auto", the rollout's dtype; or "int8": keys and values of a rollout are integers of a byte with a
+            float32 scale for each token and head, half of bfloat16's memory, on the CPU only. Of training and
+            importance_cap the same is true as of rollout_weights.
         cuda_graphs: on a GPU, decode steps replay CUDA graphs (`dschat_kernels.graphs`); the cache is kept for them
             between rollouts, `release()` gives it up. Where none can be recorded, a warning and `graphs.reason` say
             why.
@@ -69,7 +72,7 @@ class HybridEngine:
             that are divided by it are too small for float16.
 
     In a patched model engine and patch have one decoder, and so one copy of the packs, where backend and dtype are the
-    same.
+    same and nothing is quantised.
 
     Raises `dschat_kernels.models.Unsupported` (a ValueError) for a model that no adapter covers exactly.
     """
@@ -84,6 +87,7 @@ class HybridEngine:
         exact: bool = False,
         backend: str | None = None,
         rollout_weights: str = "model",
+        kv_cache: str = "auto",
         cuda_graphs: bool = True,
         inference_tp_size: int = 1,
         masters: bool = False,
@@ -103,13 +107,13 @@ class HybridEngine:
         self.optimizer: Any = self.stepper.optimizer
         self.max_slots = max_slots
         if exact:
-            _check_exact(rollout_weights)
+            _check_exact(rollout_weights, kv_cache)
             _check_undivided(inference_tp_size)
         self.exact = exact
         self.sharing = Sharing(inference_tp_size)
         self.packed = PackedModel(model, backend=backend)
         check_one_dtype(self.spec)
-        self._dtype, self._backend, self._weights = dtype, backend, rollout_weights
+        self._dtype, self._backend, self._weights, self._kv_cache = dtype, backend, rollout_weights, kv_cache
         self._cuda_graphs = cuda_graphs
         self.graphs: DecodeGraphs | None = None
         self._kept: KeptCache | None = None
@@ -142,11 +146,14 @@ class HybridEngine:
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
         self._described = self.spec
-        how: dict[str, Any] = {"dtype": self._dtype, "backend": self._backend, "weights": self._weights}
+        how: dict[str, Any] = {
+            "dtype": self._dtype, "backend": self._backend, "weights": self._weights, "kv_cache": self._kv_cache,
+        }  # fmt: skip
         if self.sharing.size > 1:
             sharing = self.sharing
             return sharded_decoder(self.spec, sharing.part, sharing.size, sharing.columns, **how)
-        decoder = shared_decoder(self.model, self._backend) if self._weights == "model" else None
+        plain = self._weights == "model" and self._kv_cache == "auto"
+        decoder = shared_decoder(self.model, self._backend) if plain else None
         if decoder is None or self._dtype not in (None, decoder.dtype):
             decoder = Decoder(self.spec, **how)
         on_gpu = decoder.device.type == "cuda" and decoder.backend in ("cuda", "triton")
@@ -378,7 +385,7 @@ class HybridEngine:
             raise ValueError(f"temperature is {temperature}: give a number above 0.")
         decoder = None
         if exact:
-            _check_exact(self._weights)
+            _check_exact(self._weights, self._kv_cache)
             _check_undivided(self.sharing.size)
             self.flip()
             decoder = self.decoder
@@ -445,11 +452,16 @@ class HybridEngine:
         return sum(weights.values())
 
 
-def _check_exact(rollout_weights: str) -> None:
+def _check_exact(rollout_weights: str, kv_cache: str) -> None:
     if rollout_weights != "model":
         raise ValueError(
             f"rollout_weights is {rollout_weights!r}: exact mode trains on the rollout's weights and needs "
             "rollout_weights='model'."
+        )
+    if kv_cache != "auto":
+        raise ValueError(
+            f"kv_cache is {kv_cache!r}: exact mode trains on the keys and values of the rollout and needs "
+            "kv_cache='auto'."
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dschat_kernels.cache import PAGE, PagedKVCache, padded_head_dim, pages_for
+from dschat_kernels.cache import PagedKVCache, page_bytes, pages_for
 from dschat_kernels.executors import Draw
 from dschat_kernels.graphs import DecodeGraphs
 from dschat_kernels.kept_cache import KeptCache
@@ -89,7 +89,8 @@ class SamplingConfig:
 
 @dataclass
 class RolloutStats:
-    """Where the time of a rollout went (seconds), how much was done, and what weights did it ("model", "int8").
+    """Where the time of a rollout went (seconds), how much was done, and what weights ("model", "int8") and what
+    cache ("auto", "int8") did it.
 
     graph_steps: those of `steps` that replayed CUDA graphs, whose sampling counts as decode.
     """
@@ -108,6 +109,7 @@ class RolloutStats:
     cache_bytes: int = 0
     packed_bytes: int = 0
     weights: str = "model"
+    kv_cache: str = "auto"
 
     @property
     def tokens_per_second(self) -> float:
@@ -238,6 +240,7 @@ class RolloutRun:
             cache_bytes=self.cache.num_pages * self.cache.bytes_per_page,
             packed_bytes=decoder.packed_bytes,
             weights=decoder.weights,
+            kv_cache=decoder.kv_cache,
         )
 
     def _make_cache(
@@ -470,8 +473,8 @@ def slots_needed(rows: int, n: int) -> int:
 def slot_bytes(decoder: Decoder, tokens: int) -> int:
     """Cache bytes of one sequence of up to `tokens` tokens."""
     spec = decoder.spec
-    per_token = spec.num_kv_heads * (spec.head_dim + padded_head_dim(spec.head_dim)) * decoder.dtype.itemsize
-    return pages_for(tokens) * PAGE * len(spec.layers) * per_token
+    page = page_bytes(len(spec.layers), spec.num_kv_heads, spec.head_dim, decoder.cache_dtype)
+    return pages_for(tokens) * page
 
 
 def step_bytes(decoder: Decoder, tokens: int, rows: int) -> int:

@@ -85,7 +85,8 @@ class Certificate:
             )
         if self.diverges:
             lines.append(f"first divergence: {self.diverges}")
-        quantised = " within int8" if self.facts.get("weights", "model") != "model" else ""
+        plain = self.facts.get("weights", "model") == "model" and self.facts.get("kv_cache", "auto") == "auto"
+        quantised = "" if plain else " within int8"
         lines.append(
             "certificate: "
             + (f"the fused model is the model{quantised}" if self.passed else "NOT the same model")
@@ -97,6 +98,7 @@ GAP = {
     "torch.float32": {"max": 1e-3, "mean": 1e-4, "mult": 1.0001, "outside": 0.0},
     "torch.bfloat16": {"max": 0.5, "mean": math.log(1.05), "mult": 1.05, "outside": 0.1},
     "int8": {"max": 2.0, "mean": math.log(1.2), "mult": 1.2, "outside": 0.75},
+    "int8 cache": {"max": 1.0, "mean": math.log(1.1), "mult": 1.1, "outside": 0.5},
     "int8_dynamic": {"max": 3.0, "mean": math.log(1.3), "mult": 1.3, "outside": 0.9},
 }
 """How far the log-probs of rollout and training may be apart: that of int8 is what truncated importance weights still
@@ -120,6 +122,7 @@ def verify(
     backend: str | None = None,
     seed: int = 0,
     rollout_weights: str = "model",
+    kv_cache: str = "auto",
     deep: bool = False,
 ) -> Certificate:
     """Certifies `model` (a causal language model or a PEFT model); nothing of it is changed.
@@ -127,7 +130,7 @@ def verify(
     Args:
         prompts: int64 token sequences of different lengths; default: four random ones, with `deep` longer ones too.
         max_new_tokens: tokens generated in the comparisons.
-        rollout_weights: as HybridEngine's.
+        rollout_weights, kv_cache: as HybridEngine's.
         deep: every backend that can run the model; the others' certificates are in `others`.
 
     The reference backend is PyTorch's own ops, which promise no bits across batches: its certificate has no such rows.
@@ -139,7 +142,14 @@ def verify(
     model.eval()
     try:
         certify = partial(
-            _Verifier, model, prompts, max_new_tokens, seed=seed, weights=rollout_weights, deep=deep
+            _Verifier,
+            model,
+            prompts,
+            max_new_tokens,
+            seed=seed,
+            weights=rollout_weights,
+            kv_cache=kv_cache,
+            deep=deep,
         )
         main = certify(backend=backend).run()
         if deep:
@@ -172,12 +182,13 @@ class _Verifier:
         backend: str | None,
         seed: int,
         weights: str,
+        kv_cache: str,
         deep: bool,
     ):
         self.model, self.new, self.seed = model, new, seed
-        self.engine = HybridEngine(model, backend=backend, rollout_weights=weights)
+        self.engine = HybridEngine(model, backend=backend, rollout_weights=weights, kv_cache=kv_cache)
         self.engine.packed.passes_hooks = True
-        self.quantised = weights != "model"
+        self.quantised = weights != "model" or kv_cache != "auto"
         spec = self.engine.spec
         if prompts is None:
             generator = torch.Generator().manual_seed(seed)
@@ -201,6 +212,7 @@ class _Verifier:
                 "layers": len(spec.layers),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "weights": weights,
+                "kv_cache": kv_cache,
                 "backend": self.backend,
                 "LoRA layers": sum(is_lora(m) for m in model.modules()),
             }
@@ -253,6 +265,18 @@ class _Verifier:
 
     def quantisation(self) -> None:
         """The packs against the weights, every op against its reference, the logits against HF's."""
+        if self.engine.decoder.weights != "model":
+            self.quantised_packs()
+        found = first_divergence(self.engine, self.prompts[0])
+        self.add("ops of a step that part from their reference", bool(found), 0, found)
+        exact = self.hf_logits()
+        error = (self.step(self.prompts, "all").double() - exact).abs()
+        spread = float(exact.std())
+        self.add(
+            "logits, mean error against HF in float64, share of their spread", error.mean() / spread, 0.2
+        )
+
+    def quantised_packs(self) -> None:
         worst = 0.0
         decoder = self.engine.decoder
         for name, group in decoder.groups.items():
@@ -263,14 +287,6 @@ class _Verifier:
             steps = (weight - packed.to_dense()).abs() / scales[:, None]
             worst = max(worst, float(steps.where(scales[:, None] > 0, weight.abs()).max()))
         self.add("weights, largest error of quantising, in steps", worst, 0.501)
-        found = first_divergence(self.engine, self.prompts[0])
-        self.add("ops of a step that part from their reference", bool(found), 0, found)
-        exact = self.hf_logits()
-        error = (self.step(self.prompts, "all").double() - exact).abs()
-        spread = float(exact.std())
-        self.add(
-            "logits, mean error against HF in float64, share of their spread", error.mean() / spread, 0.2
-        )
 
     def logits_against_hf(self) -> None:
         """Beside HF's own error: what HF in the same dtype loses against HF in float64."""
@@ -392,7 +408,10 @@ class _Verifier:
     def logprob_gap(self, rollout: Rollout) -> None:
         """Rollout against training forward: max, mean, mean exp|d|, share of ratios outside [0.9, 1.1]."""
         gap = logprob_gap(self.engine.logprobs(rollout, exact=False), rollout)
-        kind = self.engine.decoder.weights if self.quantised else str(self.dtype)
+        decoder = self.engine.decoder
+        kind = str(self.dtype) if decoder.kv_cache == "auto" else "int8 cache"
+        if decoder.weights != "model":  # which is the coarser of the two
+            kind = decoder.weights
         bounds = GAP[kind]
         self.add("rollout against training log-probs, max |d|", gap["max"], bounds["max"])
         self.add("  mean |d|", gap["mean"], bounds["mean"])
@@ -473,7 +492,8 @@ def first_divergence(engine: HybridEngine, prompt: Tensor) -> str:
     is charged to the call that made it and to no later one.
     """
     decoder = engine.decoder
-    reference = Decoder(engine.spec, dtype=decoder.dtype, backend="reference", weights=decoder.weights)
+    how: dict[str, Any] = {"dtype": decoder.dtype, "weights": decoder.weights, "kv_cache": decoder.kv_cache}
+    reference = Decoder(engine.spec, backend="reference", **how)
     reference.refresh()
     probe = _Probe(PythonExecutor(reference), reference.new_cache(1, len(prompt) + 1), prompt)
     own = decoder.executor

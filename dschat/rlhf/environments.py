@@ -292,11 +292,11 @@ def _go_on(track: _Track, encoder: conversations.Encoder, turn_tokens: int, max_
 
 def _add_stats(total: RolloutStats, part: RolloutStats) -> None:
     """Times and counts of the turns add up; memory is that of the largest."""
-    total.weights = part.weights
+    total.weights, total.kv_cache = part.weights, part.kv_cache
     for name in ("slots", "cache_bytes", "packed_bytes"):
         setattr(total, name, max(getattr(total, name), getattr(part, name)))
     for f in fields(RolloutStats):
-        if f.name not in ("slots", "cache_bytes", "packed_bytes", "weights"):
+        if f.name not in ("slots", "cache_bytes", "packed_bytes", "weights", "kv_cache"):
             setattr(total, f.name, getattr(total, f.name) + getattr(part, f.name))
 
 

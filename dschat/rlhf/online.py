@@ -643,8 +643,8 @@ def assemble(
     optimizer = make_optimizer(policy, config, config.learning_rate, config.lora_learning_rate)
     engine = make_engine(
         policy, optimizer, zero, make_loss_scale(config, dtype), exact=config.exact,
-        rollout_weights=config.rollout_weights, dtype=rollout_dtype(config, dtype, device),
-        inference_tp_size=config.inference_tp_size,
+        rollout_weights=config.rollout_weights, kv_cache=config.kv_cache,
+        dtype=rollout_dtype(config, dtype, device), inference_tp_size=config.inference_tp_size,
     )  # fmt: skip
     return build(config, engine, encoder, reference, rewards, dtype, zero, base)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dschat_kernels.cache import LANES, PAGE, padded_head_dim
+from dschat_kernels.cache import PAGE, cache_shapes, read_pages
 from dschat_kernels.ops._common import (
     DTYPES,
     LIBRARY,
@@ -42,6 +42,8 @@ from dschat_kernels.ops._common import (
     say_once,
 )
 from dschat_kernels.ops.rope_append import (
+    cache_backend,
+    cache_kind,
     check_cache,
     check_head_dim,
     check_heads,
@@ -73,7 +75,8 @@ def attention(
     """Attention of q [T, Hq, D] over one layer of the paged cache: [T, Hq, D]; the module has the formula.
 
     Args:
-        k_cache, v_cache: `cache.k[layer]`, `cache.v[layer]`; they already hold the keys of the query tokens.
+        k_cache, v_cache: `cache.k[layer]`, `cache.v[layer]`; they already hold the keys of the query tokens. Those of
+            int8 are read as scale * integer, a scale for each token's key and each token's value in a head.
         block_table: int32 [slots, max_pages]. Row r of the batch is its row `slots[r]`, or r where slots is
             None.
         cu_seqlens: int32 [rows + 1], from 0 to T. A row may have no query tokens.
@@ -138,7 +141,7 @@ def run(
     )
     used = torch.arange(block_table.shape[1], device=table.device) * PAGE < kv_lens[:, None]
     check_pages(op, table[used], k_cache)
-    backend = resolve_backend(op, backend, q, k_cache)
+    backend = cache_backend(op, backend, q, k_cache)
     if backend == "reference":
         return attention_reference(
             q, k_cache, v_cache, block_table, cu_seqlens, kv_lens, scale=scale, window=window,
@@ -179,12 +182,11 @@ def attention_reference(
     """The specification of `attention`, in plain PyTorch."""
     bounds, lens = cu_seqlens.tolist(), kv_lens.tolist()
     rows = range(len(lens)) if slots is None else slots.tolist()
-    heads, dim = k_cache.shape[1], k_cache.shape[3]
+    wide = torch.promote_types(q.dtype, torch.float32)
     out = []
     for (begin, end), keys, row in zip(pairwise(bounds), lens, rows, strict=True):
         pages = block_table[row, : -(-keys // PAGE)].long()
-        k = k_cache[pages].permute(0, 2, 4, 1, 3).reshape(-1, heads, dim)[:keys]
-        v = v_cache[pages].transpose(1, 2).reshape(-1, heads, v_cache.shape[3])[:keys, :, :dim]
+        k, v = (x[:keys] for x in read_pages(k_cache, v_cache, pages, q.shape[2], wide))
         out.append(_row_reference(q[begin:end], k, v, scale, window, softcap, alibi_slopes))
     return torch.cat(out) if out else q.clone()
 
@@ -392,7 +394,7 @@ def attention_cpu(
         blocks = kv_lens.shape[0] * k_cache.shape[1]  # at least, of a GPU, without splits
         _attention_cuda(q, (*where, q.shape[0], *how), block_table.shape[1], num_splits, blocks)
     else:
-        kernels().attention(*where, *how, num_splits)
+        kernels().attention(*where, *how, num_splits, *cache_kind(k_cache))
     return out
 
 
@@ -431,8 +433,8 @@ def cache_of(k: Tensor, cu_seqlens: Tensor, make: Callable[..., Tensor]) -> tupl
     lens = cu_seqlens.diff().to(torch.int32)
     pages = (lens + (PAGE - 1)) // PAGE
     total, widest = (int(pages.sum()), int(pages.max())) if len(pages) else (0, 0)
-    k_cache = make(max(total, 1), kv_heads, PAGE // LANES, dim, LANES, dtype=k.dtype, device=device)
-    v_cache = make(max(total, 1), kv_heads, PAGE, padded_head_dim(dim), dtype=k.dtype, device=device)
+    shapes = cache_shapes(max(total, 1), kv_heads, dim, k.dtype)
+    k_cache, v_cache = (make(shape, dtype=k.dtype, device=device) for shape in shapes)
     # Row r owns the pages that follow those of the rows before it; entries past its last are never read.
     table = int32((pages.cumsum(0) - pages)[:, None] + torch.arange(max(widest, 1), device=device))
     rows = torch.repeat_interleave(torch.arange(len(lens), dtype=torch.int32, device=device), lens)
@@ -456,7 +458,7 @@ def _packed_cpu(
     kernels().rope_append(
         DTYPES[k.dtype], 0, 0, ptr(k), k.stride(0), ptr(v), v.stride(0), 0, 0, 0, 0, ptr(positions),
         ptr(rows), ptr(table), table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q.shape[1], kv_heads, dim,
-        0, 0,
+        0, 0, *cache_kind(k_cache),
     )  # fmt: skip
     return attention_cpu(
         q, k_cache, v_cache, table, cu_seqlens, lens, None, scale, window, softcap, alibi_slopes

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dschat_kernels.cache import LANES, PAGE, padded_head_dim
+from dschat_kernels.cache import LANES, PAGE, SCALE_BYTES, cache_shapes, write_pages
 from dschat_kernels.ops._common import (
     DTYPES,
     LIBRARY,
@@ -34,6 +34,8 @@ from dschat_kernels.ops._common import (
     ptr,
     register,
     resolve_backend,
+    runs_on_cuda,
+    say_once,
 )
 
 STYLES = {"half": 0, "interleaved": 1}  # csrc/cpu/rope_append.h RopeStyle
@@ -109,8 +111,8 @@ def rope_append(
     q [T, Hq, D], k and v [T, Hkv, D] may be slices of one packed qkv. Token t is the token at `positions[t]`
     of the sequence in row `slots[t]` of block_table [slots, max_pages]; its page must be allocated and
     unshared (`PagedKVCache.prepare_append`). k_cache and v_cache are `cache.k[layer]` and `cache.v[layer]`,
-    changed in place. cos = sin = None: no rotation (learned positions, ALiBi). The rotation has the bits of
-    `rope`. Forward only.
+    changed in place; those of int8 get what others would hold, quantised. cos = sin = None: no rotation (learned
+    positions, ALiBi). The rotation has the bits of `rope`. Forward only.
 
     Raises ValueError or TypeError for wrong shapes and dtypes, and for positions outside the tables or the
     pages.
@@ -130,7 +132,7 @@ def rope_append(
             "block table; make the cache with more pages per slot.",
         )
         check_pages(op, block_table[slots.long(), place], k_cache)
-    backend = resolve_backend(op, backend, q, k_cache)
+    backend = cache_backend(op, backend, q, k_cache)
     if backend == "reference":
         return rope_append_reference(
             q,
@@ -171,11 +173,9 @@ def rope_append_reference(
         q = rope_reference(q, cos, sin, positions, style=style, rotary_dim=rotary_dim)
         k = rope_reference(k, cos, sin, positions, style=style, rotary_dim=rotary_dim)
     place = positions.long()
-    page, inside = block_table[slots.long(), place // PAGE].long(), place % PAGE
-    # Indices separated by a slice put their dimension first: [T, Hkv, D].
+    page = block_table[slots.long(), place // PAGE].long()
     with torch.no_grad():
-        k_cache[page, :, inside // LANES, :, inside % LANES] = k
-        v_cache[page, :, inside, : v.shape[2]] = v
+        write_pages(k_cache, v_cache, page, place % PAGE, k, v)
     return q.clone()
 
 
@@ -244,24 +244,30 @@ def check_index(op: str, name: str, index: Any, size: int, like: Tensor) -> None
 def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     """One layer of a PagedKVCache, and its block table, for heads of the shape of `like` [T, Hkv, D]."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(op, name, cache)
+        check_tensor(op, name, cache, floating=False)
         check(
-            cache.dtype == like.dtype,
+            cache.dtype in (like.dtype, torch.int8),
             f"{op}: {name} is {cache.dtype} and the heads are {like.dtype}; make the cache in the model's "
-            "dtype.",
+            "dtype, or int8.",
+            TypeError,
+        )
+        check(
+            cache.dtype == k_cache.dtype,
+            f"{op}: {name} is {cache.dtype} and k_cache {k_cache.dtype}; give both from one cache.",
             TypeError,
         )
         check_device(op, name, cache, like)
+    dim = _head_dim(k_cache, like)
+    pages, heads = k_cache.shape[:2] if dim else (0, 0)
+    k_shape, v_shape = cache_shapes(pages, heads, dim, k_cache.dtype)
+    names = f"Hkv, {PAGE} * (4 + D)" if k_cache.dtype == torch.int8 else f"Hkv, {PAGE // LANES}, D, {LANES}"
     check(
-        k_cache.dim() == 5 and k_cache.shape[2] == PAGE // LANES and k_cache.shape[4] == LANES,
-        f"{op}: k_cache has shape {list(k_cache.shape)}; give one layer, [pages, Hkv, {PAGE // LANES}, D, "
-        f"{LANES}].",
+        k_cache.shape == k_shape,
+        f"{op}: k_cache has shape {list(k_cache.shape)}; give one layer, [pages, {names}].",
     )
-    pages, heads, _, dim, _ = k_cache.shape
     check(
-        v_cache.shape == (pages, heads, PAGE, padded_head_dim(dim)),
-        f"{op}: v_cache has shape {list(v_cache.shape)}; give {[pages, heads, PAGE, padded_head_dim(dim)]} "
-        "as k_cache asks.",
+        v_cache.shape == v_shape,
+        f"{op}: v_cache has shape {list(v_cache.shape)}; give {list(v_shape)} as k_cache asks.",
     )
     check(
         k_cache.is_contiguous() and v_cache.is_contiguous(),
@@ -284,6 +290,30 @@ def check_cache(op: str, like: Tensor, k_cache: Any, v_cache: Any, block_table: 
         "max_pages].",
     )
     check_device(op, "block_table", block_table, like)
+
+
+def _head_dim(k_cache: Tensor, like: Tensor) -> int:
+    """Of one layer's keys; 0 where their shape is none that keys have."""
+    if k_cache.dtype != torch.int8:
+        return k_cache.shape[3] if k_cache.dim() == 5 else 0
+    even = max(0, k_cache.shape[2] // PAGE - SCALE_BYTES) if k_cache.dim() == 3 else 0
+    return like.shape[-1] if like.shape[-1] + 1 == even else even  # a byte is left over where D is odd
+
+
+def cache_backend(op: str, backend: str | None, q: Tensor, k_cache: Tensor) -> str:
+    """`resolve_backend` of an op over the cache: int8 is known to the cpu backend and to the reference."""
+    found = resolve_backend(op, backend, q)
+    if k_cache.dtype != torch.int8 or found in ("cpu", "reference"):
+        return found
+    reason = f"{op}: the cache is int8, which the {found} backend does not have"
+    check(backend is None, f"{reason}; make the cache in the model's dtype, or use backend='reference'.")
+    say_once(f"{reason}; the PyTorch reference runs instead.")
+    return "reference"
+
+
+def cache_kind(k_cache: Tensor) -> tuple[bool, ...]:
+    """What CPU kernels are told about the cache after everything else: whether it is int8."""
+    return () if runs_on_cuda() else (k_cache.dtype == torch.int8,)
 
 
 def check_pages(op: str, pages: Tensor, k_cache: Tensor) -> None:
@@ -413,7 +443,7 @@ def _rope_append_cpu(
         DTYPES[q.dtype], ptr(q), q.stride(0), ptr(k), k.stride(0), ptr(v), v.stride(0), ptr(out),
         out.stride(0), ptr(cos), ptr(sin), ptr(positions), ptr(slots), ptr(block_table),
         block_table.stride(0), ptr(k_cache), ptr(v_cache), tokens, q_heads, k.shape[1], dim, rotary_dim,
-        STYLES[style],
+        STYLES[style], *cache_kind(k_cache),
     )  # fmt: skip
     return out
 

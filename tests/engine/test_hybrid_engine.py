@@ -268,7 +268,7 @@ def test_packs_are_shared_with_a_patch(adapters: bool) -> None:
         engine.flip()
         assert engine.decoder is patch.fused.decoder and engine.decoder.spec.layers[1].activation == "gelu"
         others = (HybridEngine(model, dtype=torch.bfloat16), HybridEngine(model, rollout_weights="int8"),
-                  HybridEngine(model, backend="reference"))  # fmt: skip
+                  HybridEngine(model, backend="reference"), HybridEngine(model, kv_cache="int8"))  # fmt: skip
         assert all(other.decoder is not patch.fused.decoder for other in others)
     changed = engine.generate(*left(PROMPTS), SAMPLING)
     assert not torch.equal(changed.logprobs, alone.logprobs)

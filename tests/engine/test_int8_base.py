@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
 from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
-from dschat_kernels.packing import quantise
+from dschat_kernels.quantise import quantise
 from tests.helpers import assert_close_to_fp64
 from tests.tiny_models import build
 

@@ -342,8 +342,8 @@ def test_step_bytes_is_what_the_buffers_take() -> None:
 
 
 def test_slot_bytes_is_what_a_cache_takes(engine: HybridEngine) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        decoder = HybridEngine(build("llama-bias", head_dim=20), dtype=dtype).decoder
+    for dtype, kind in ((torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "int8")):
+        decoder = HybridEngine(build("llama-bias", head_dim=20), dtype=dtype, kv_cache=kind).decoder
         for tokens in (1, 64, 65, 200):
             cache = decoder.new_cache(1, tokens)
             assert slot_bytes(decoder, tokens) == cache.num_pages * cache.bytes_per_page

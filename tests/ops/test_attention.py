@@ -20,13 +20,19 @@ from dschat_kernels.ops.attention import (
     packed_attention_reference,
 )
 
+CACHES = [None, torch.int8]
+"""Dtypes of a cache: that of the queries, or int8."""
+
 
 def expected(batch: Batch, dtype: torch.dtype, **options: Any) -> Tensor:
     """The reference, row by row, from the contiguous keys and values."""
     out, bounds = [], cumulative(batch.q_lens).tolist()
     for row, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
-            k, v = batch.k[row].to(dtype), batch.v[row].to(dtype)
+            kv_dtype = (
+                dtype if batch.k[row].dtype == batch.q.dtype else torch.promote_types(dtype, torch.float32)
+            )
+            k, v = batch.k[row].to(kv_dtype), batch.v[row].to(kv_dtype)
             q = torch.zeros(len(k), *batch.q.shape[1:], dtype=dtype)
             q[len(k) - (end - begin) :] = batch.q[begin:end].to(dtype)
             cu = cumulative([len(k)])
@@ -56,6 +62,7 @@ def problems(draw: st.DrawFn) -> tuple[Batch, dict[str, Any]]:
         dim,
         dtype,
         draw(st.integers(0, 99)),
+        cache_dtype=draw(st.sampled_from(CACHES)),
     )
     slopes = torch.rand(kv_heads * group) * 0.2 - 0.1 if draw(st.booleans()) else None
     options = {
@@ -90,9 +97,10 @@ def test_prefill_is_decode_bit_for_bit(problem: tuple[Batch, dict[str, Any]], st
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 300])
-def test_long_rows_across_chunks(dtype: torch.dtype, window: int | None) -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_long_rows_across_chunks(dtype: torch.dtype, window: int | None, cache: torch.dtype | None) -> None:
     """Several chunks of 256, tiles that begin anywhere, and one token at a time over the same cache."""
-    batch = make_batch([600, 1, 129], [900, 1025, 129], 6, 2, 64, dtype)
+    batch = make_batch([600, 1, 129], [900, 1025, 129], 6, 2, 64, dtype, cache_dtype=cache)
     y = check(batch, scale=0.125, window=window)
     q, k_cache, v_cache, table, _, _ = batch.arguments
     for token in (0, 100, 212, 213, 467, 468, 599):
@@ -104,8 +112,9 @@ def test_long_rows_across_chunks(dtype: torch.dtype, window: int | None) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batch_order_slots_and_threads(dtype: torch.dtype) -> None:
-    batch = make_batch([3, 1, 40, 1, 0, 1], [300, 77, 40, 1, 5, 513], 8, 4, 32, dtype)
+@pytest.mark.parametrize("cache", CACHES)
+def test_batch_order_slots_and_threads(dtype: torch.dtype, cache: torch.dtype | None) -> None:
+    batch = make_batch([3, 1, 40, 1, 0, 1], [300, 77, 40, 1, 5, 513], 8, 4, 32, dtype, cache_dtype=cache)
     q, k_cache, v_cache, table, cu, kv_lens = batch.arguments
     y = attention(*batch.arguments, scale=0.2, backend="cpu")
     order = [5, 2, 0, 4, 3, 1]
@@ -124,12 +133,13 @@ def test_batch_order_slots_and_threads(dtype: torch.dtype) -> None:
         assert same_bits(z, y[torch.cat(rows)])
 
 
-def test_sees_nothing_but_its_keys() -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_sees_nothing_but_its_keys(cache: torch.dtype | None) -> None:
     """Keys behind the mask or the window may hold NaN or infinity without a trace."""
     options = {"scale": 0.25, "window": 20}
-    clean = make_batch([30], [100], 4, 2, 16)
+    clean = make_batch([30], [100], 4, 2, 16, cache_dtype=cache)
     y = attention(*clean.arguments, backend="cpu", **options)
-    dirty = make_batch([30], [100], 4, 2, 16)
+    dirty = make_batch([30], [100], 4, 2, 16, cache_dtype=cache)
     k, v = dirty.k[0], dirty.v[0]
     for bad in (float("nan"), float("inf")):
         k[:40], v[:40] = bad, bad  # the first query, at 70, sees 51 ..
@@ -141,9 +151,27 @@ def test_sees_nothing_but_its_keys() -> None:
         assert same_bits(z[:20], y[:20]) and not z[20:].isfinite().any()
 
 
-def test_large_scores_do_not_overflow() -> None:
-    batch = make_batch([40], [600], 2, 2, 32, scale=30.0)
+@pytest.mark.parametrize("cache", CACHES)
+def test_large_scores_do_not_overflow(cache: torch.dtype | None) -> None:
+    batch = make_batch([40], [600], 2, 2, 32, scale=30.0, cache_dtype=cache)
     check(batch, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_cache_is_within_its_rounding(dtype: torch.dtype) -> None:
+    """A score is off by at most |q|_1 times half a key's scale, so every weight by at most the factor exp(2 that); the
+    output, a mean of values, by what that moves and half a value's scale."""
+    plain, quantised = (make_batch([5, 1], [300, 60], 6, 2, 40, dtype, cache_dtype=cache) for cache in CACHES)
+    y, z = (attention(*b.arguments, scale=0.1, backend="reference").double() for b in (plain, quantised))
+    rows = torch.repeat_interleave(torch.arange(2), torch.tensor(plain.q_lens))
+    for token, row in enumerate(rows.tolist()):
+        k, v = (x[row].double().abs().amax(2).amax(0).repeat_interleave(3) for x in (plain.k, plain.v))
+        score = 0.1 * plain.q[token].double().abs().sum(1) * k / 254
+        bound = (torch.expm1(2 * score) * v + v / 254)[:, None] + 0.02 * (dtype == torch.bfloat16)
+        assert ((y[token] - z[token]).abs() <= bound).all()
+        assert bound.max() < 1.0
+    ours = attention(*quantised.arguments, scale=0.1, backend="cpu").double()
+    assert not torch.equal(ours, y) and (ours - z).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,8 +203,9 @@ def test_takes_slices_of_a_packed_qkv() -> None:
     assert same_bits(attention(strided, *rest, scale=0.25, backend="cpu"), y)
 
 
-def test_reference_reads_the_cache() -> None:
-    batch = make_batch([5, 0, 2], [200, 3, 2], 4, 2, 20)
+@pytest.mark.parametrize("cache", CACHES)
+def test_reference_reads_the_cache(cache: torch.dtype | None) -> None:
+    batch = make_batch([5, 0, 2], [200, 3, 2], 4, 2, 20, cache_dtype=cache)
     options = {"scale": 0.25, "window": 100, "softcap": 5.0, "alibi_slopes": torch.rand(4)}
     y = attention(*batch.arguments, backend="reference", **options)
     assert torch.equal(y, attention_reference(*batch.arguments, **options))
@@ -268,6 +297,10 @@ def test_opcheck() -> None:
     batch = make_batch([3, 1], [10, 20], 4, 2, 6)
     slopes = torch.rand(4)
     torch.library.opcheck(torch.ops.dschat.attention.default, (*batch.arguments, None, 0.5, 8, 9.0, slopes))
+    quantised = make_batch([3, 1], [10, 20], 4, 2, 6, cache_dtype=torch.int8)
+    torch.library.opcheck(
+        torch.ops.dschat.attention.default, (*quantised.arguments, None, 0.5, None, None, None)
+    )
     torch.library.opcheck(
         torch.ops.dschat.attention.default,
         (*batch.arguments[:5], int_tensor([5, 9]), int_tensor([1, 0]), 0.5, None, None, None),
@@ -290,6 +323,11 @@ def test_opcheck() -> None:
         ({"q": torch.randn(3, 4, 16).bfloat16()}, "model's dtype"),
         ({"v_cache": torch.zeros(9, 2, 64, 24)}, "v_cache has shape"),
         ({"k_cache": torch.zeros(9, 2, 4, 16, 8)}, "k_cache has shape"),
+        (
+            {"k_cache": torch.zeros(9, 2, 64 * 20, dtype=torch.int8)},
+            r"v_cache is torch\.float32 and k_cache torch\.int8",
+        ),
+        ({"v_cache": torch.zeros(9, 2, 64, 16, dtype=torch.int16)}, r"v_cache is torch\.int16"),
         ({"cu_seqlens": int_tensor([0, 2, 4])}, "rise from 0 to the 3 tokens"),
         ({"cu_seqlens": int_tensor([0, 4, 3])}, "smallest step of -1"),
         ({"cu_seqlens": torch.tensor([0.0, 2.0, 3.0])}, "int32 or int64"),
@@ -310,6 +348,19 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     arguments = {**dict(zip(names, batch.arguments, strict=True)), "scale": 1.0, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         attention(**arguments)
+
+
+def test_bad_int8_input() -> None:
+    q, k_cache, v_cache, *rest = make_batch([2], [70], 4, 2, 16, cache_dtype=torch.int8).arguments
+    for cut, other, message in (
+        (k_cache[..., :-1].contiguous(), v_cache, "k_cache has shape"),
+        (k_cache.flatten(1), v_cache, r"give one layer, \[pages, Hkv, 64 \* \(4 \+ D\)\]"),
+        (k_cache, v_cache[..., 64:].contiguous(), r"give \[5, 2, 1280\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(q, cut, other, *rest, scale=1.0)
+    with pytest.raises(ValueError, match="heads have shape"):
+        attention(q[..., :8], k_cache, v_cache, *rest, scale=1.0)
 
 
 def test_packed_bad_input() -> None:

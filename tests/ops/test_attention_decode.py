@@ -24,6 +24,7 @@ from dschat_kernels.ops.attention_decode import attention_decode
     splits=st.sampled_from([None, 1, 2, 3, 8, 100]),
     team=st.sampled_from([1, 2, 3, 7]),
     seed=st.integers(0, 99),
+    cache=st.sampled_from([None, torch.int8]),
 )
 def test_splits_and_threads_do_not_change_a_bit(
     rows: list[tuple[int, int]],
@@ -34,8 +35,10 @@ def test_splits_and_threads_do_not_change_a_bit(
     splits: int | None,
     team: int,
     seed: int,
+    cache: torch.dtype | None,
 ) -> None:
-    batch = make_batch([q for q, _ in rows], [q + past for q, past in rows], *heads, dim, dtype, seed)
+    lens = [q for q, _ in rows], [q + past for q, past in rows]
+    batch = make_batch(*lens, *heads, dim, dtype, seed, cache_dtype=cache)
     options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "backend": "cpu"}
     expected = attention(*batch.arguments, **options)
     with threads(team):
@@ -64,10 +67,11 @@ def test_options_and_slots() -> None:
 
 
 def test_opcheck() -> None:
-    batch = make_batch([1, 2], [300, 20], 4, 2, 6)
-    torch.library.opcheck(
-        torch.ops.dschat.attention_decode.default, (*batch.arguments, None, 0.5, None, None, None, 2)
-    )
+    for cache in (None, torch.int8):
+        batch = make_batch([1, 2], [300, 20], 4, 2, 6, cache_dtype=cache)
+        torch.library.opcheck(
+            torch.ops.dschat.attention_decode.default, (*batch.arguments, None, 0.5, None, None, None, 2)
+        )
 
 
 def test_bad_input() -> None:

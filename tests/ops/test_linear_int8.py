@@ -13,7 +13,8 @@ from dschat_kernels import linear, packing
 from dschat_kernels.ops.bias_act import bias_act
 from dschat_kernels.ops.gated_act import gated_act
 from dschat_kernels.ops.linear import linear_reference, linear_sums
-from dschat_kernels.packing import LoraUpdate, PackedLinear, ResolvedLinear, quantise, quantised_rows
+from dschat_kernels.packing import LoraUpdate, PackedLinear, ResolvedLinear, quantised_rows
+from dschat_kernels.quantise import quantise
 from tests.helpers import assert_close_to_fp64, native_threads
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -97,8 +97,11 @@ def test_reference_gradcheck() -> None:
 class Case:
     """Tokens of several slots in random order, as slices of one packed qkv."""
 
-    def __init__(self, dtype: torch.dtype, q_heads: int = 6, kv_heads: int = 2, dim: int = 24) -> None:
-        self.cache = PagedKVCache(2, kv_heads, dim, 20, 4, 5, dtype)
+    def __init__(
+        self, dtype: torch.dtype, q_heads: int = 6, kv_heads: int = 2, dim: int = 24,
+        cache: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.cache = PagedKVCache(2, kv_heads, dim, 20, 4, 5, cache or dtype)
         lens = [70, 1, 0, 130]
         self.cache.prepare_append([0, 1, 3], [70, 1, 130])
         self.slots = torch.cat([torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(lens)])
@@ -149,8 +152,39 @@ def test_append_writes_what_rope_gives(dtype: torch.dtype, style: str, rotate: b
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_append_touches_only_its_places(dtype: torch.dtype) -> None:
-    case, reference = Case(dtype), Case(dtype)
+@pytest.mark.parametrize("dim", [24, 33])
+def test_append_quantises_what_it_would_write(dtype: torch.dtype, dim: int) -> None:
+    """scale * integer, within half a scale of what a cache of the model's dtype holds; zeros, what is too small for a
+    scale, and what is not finite too."""
+    plain, case = Case(dtype, dim=dim), Case(dtype, dim=dim, cache=torch.int8)
+    case.q, case.k, case.v, case.slots, case.positions = (
+        plain.q,
+        plain.k,
+        plain.v,
+        plain.slots,
+        plain.positions,
+    )
+    first = [int(torch.nonzero((plain.slots == 0) & (plain.positions == i))) for i in range(4)]
+    for token, value in zip(first, (0.0, 1e-39, float("inf"), float("nan")), strict=True):
+        case.k[token], case.v[token] = value, value
+    for c in (plain, case):
+        c.run(backend="cpu")
+        for slot, n in ((0, 70), (1, 1), (3, 130)):
+            c.cache.lengths[slot] = n
+    for slot in (0, 1, 3):
+        for x, z in zip(plain.cache.gather(slot, 1), case.cache.gather(slot, 1), strict=True):
+            if slot == 0:
+                assert not z[:, :2].any() and z[:, 2:4].isnan().all()
+                x, z = x[:, 4:], z[:, 4:]
+            scale = x.float().abs().amax(-1, keepdim=True) / 127
+            assert ((x.float() - z).abs() <= 0.5001 * scale).all()
+            assert torch.equal(z.abs().amax(-1, keepdim=True), 127 * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache", [None, torch.int8])
+def test_append_touches_only_its_places(dtype: torch.dtype, cache: torch.dtype | None) -> None:
+    case, reference = Case(dtype, cache=cache), Case(dtype, cache=cache)
     for c in (case, reference):
         c.cache.k.fill_(3)
         c.cache.v.fill_(3)
@@ -161,8 +195,9 @@ def test_append_touches_only_its_places(dtype: torch.dtype) -> None:
     assert same_bits(case.cache.k, reference.cache.k) and same_bits(case.cache.v, reference.cache.v)
 
 
-def test_append_bits_do_not_depend_on_batch_or_threads() -> None:
-    case = Case(torch.bfloat16)
+@pytest.mark.parametrize("cache", [None, torch.int8])
+def test_append_bits_do_not_depend_on_batch_or_threads(cache: torch.dtype | None) -> None:
+    case = Case(torch.bfloat16, cache=cache)
     q = case.run(backend="cpu")
     k, v = case.cache.k.clone(), case.cache.v.clone()
     case.cache.k.zero_()
@@ -193,12 +228,14 @@ def test_opcheck() -> None:
     cache.prepare_append([0, 1], [2, 1])
     index = (torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
     heads = (torch.randn(3, 2, 6), torch.randn(3, 1, 6), torch.randn(3, 1, 6))
-    where = (cache.k[0], cache.v[0], cache.block_table)
+    eight = PagedKVCache(1, 1, 6, 2, 2, 1, torch.int8)
     for table in ((cos, sin), (None, None)):
-        torch.library.opcheck(
-            torch.ops.dschat.rope_append.default,
-            (*heads, *table, *index, *where, 4 if table[0] is not None else 0, "half"),
-        )
+        for held in (cache, eight):
+            where = (held.k[0], held.v[0], cache.block_table)
+            torch.library.opcheck(
+                torch.ops.dschat.rope_append.default,
+                (*heads, *table, *index, *where, 4 if table[0] is not None else 0, "half"),
+            )
 
 
 def test_fp64_falls_back_and_forced_backends_explain() -> None:

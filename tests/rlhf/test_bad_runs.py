@@ -78,6 +78,8 @@ CASES: dict[str, Any] = {
         "ppo", {"rollout_weights": "int8", "exact": True, "importance_cap": 2.0}
     ),
     "`rollout_weights` int8 without `importance_cap`": ("grpo", {"rollout_weights": "int8"}),
+    "`kv_cache` int8 and `exact`": ("ppo", {"kv_cache": "int8", "exact": True, "importance_cap": 2.0}),
+    "`kv_cache` int8 without `importance_cap`": ("grpo", {"kv_cache": "int8"}),
     "prompts that leave no room for the answers": ("grpo", {"max_new_tokens": 510}),
     "one answer a prompt, in GRPO": ("grpo", {"samples_per_prompt": 1}),
     "`unsup_coef` without `unsup_data`": ("ppo", {"unsup_coef": 1.0}),

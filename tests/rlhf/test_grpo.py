@@ -48,7 +48,13 @@ def make(base, stories_tokenizer, tmp_path):
         model = models.make_trainable(model, config, "CAUSAL_LM")
         optimizer = torch.optim.AdamW(models.trainable(model), lr=1e-2)
         encoder = conversations.Encoder(stories_tokenizer)
-        engine = HybridEngine(model, optimizer, exact=config.exact, rollout_weights=config.rollout_weights)
+        engine = HybridEngine(
+            model,
+            optimizer,
+            exact=config.exact,
+            rollout_weights=config.rollout_weights,
+            kv_cache=config.kv_cache,
+        )
         trainer = grpo.GRPO.build(config, engine, encoder, None, functions, torch.float32)
         records, stats = reading.read(config.data)
         examples = data.prompt_examples(records, encoder, stats)[::2][:3]
@@ -151,11 +157,12 @@ def test_importance_weights_are_those_of_the_gap(make, monkeypatch):
     assert plain()[0].weights is None
 
 
-def test_int8_rollouts_learn_with_importance_weights(make):
+@pytest.mark.parametrize(("key", "stat"), [("rollout_weights", "weights"), ("kv_cache", "kv_cache")])
+def test_int8_rollouts_learn_with_importance_weights(make, key, stat):
     """checklist 2.1 #5: rollouts on int8, updates not; the weights of the loss are the ratio between them."""
-    trainer, _, collect = make(rollout_weights="int8", importance_cap=2.0)
+    trainer, _, collect = make(**{key: "int8"}, importance_cap=2.0)
     experience, found = collect()
-    assert experience.rollout.stats.weights == "int8" and found["gap/mean"] > 1e-4
+    assert getattr(experience.rollout.stats, stat) == "int8" and found["gap/mean"] > 1e-4
     ratio = (experience.old_logp - experience.rollout.logprobs).exp()
     torch.testing.assert_close(experience.weights[experience.mask], ratio.clamp(max=2.0)[experience.mask])
     assert found["importance/weight"] != 1.0
@@ -205,6 +212,7 @@ def test_reward_rises(name, base, tmp_path):
                 "cliprange_high": 0.28,
                 "importance_cap": 2.0,
                 "rollout_weights": "int8",
+                "kv_cache": "int8",
             },
         ),
         ("rloo", {"lora_r": 0, "kl_control": "adaptive", "reward_norm": "running"}),
@@ -259,6 +267,9 @@ def test_accumulation_in_a_minibatch(make, mode):
         (GRPOConfig, {"exact": True, "importance_cap": 2}, "nothing is left to correct"),
         (PPOConfig, {"rollout_weights": "int8"}, "set importance_cap to a number such as 2"),
         (GRPOConfig, {"rollout_weights": "int8", "exact": True}, "set rollout_weights to model"),
+        (PPOConfig, {"kv_cache": "int8"}, "kv_cache is int8 and importance_cap none"),
+        (RLOOConfig, {"kv_cache": "int8", "exact": True}, "set kv_cache to auto"),
+        (GRPOConfig, {"kv_cache": "fp8"}, "kv_cache is 'fp8', but it must be one of auto, int8"),
         (PPOConfig, {"kl_control": "adaptive", "kl_coef": 0}, "set kl_coef to a start value such as 0.05"),
         (GRPOConfig, {"top_k": 3}, "top_k is 3, but GRPO uses log-probs of the full distribution"),
         (GRPOConfig, {"scale": "std"}, "scale is 'std', but it must be one of group, batch, none"),
