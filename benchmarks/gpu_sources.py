@@ -23,6 +23,8 @@ OPS: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 """Files of ops that are not called like them."""
+ALSO = {"packed_attention": "attention", "token_logprobs": "token_logprobs_backward"}
+"""The other file of an op whose forward and backward have one each."""
 NAMES = (
     "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "linear_int8", "lora_linear",
     "fuse_lora", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
@@ -37,8 +39,8 @@ def fingerprints(root: Path = ROOT) -> dict[str, dict[str, str]]:
 def fingerprint(root: Path, backend: str, op: str) -> str:
     stem = OPS[backend].get(op, op)
     parts = cuda_code(root, stem) if backend == "cuda" else triton_code(root, stem)
-    if (backend, op) == ("cuda", "packed_attention"):  # its forward is attention's
-        parts |= cuda_code(root, "attention")
+    if backend == "cuda" and op in ALSO:
+        parts |= cuda_code(root, ALSO[op])
     return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/linear_int8.h"
+#include "cuda/token_logprobs_backward.h"
 #ifdef DSCHAT_EMULATE_CUDA
 #include "bindings/cuda_emulation.cuh"
 #endif
@@ -77,6 +78,7 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
   bind(m, "fuse_lora", launch_fuse_lora);
   bind(m, "sample", launch_sample);
   bind(m, "token_logprobs", launch_token_logprobs);
+  bind(m, "token_logprobs_backward", launch_token_logprobs_backward);
   m.attr("vocab_chunk") = 256;  // kVocabChunk of cuda/logsumexp.cuh: entries a partial sum of token_logprobs' scratch
 #ifdef DSCHAT_EMULATE_CUDA
   emulation::bind_emulation(m);

@@ -474,6 +474,7 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
                 output_size=8.0 if dtype == torch.float32 and backend == "cuda" else 0.0,
                 **options,
             )  # fmt: skip
+    _frozen_or_without_bias(backend, dtype)
     if backend == "reference":
         return
     part = _part(1100, 24, dtype)  # chunks of 256 or 1024
@@ -486,3 +487,25 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             hidden[rows], part.weight, picked[rows], bias=part.bias, temperature=0.8, backend=backend
         )
         assert same_bits(ours, expected[rows])
+
+
+def _frozen_or_without_bias(backend: str, dtype: torch.dtype) -> None:
+    """Without a bias, whose gradient decides how the cpu backend rounds; and with a frozen head, and a frozen trunk."""
+    tokens, size, vocab = 5, 24, 300
+    inputs: dict[str, Tensor | None] = {
+        "hidden": draw(tokens, size, dtype=dtype), "weight": draw(vocab, size, dtype=dtype, scale=2 / size**0.5)
+    }  # fmt: skip
+    targets = torch.randint(0, vocab, (tokens,))
+
+    def some(op: Callable[..., Tensor], frozen: dict[str, Tensor | None], **trained: Tensor) -> Tensor:
+        wide = next(iter(trained.values())).dtype
+        return op(**trained, **{n: t.to(wide) for n, t in frozen.items() if t is not None}, targets=targets)
+
+    ours = partial(token_logprobs.token_logprobs, backend=backend)
+    for names in (("hidden", "weight"), ("hidden",), ("weight",)):
+        frozen = {name: t for name, t in inputs.items() if name not in names}
+        check_gradients(
+            partial(some, ours, frozen), partial(some, token_logprobs.token_logprobs_reference, frozen),
+            {name: inputs[name] for name in names}, cancelling=float(tokens) ** 0.5,
+            output_size=8.0 if dtype == torch.float32 and backend == "cuda" else 0.0,
+        )  # fmt: skip

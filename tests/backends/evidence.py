@@ -77,7 +77,7 @@ there.
 
 `linear_int8` is `linear` over weights of 8 bits, and came after that run. No kernels for GPUs: products whose
 activations are quantised too (`int8_dynamic`), whose only backends are `cpu` and `reference`. The gradients of
-`token_logprobs` on the cuda backend, and those of `lora_linear` on either, are PyTorch's operations there.
+`lora_linear` on either are PyTorch's operations there.
 """
 
 
@@ -95,7 +95,8 @@ def _compiled(op: str) -> tuple[str, str]:
     """The architectures that nvcc and Triton have compiled the op for, and how many kernels."""
     kernels = json.loads(CUDA_TABLE.read_text())["kernels"]
     source = CUDA_SOURCES.get(op, op)
-    of_cuda = {arch: sum(key.startswith(f"{source}: ") for key in rows) for arch, rows in kernels.items()}
+    sources = tuple(f"{name}: " for name in (source, gpu_sources.ALSO.get(op)) if name)
+    of_cuda = {arch: sum(key.startswith(sources) for key in rows) for arch, rows in kernels.items()}
     specimen = SPECIMENS.get(op, op)
     keys = [key.split("/") for key in json.loads(TRITON_TABLE.read_text()) if key.split(".")[0] == specimen]
     archs = sorted({arch for *_, arch in keys}, key=lambda arch: (not arch.startswith("sm"), len(arch), arch))

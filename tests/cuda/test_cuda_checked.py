@@ -131,14 +131,19 @@ def test_attention(dtype: torch.dtype, dim: int) -> None:
 
 
 @DTYPES
-def test_sample_and_token_logprobs(dtype: torch.dtype) -> None:
+def test_sample_and_token_logprobs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, numbers = torch.randn(3, 700).to(dtype), torch.arange(3)
     options: dict[str, Any] = {"streams": numbers, "positions": numbers, "backend": "cuda"}
     for more in ({}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01}):
         agree(lambda z, more=more: sample(z, **options, **more), logits, hold=(numbers,))
-    hidden, weight = torch.randn(3, 24).to(dtype), torch.randn(300, 24).to(dtype)
+    hidden, weight, bias = torch.randn(3, 24).to(dtype), torch.randn(300, 24).to(dtype), torch.randn(300)
     agree(lambda h, w: token_logprobs(h, w, numbers, return_entropy=True, backend="cuda"), hidden, weight,
           hold=(numbers,))  # fmt: skip
+    monkeypatch.setattr("dschat_kernels.ops.token_logprobs.BLOCK", 128)
+    for h in (hidden, hidden.repeat(23, 1)):  # 69 rows: two tiles
+        targets = torch.arange(len(h))
+        agree(lambda h, w, b, n=targets: token_logprobs(h, w, n, bias=b, return_entropy=True, backend="cuda"),
+              h, weight, bias, grads=True, hold=(targets,))  # fmt: skip
 
 
 def test_an_error_of_a_kernel_is_an_error_of_the_op() -> None:

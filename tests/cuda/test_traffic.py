@@ -40,6 +40,7 @@ BELOW = {
     "attention_backward: key_gradients": _LANE_ROWS,
     "token_logprobs: chunk_sums": "one lane of a warp stores the three words of a row's chunk",
     "token_logprobs: fold_chunks": _LANE_ROWS,
+    "token_logprobs_backward: product_tiles": _SUMS,
 }
 """The kernels with rows below LEAST_EFFICIENCY, and why."""
 

@@ -256,7 +256,21 @@ def _vocabulary(dtype: torch.dtype) -> list[Case]:
                       "s * k * (r * v / 256 + v * r / R) + 4 * v * r / R + 20 * r * v / 256 + 4 * r",
                   "fold_chunks": "r * (12 * v / 256 + 16)"})
         )  # fmt: skip
-    return found
+    return [*found, *_head_gradients(dtype)]
+
+
+def _head_gradients(dtype: torch.dtype) -> list[Case]:
+    """Tiles of 64 x 64 in all products; the kernel of the products is measured by the gradient of the head."""
+    t, rows, size, vocab = _random(dtype), 128, 192, 256
+    hidden, targets = t(rows, size), torch.arange(rows)
+    weight, bias = t(vocab, size).requires_grad_(), t(vocab, dtype=torch.float32).requires_grad_()
+    return [
+        Case("token_logprobs", lambda: token_logprobs(hidden, weight, targets, bias=bias, backend="cuda"),
+             {"r": rows, "v": vocab, "k": size, "s": dtype.itemsize},
+             {"logit_gradients": "2 * s * k * r * v / 64 + 2 * s * r * v + r * v / 64 * (4 + 16) + 4 * v * r / 64",
+              "product_tiles": "2 * s * k * r * v / 64 + s * k * v",
+              "total_sums": "4 * v * r / 64 + 4 * v"}, True)
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
