@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS: dict[str, dict[str, str]] = {
     "cuda": {"rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention_backward"},
     "triton": {
-        "rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention", "linear_int8": "linear"
+        "rope": "rope_append", "fuse_lora": "lora_linear", "low_rank_grads": "lora_linear",
+        "packed_attention": "attention", "linear_int8": "linear",
     },
 }  # fmt: skip
 """Files of ops that are not called like them."""
@@ -27,7 +28,7 @@ ALSO = {"packed_attention": "attention", "token_logprobs": "token_logprobs_backw
 """The other file of an op whose forward and backward have one each."""
 NAMES = (
     "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "linear_int8", "lora_linear",
-    "fuse_lora", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
+    "fuse_lora", "low_rank_grads", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
 )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ SHARED = (
 CUDA_SHARED = (
     "attention_backward",
     "token_logprobs_backward",
+    "low_rank_grads",
     "linear_int8",
     "error",
 )  # of csrc/cuda, not an op

@@ -75,9 +75,12 @@ From the strongest to the weakest:
 claim that it has passed: the report of that run says so. The cells of sm_120 and of the checking build take few sizes
 there.
 
-`linear_int8` is `linear` over weights of 8 bits, and came after that run. No kernels for GPUs: products whose
-activations are quantised too (`int8_dynamic`), whose only backends are `cpu` and `reference`. The gradients of
-`lora_linear` on either are PyTorch's operations there.
+`linear_int8` is `linear` over weights of 8 bits, `low_rank_grads` the gradients of LoRA's factors, of `lora_linear` and
+of fused weights; both came after that run. No kernels for GPUs: products whose activations are quantised too
+(`int8_dynamic`), whose only backends are `cpu` and `reference`. On every backend the product dy W in the gradient of
+`lora_linear` by x is PyTorch's. The backward of CUDA's `token_logprobs` holds the gradients of 2048 logits a row at a
+time in the dtype of the hidden states (twice where the head is trained too), Triton's 512 rows by 4096 logits in
+float32.
 """
 
 

@@ -21,7 +21,7 @@ from dschat_kernels.ops.bias_act import bias_act
 from dschat_kernels.ops.gated_act import gated_act
 from dschat_kernels.ops.layer_norm import layer_norm
 from dschat_kernels.ops.linear import linear
-from dschat_kernels.ops.lora_linear import fuse_lora, lora_linear
+from dschat_kernels.ops.lora_linear import fuse_lora, lora_linear, low_rank_grads
 from dschat_kernels.ops.rms_norm import rms_norm
 from dschat_kernels.ops.rope_append import rope, rope_append
 from dschat_kernels.ops.sample import sample
@@ -115,6 +115,9 @@ def test_linear_and_lora(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
     agree(integers, x, w, b)
     agree(lambda x, w, b: lora_linear(x, w, b, la, lb, 0.5, backend="cuda"), x, w[:n], b[:n], hold=(la, lb))
     agree(lambda w: fuse_lora(w, la, lb, 0.5, backend="cuda"), w[:n], hold=(la, lb))
+    many = 257 // rows + 1  # two blocks of rows
+    agree(lambda x, dy: low_rank_grads(x, dy, la, lb, 0.5, backend="cuda"), x.repeat(many, 1), r.repeat(many, 1),
+          hold=(la, lb))  # fmt: skip
 
 
 @DTYPES

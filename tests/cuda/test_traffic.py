@@ -34,6 +34,7 @@ BELOW = {
     "linear_int8: linear_tiles": _SUMS,
     "lora_linear: linear_tiles": _SUMS,
     "lora_linear: fuse": _WORD,
+    "low_rank_grads: project": _VECTOR,
     "attention: attention_tiles": _SUMS,
     "attention_decode: fold_partials": _WORD,
     "attention_backward: query_gradients": _LANE_ROWS,
