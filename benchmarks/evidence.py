@@ -23,6 +23,7 @@ from typing import Any
 from scipy import stats
 
 from dschat import config as configs
+from dschat import config_base, config_text
 from dschat.rlhf import grpo, ppo, rloo
 from dschat.rlhf import train as pipeline
 
@@ -54,7 +55,7 @@ def plan(name: str, seed: int, folder: Path, model: str, steps: int) -> configs.
     extra: dict[str, Any] = {"seed": seed, "output_dir": str(folder / f"{name}-{seed}"), "compare_hf": 0}
     if name in RECIPES:
         cls: Any = configs.GRPOConfig
-        keys = {**configs.read_yaml(RECIPES[name]), **SHORTER.get(name, {})}
+        keys = {**config_text.read_yaml(RECIPES[name]), **SHORTER.get(name, {})}
     else:
         cls = configs.COMMANDS[name]
         before = {"model": str(folder / "start" / "sft"), "reward": [str(folder / "start" / "reward")]}
@@ -63,18 +64,18 @@ def plan(name: str, seed: int, folder: Path, model: str, steps: int) -> configs.
         keys |= {"model": model, "lora_last": 0}
     if steps:
         keys["max_steps"] = steps
-    return configs.build(cls, {**keys, **extra})
+    return config_base.build(cls, {**keys, **extra})
 
 
 def prepare(folder: Path, model: str, steps: int) -> None:
     """The SFT model and the reward model that the algorithms start from, once."""
-    keys = configs.read_yaml("recipes/quickstart.yaml")
+    keys = config_text.read_yaml("recipes/quickstart.yaml")
     keys |= {"output_dir": str(folder / "start"), "ppo": None} | (
         {"model": model, "lora_last": 0} if model else {}
     )
     if steps:
         keys["max_steps"] = steps
-    pipeline.train(configs.build(configs.TrainConfig, keys))
+    pipeline.train(config_base.build(configs.TrainConfig, keys))
 
 
 def reward_model(folder: Path) -> dict[str, float]:

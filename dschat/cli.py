@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import config as configs
+from . import config_text
 from .config import Config, ConfigError
 
 EXIT_BAD_INPUT = 2
@@ -82,18 +83,18 @@ def _run(words: list[str]) -> int:
         raise ConfigError(_unknown_command(words))
     rest = words[len(name.split()) :]
     if "-h" in rest or "--help" in rest:
-        print(configs.usage(cls))
+        print(config_text.usage(cls))
         return 0
     if cls.positional and rest and not rest[0].startswith("--"):
         rest = [f"--{cls.positional}", *rest]
-    flags = configs.parse_flags(rest, cls)
+    flags = config_text.parse_flags(rest, cls)
     path = flags.pop("config", None)
     if path is True:
         raise ConfigError("--config needs the name of a YAML file")
     dump = flags.pop("dump-config", None) or flags.pop("dump_config", None)
-    config = configs.load(cls, path[0] if path else None, flags)
+    config = config_text.load(cls, path[0] if path else None, flags)
     if dump:
-        print(configs.dump(config, comments=True), end="")
+        print(config_text.dump(config, comments=True), end="")
         return 0
     return BODIES[name](config) or 0
 

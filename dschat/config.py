@@ -3,47 +3,19 @@
 
     PPOConfig(kl_coef=0.02)      dschat ppo --kl_coef 0.02      kl_coef: 0.02
 
-`load(PPOConfig, "ppo.yaml", {"kl_coef": "0.02"})` reads a file and lays flags over it. Unknown keys are
-refused with the nearest known name; a value of the wrong type is refused in one sentence that names key,
-value and what is expected, in Python too. Names that DeepSpeed-Chat's scripts use are accepted where the
-thing exists here, ignored with a note where it has become pointless, and refused with what replaces them where
-they would change the result: the table is dschat/deepspeed_chat.py.
+config_base.py is what all of them are, config_text.py reads files and flags.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
 import math
 import os
 import re
-import types
-import typing
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-import yaml
-
-from . import deepspeed_chat
-from .deepspeed_chat import ALIASES, FLAGS
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one sentence for the user."""
-
-
-C = TypeVar("C", bound="Config")
-
-
-def opt(default: Any, text: str) -> Any:
-    """A dataclass field with its help text; a list or dict default is copied for every instance."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
-
+from .config_base import Config, ConfigError, build, coerce, defaults, opt, parts, redefault, renamed
 
 TRACKERS = ("wandb", "trackio")
 """Packages that `report_to` may name."""
@@ -76,142 +48,6 @@ def scale_rules(settings: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
         "min_loss_scale": (lambda v: 0 < v < math.inf, "greater than 0"),
     }
     return [(name, good(settings[name]), rule) for name, (good, rule) in rules.items()]
-
-
-# -------------------------------------------------------------------------------------------------- the types
-
-
-def _type_name(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("none" if a is type(None) else _type_name(a) for a in args)
-    if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args)
-    if origin is list:
-        return f"a list (each {_type_name(args[0])})"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
-
-
-def coerce(value: Any, kind: Any, key: str) -> Any:
-    """`value`, from Python, YAML or a flag's text, as `kind`. Raises ConfigError naming key, value and what
-    is expected.
-    """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is not list and isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]  # a flag's values always arrive as a list
-    wrong = ConfigError(f"{key} is {value!r}, but it must be {_type_name(kind)}")
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
-            if type(None) in args:
-                return None
-            raise wrong
-        return coerce(value, next(a for a in args if a is not type(None)), key)
-    if origin is Literal:
-        if value in args and not (isinstance(value, bool) and not any(a is value for a in args)):
-            return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        raise ConfigError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
-    if origin is list:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return [coerce(v, args[0], f"{key}[{i}]" if len(values) > 1 else key) for i, v in enumerate(values)]
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):  # type: ignore[arg-type]
-            return value
-        if isinstance(value, Mapping):
-            return build(typing.cast(Any, kind), value, where=key)
-        raise wrong
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        text = str(value).lower()
-        if text in ("true", "yes", "on", "1"):
-            return True
-        if text in ("false", "no", "off", "0"):
-            return False
-        raise wrong
-    if isinstance(value, bool):
-        raise wrong
-    if kind in (int, float):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise wrong from None
-        if not math.isfinite(number) or (kind is int and number != int(number)):
-            raise wrong
-        whole = kind is int and (not isinstance(value, (str, float)) or re.fullmatch(r"[+-]?\d+", str(value)))
-        return int(value) if whole else kind(number)
-    if kind is str:
-        if isinstance(value, (str, os.PathLike)):
-            return str(value)
-        raise wrong
-    if kind is Any or isinstance(value, kind):
-        return value
-    raise wrong
-
-
-# -------------------------------------------------------------------------------------------- the dataclasses
-
-
-def field_types(cls: type[Config]) -> dict[str, Any]:
-    """Field name -> type, in order of declaration."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def defaults(cls: type[Config]) -> dict[str, Any]:
-    """Field name -> value where it is not given, without fields that must be. A run of a version that did not know a
-    field did what this says."""
-    out = {}
-    for f in dataclasses.fields(cls):
-        if f.default is not dataclasses.MISSING:
-            out[f.name] = f.default
-        elif f.default_factory is not dataclasses.MISSING:
-            out[f.name] = f.default_factory()
-    return out
-
-
-@dataclass(kw_only=True)
-class Config:
-    """Base of all: coerces and checks its fields on construction."""
-
-    command: ClassVar[str] = ""
-    about: ClassVar[str] = ""
-    positional: ClassVar[str] = ""
-    """The list that words before the first flag belong to."""
-
-    def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            setattr(self, name, coerce(getattr(self, name), kind, name))
-        self.check()
-
-    def check(self) -> None:
-        """Raise ConfigError for a value that cannot work. Subclasses add to it."""
-
-    def require(self, good: bool, key: str, rule: str) -> None:
-        if not good:
-            raise ConfigError(f"{key} is {getattr(self, key)!r}, but it must be {rule}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they go into YAML and JSON."""
-        return {
-            f.name: v.to_dict() if isinstance(v := getattr(self, f.name), Config) else v
-            for f in dataclasses.fields(self)
-        }
-
-
-def redefault(**values: Any) -> Callable[[type[C]], type[C]]:
-    """Under @dataclass: other defaults for fields of the parent, whose types and help texts stay."""
-
-    def apply(cls: type[C]) -> type[C]:
-        parent: Any = cls.__mro__[1]
-        kinds, known = field_types(parent), {f.name: f for f in dataclasses.fields(parent)}
-        for name, value in values.items():
-            cls.__annotations__[name] = kinds[name]
-            setattr(cls, name, opt(value, known[name].metadata["help"]))
-        return cls
-
-    return apply
 
 
 @dataclass(kw_only=True)
@@ -900,6 +736,34 @@ class TrainConfig(StageConfig):
         if self.sft is None and self.reward is None and self.ppo is None:
             raise ConfigError("no stage is configured; give at least one of sft, reward and ppo")
 
+    @classmethod
+    def spread(cls, values: dict[str, Any], where: str, processes: int | None) -> dict[str, Any]:
+        """Fill each stage: shared keys, output folders, and the model that the stage before wrote."""
+        out = {k: v for k, v in values.items() if k not in STAGES}
+        shared = {k: v for k, v in out.items() if k != "output_dir"}
+        root = coerce(out.get("output_dir", defaults(cls)["output_dir"]), str, "output_dir")
+        folder = {s: os.path.join(root, s) for s in STAGES}
+        written = {s: os.path.join(folder[s], "model") for s in STAGES}
+        stages = parts(cls)
+        for stage in STAGES:
+            raw = values.get(stage)
+            if raw is None:
+                continue
+            own_class = stages[stage]
+            if isinstance(raw, Config):
+                out[stage] = raw
+                continue
+            if not isinstance(raw, Mapping):
+                raise ConfigError(f"{stage} in {where} is {raw!r}, but it must hold the keys of that stage")
+            own = renamed(own_class, raw, f"{stage} of {where}", processes)
+            wired: dict[str, Any] = {"output_dir": folder[stage]}
+            if stage != "sft" and values.get("sft") is not None:
+                wired["model"] = written["sft"]
+            if stage == "ppo" and values.get("reward") is not None:
+                wired["reward"] = [written["reward"]]
+            out[stage] = build(own_class, {**shared, **wired, **own}, f"{stage} of {where}", processes)
+        return out
+
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -1136,305 +1000,3 @@ _COMMANDS = (
     *(EvalConfig, PlanConfig, ReportConfig, CompareConfig, ReplayConfig, ChatConfig, ServeConfig),
 )
 COMMANDS: dict[str, type[Config]] = {c.command: c for c in _COMMANDS}
-
-
-# ---------------------------------------------------------------------------------------- reading and writing
-
-
-def resolve(
-    cls: type[Config], key: str, value: Any, where: str, processes: int | None = None
-) -> tuple[str, Any] | None:
-    """The field of `cls` that `key` means and its value there; None for what is ignored. processes: how many the run
-    is for; None: as the environment says. Raises ConfigError for an unknown or refused key.
-    """
-    known = field_types(cls)
-    name = key.replace("-", "_")
-    flag = FLAGS.get(name)
-    if name in known:
-        return name, deepspeed_chat.translate(flag, value, processes) if flag is not None else value
-    if flag is not None and flag.to in known:
-        return flag.to, deepspeed_chat.translate(flag, value, processes)
-    if flag is not None and (flag.note or deepspeed_chat.text_of(value) in flag.harmless):
-        warnings.warn(f"{key} has no effect: {flag.note or 'that is so here anyway'}", stacklevel=4)
-        return None
-    if flag is not None and flag.instead:
-        raise ConfigError(f"{key} in {where} is not supported: {flag.instead}")
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else f"the nearest are {_listed(close)}, all are in {_help(cls)}"
-    )
-    raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _help(cls: type[Config]) -> str:
-    return f"dschat {cls.command} --help"
-
-
-def _rename(
-    cls: type[Config], values: Mapping[str, Any], where: str, processes: int | None
-) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        found = resolve(cls, str(key), value, where, processes)
-        if found is None:
-            continue
-        name, own = found
-        if name in out:
-            raise ConfigError(f"{key!r} in {where} sets {name}, which is set already; keep one of the two")
-        out[name] = own
-    return out
-
-
-def build(
-    cls: type[C], values: Mapping[str, Any], where: str = "the arguments", processes: int | None = None
-) -> C:
-    """A config from a mapping, with the unknown-key, alias and type rules. For TrainConfig, shared keys flow
-    into the stages. processes: as in `load`.
-    """
-    values = _rename(cls, values, where, processes)
-    if issubclass(cls, TrainConfig):
-        values = _spread(values, where, processes)
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in {where})") from None if "(in " not in str(error) else error
-
-
-def _spread(values: dict[str, Any], where: str, processes: int | None) -> dict[str, Any]:
-    """Fill each stage of a pipeline: shared keys, output folders, and the model that the stage before
-    wrote.
-    """
-    out = {k: v for k, v in values.items() if k not in STAGES}
-    shared = {k: v for k, v in out.items() if k != "output_dir"}
-    root = coerce(
-        out.get("output_dir", TrainConfig.__dataclass_fields__["output_dir"].default), str, "output_dir"
-    )
-    folder = {s: os.path.join(root, s) for s in STAGES}
-    written = {s: os.path.join(folder[s], "model") for s in STAGES}
-    stages = field_types(TrainConfig)
-    for stage in STAGES:
-        raw = values.get(stage)
-        if raw is None:
-            continue
-        cls = typing.get_args(stages[stage])[0]
-        if isinstance(raw, Config):
-            out[stage] = raw
-            continue
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"{stage} in {where} is {raw!r}, but it must hold the keys of that stage")
-        own = _rename(cls, raw, f"{stage} of {where}", processes)
-        wired: dict[str, Any] = {"output_dir": folder[stage]}
-        if stage != "sft" and values.get("sft") is not None:
-            wired["model"] = written["sft"]
-        if stage == "ppo" and values.get("reward") is not None:
-            wired["reward"] = [written["reward"]]
-        out[stage] = build(cls, {**shared, **wired, **own}, f"{stage} of {where}", processes)
-    return out
-
-
-def _given_twice(root: Any) -> Any:
-    """A key of a YAML document that its mapping has already; None where there is none."""
-    waiting, met = [root], set()  # aliases: a node may stand in several places, and in itself
-    while waiting:
-        node = waiting.pop()
-        if id(node) in met:
-            continue
-        met.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys: set[str] = set()
-            for key, value in node.value:
-                waiting.append(value)
-                if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    return key
-                keys.add(str(key.value))
-    return None
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Keys of a YAML file. Raises ConfigError for a missing or broken one."""
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        there = (
-            sorted(f for f in os.listdir(folder) if f.endswith((".yaml", ".yml")))
-            if os.path.isdir(folder)
-            else []
-        )
-        raise ConfigError(
-            f"config file {path} does not exist" + (f"; {folder} has {', '.join(there)}" if there else "")
-        )
-    with open(path, "rb") as f:
-        content = f.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{path} is not UTF-8 (byte 0x{content[error.start]:02x} at line {line}); save it as UTF-8"
-        ) from None
-    try:
-        twice = _given_twice(yaml.compose(text, Loader=yaml.SafeLoader))
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path}{where} is not valid YAML: {problem}") from None
-    if twice is not None:
-        raise ConfigError(
-            f"{path} line {twice.start_mark.line + 1} gives {twice.value!r} again; keep one of the two"
-        )
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, but it holds a {type(values).__name__}")
-    return values
-
-
-def load(
-    cls: type[C],
-    path: str | None = None,
-    flags: Mapping[str, Any] | None = None,
-    *,
-    processes: int | None = None,
-) -> C:
-    """A config from a file with `flags` laid over it; a flag `ppo.kl_coef` reaches into a stage of a
-    pipeline.
-
-    processes: how many the run is for, which numbers "per device" are multiplied by; None: as the environment says.
-    """
-    values = read_yaml(path) if path else {}
-    where = path or "the arguments"
-    if not flags:
-        return build(cls, values, where, processes)
-    values = _rename(cls, values, where, processes)
-    given: dict[str, str] = {}
-    for flag, value in flags.items():
-        if "." in flag:
-            stage, _, key = flag.partition(".")
-            kind = field_types(cls).get(stage)
-            inner = next(
-                (a for a in typing.get_args(kind) if isinstance(a, type) and issubclass(a, Config)), None
-            )
-            if inner is None:
-                stages = ", ".join(STAGES) if issubclass(cls, TrainConfig) else "none"
-                raise ConfigError(
-                    f"--{flag} names a stage {stage!r}, but the stages of dschat {cls.command} are: {stages}"
-                )
-            found = resolve(inner, key, value, f"the flags of {stage}", processes)
-            if found is not None:
-                section = values.get(stage) or {}
-                section = _rename(inner, section, f"{stage} of {where}", processes)
-                values[stage] = {**section, found[0]: found[1]}
-        else:
-            found = resolve(cls, flag, value, "the flags", processes)
-            if found is not None:
-                if found[0] in given:
-                    raise ConfigError(
-                        f"--{flag} and --{given[found[0]]} both set {found[0]}; keep one of the two"
-                    )
-                given[found[0]] = flag
-                values[found[0]] = found[1]
-    return build(cls, values, f"{path} and the flags" if path else "the flags", processes)
-
-
-def _is_list(cls: type[Config], key: str) -> bool:
-    """Whether a flag names a list, in the command itself or in a stage of it: then it may be given several
-    times.
-    """
-    types_of = field_types(cls)
-    stage, dot, name = key.partition(".")
-    if dot:
-        inner = next((a for a in typing.get_args(types_of.get(stage)) if a is not type(None)), None)
-        types_of, key = (field_types(inner) if inner is not None else {}), name
-    key = key.replace("-", "_")
-    return typing.get_origin(types_of.get(ALIASES.get(key, key))) is list
-
-
-def parse_flags(argv: Iterable[str], cls: type[Config]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key a b` (a list), `--key` (true) and `--no-key` (false) as a mapping
-    of texts.
-    """
-    flags: dict[str, Any] = {}
-    current: str | None = None
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            key, eq, value = word[2:].partition("=")
-            if key in flags and not _is_list(cls, key):
-                raise ConfigError(f"--{key} is given twice; keep one")
-            if key.startswith(("no-", "no_")) and not eq and key[3:].replace("-", "_") in field_types(cls):
-                flags[key[3:]] = [False]
-                current = None
-                continue
-            flags.setdefault(key, []).extend([value] if eq else [])
-            current = None if eq else key
-        elif current is not None:
-            flags[current].append(word)
-        else:
-            raise ConfigError(f"{word!r} does not belong to a flag; write --key {word}")
-    return {k: v if v else True for k, v in flags.items()}
-
-
-def dump(config: Config, comments: bool = False) -> str:
-    """The config as YAML that `load` reads back; with comments, each key has its help text."""
-    lines: list[str] = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, Config):
-            lines.append(f"{f.name}:")
-            lines.extend("  " + line for line in dump(value, comments).splitlines())
-            continue
-        if f.name in STAGES and value is None:
-            continue
-        lines.append(
-            f"{f.name}: {_scalar(value)}" + (f"  # {f.metadata.get('help', '')}" if comments else "")
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    # YAML 1.1 reads 1e-05 as a text; a number needs the dot.
-    return (
-        text.replace("e", ".0e", 1) if isinstance(value, float) and "e" in text and "." not in text else text
-    )
-
-
-def usage(cls: type[Config]) -> str:
-    """Help text of a command: every flag with its default."""
-    lines = [
-        f"dschat {cls.command}: {cls.about}",
-        "",
-        f"usage: dschat {cls.command}{f' {cls.positional.upper()}' if cls.positional else ''}"
-        " [--config FILE] [--key value ...]",
-        "",
-    ]
-    rows = []
-    for f in dataclasses.fields(cls):
-        default = (
-            f.default
-            if f.default is not dataclasses.MISSING
-            else f.default_factory()
-            if callable(f.default_factory)
-            else ""
-        )
-        shown = (
-            ""
-            if default in ("", [], None)
-            else f" [{json.dumps(default) if isinstance(default, (bool, list)) else default}]"
-        )
-        rows.append((f"--{f.name}", f"{f.metadata.get('help', '')}{shown}"))
-    if issubclass(cls, TrainConfig):
-        rows.append(("--STAGE.key", "a key of one stage, such as --ppo.kl_coef 0.02"))
-    rows.append(("--config", "YAML file with these keys; flags win over it"))
-    rows.append(("--dump-config", "print the resolved keys and stop"))
-    rows.append(("--debug", "show the traceback of an error"))
-    width = max(len(name) for name, _ in rows)
-    lines += [f"  {name:<{width}}  {text}" for name, text in rows]
-    return "\n".join(lines)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configs
+from . import config_text
 from .config import ConfigError, PlanConfig, PPOConfig, StageConfig
 
 GB = 1e9
@@ -142,10 +143,10 @@ class Estimate:
 def plan(config: PlanConfig) -> tuple[StageConfig, Estimate]:
     """The recipe as it is with that many processes, and its estimate."""
     if config.stage == "ppo":
-        recipe = configs.load(PPOConfig, config.recipe, processes=config.gpus)
+        recipe = config_text.load(PPOConfig, config.recipe, processes=config.gpus)
         return recipe, estimate(recipe, config)
     cls: Any = configs.COMMANDS[config.stage]
-    run = configs.load(cls, config.recipe, processes=config.gpus)
+    run = config_text.load(cls, config.recipe, processes=config.gpus)
     return run, estimate_rows(run, config)
 
 

@@ -767,7 +767,8 @@ def cpu_build(isa: str) -> KernelBuild:
     return KernelBuild(
         name=f"_dschat_cpu_{isa}",
         root=root,
-        sources=[*_names(root, "cpu/*.cpp"), "bindings/cpu.cpp"],
+        # The slowest first: the others are compiled beside it.
+        sources=["bindings/cpu.cpp", *_names(root, "cpu/*.cpp")],
         headers=[*_names(root, "cpu/*.h"), *_names(root, "bindings/*.h")],
         isa=isa,
         include_dirs=["cpu"],
@@ -847,7 +848,7 @@ def cuda_build(arch: str) -> CudaBuild:
     return CudaBuild(
         name=f"_dschat_cuda_{arch}",
         root=root,
-        sources=[*_names(root, "cuda/*.cu"), "bindings/cuda.cpp"],
+        sources=["bindings/cuda.cpp", *_names(root, "cuda/*.cu")],
         headers=[*_names(root, "cuda/*.cuh"), *_names(root, "cuda/*.h")],
         isa=arch,
         label="CUDA kernels",

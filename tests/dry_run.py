@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from dschat import config as configs
+from dschat import config_text
 from dschat.planning import PUBLISHED
 from dschat.rlhf import ppo, reward, sft
 from dschat.rlhf.metrics import read_lines
@@ -73,7 +74,7 @@ def run(recipe: Path, folder: Path, width: int) -> dict[str, Any]:
     rows = [{"prompt": p} for p in ("Once upon a time", "One day, a girl", "Tom and his dog", "The sun was")]
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
-    own = configs.load(configs.PPOConfig, str(recipe))
+    own = config_text.load(configs.PPOConfig, str(recipe))
     start = time.perf_counter()
     keys = own.to_dict() | {
         "model": write(folder / recipe.stem / "actor", own.model, width, scorer=False),
@@ -96,7 +97,7 @@ def run_rows(recipe: Path, folder: Path, width: int) -> dict[str, Any]:
             for i in range(16) for p in ("Once", "One day", "Tom", "The sun")]  # fmt: skip
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = configs.load(configs.COMMANDS[command], str(recipe))
+    own = config_text.load(configs.COMMANDS[command], str(recipe))
     name = f"{command}/{recipe.stem}"
     start = time.perf_counter()
     keys = own.to_dict() | {

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from dschat import config as configs
+from dschat import config_base, config_text
 from dschat.cli import BODIES, main, parse_workload
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +207,7 @@ def test_the_whole_pipeline(capsys, tmp_path, monkeypatch):
         "report.md",
         "report.html",
     }
-    assert configs.load(configs.TrainConfig, str(folder / "config.yaml")).ppo.model == str(
+    assert config_text.load(configs.TrainConfig, str(folder / "config.yaml")).ppo.model == str(
         folder / "sft" / "model"
     )
     AutoModelForCausalLM.from_pretrained(folder / "ppo" / "model")
@@ -227,7 +228,7 @@ def recipe(name: str) -> configs.Config:
     (command,) = set(
         re.findall(rf"dschat (\w+) --config recipes/{name}", (ROOT / "recipes" / name).read_text())
     )
-    return configs.load(configs.COMMANDS[command], str(ROOT / "recipes" / name))
+    return config_text.load(configs.COMMANDS[command], str(ROOT / "recipes" / name))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -269,7 +270,7 @@ def tiny_chat(tmp_path) -> str:
 def test_recipes_of_one_stage_run(name, capsys, tmp_path, tiny_chat, monkeypatch):
     """Two steps on the tiny model: what the recipe asks for exists."""
     monkeypatch.chdir(ROOT)
-    known = configs.field_types(type(recipe(name)))
+    known = config_base.field_types(type(recipe(name)))
     turns = getattr(recipe(name), "environment", "")
     small = {
         "model": tiny_chat, "output_dir": str(tmp_path / "run"), "max_steps": 2, "lora_last": 2, "max_train_rows": 16,

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dschat import config as C
+from dschat import config_base, config_text
 from dschat import deepspeed_chat as D
 
 
@@ -20,10 +21,10 @@ def write(tmp_path, text: str) -> str:
 def test_three_ways_are_one(tmp_path):
     path = write(tmp_path, "model: m\nkl_coef: 2e-2\nreward: rm\ncliprange_value: null\nexact: yes\n")
     argv = "--model m --kl_coef 2e-2 --reward rm --cliprange-value none --exact".split()
-    by_flags = C.load(C.PPOConfig, None, C.parse_flags(argv, C.PPOConfig))
+    by_flags = config_text.load(C.PPOConfig, None, config_text.parse_flags(argv, C.PPOConfig))
     by_hand = C.PPOConfig(model="m", kl_coef=0.02, reward=["rm"], cliprange_value=None, exact=True)
-    assert C.load(C.PPOConfig, path) == by_flags == by_hand
-    assert C.load(C.PPOConfig, path, {"kl_coef": ["0.5"]}).kl_coef == 0.5, "flags win over the file"
+    assert config_text.load(C.PPOConfig, path) == by_flags == by_hand
+    assert config_text.load(C.PPOConfig, path, {"kl_coef": ["0.5"]}).kl_coef == 0.5, "flags win over the file"
 
 
 @pytest.mark.parametrize("cls", list(C.COMMANDS.values()), ids=list(C.COMMANDS))
@@ -31,13 +32,13 @@ def test_dump_is_read_back(cls, tmp_path):
     values = {"ppo": {"model": "m", "kl_coef": 1e-5}} if cls is C.TrainConfig else {}
     values = {"runs": ["a", "b"]} if cls in (C.ReportConfig, C.CompareConfig) else values
     values = {"batch": "runs/x/failed-step-000003"} if cls is C.ReplayConfig else values
-    config = C.build(cls, values)
+    config = config_base.build(cls, values)
     for comments in (False, True):
-        text = C.dump(config, comments)
-        assert C.load(cls, write(tmp_path, text)) == config
+        text = config_text.dump(config, comments)
+        assert config_text.load(cls, write(tmp_path, text)) == config
         for value in (yaml.safe_load(text) or {}).values():
             assert not (isinstance(value, str) and value.replace("e-", "").replace(".", "").isdigit()), value
-    assert all(f"--{name}" in C.usage(cls) for name in C.field_types(cls))
+    assert all(f"--{name}" in config_text.usage(cls) for name in config_base.field_types(cls))
 
 
 def test_every_field_explains_itself():
@@ -89,7 +90,7 @@ def test_every_field_explains_itself():
 )
 def test_bad_keys_and_values(tmp_path, text, message):
     with pytest.raises(C.ConfigError, match=message) as error:
-        C.load(C.PPOConfig, write(tmp_path, text))
+        config_text.load(C.PPOConfig, write(tmp_path, text))
     assert "\n" not in str(error.value)
 
 
@@ -116,17 +117,17 @@ def test_bad_files(tmp_path, content, message):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     with pytest.raises(C.ConfigError, match=message) as error:
-        C.load(C.PPOConfig, str(path))
+        config_text.load(C.PPOConfig, str(path))
     assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
 def test_a_stage_may_repeat_a_key_of_all(tmp_path):
     """Only within one mapping is a key given twice; << takes what another has."""
     path = write(tmp_path, "seed: 1\nsft: &a {seed: 2}\nreward: {<<: *a, seed: 3}\n")
-    config = C.load(C.TrainConfig, path)
+    config = config_text.load(C.TrainConfig, path)
     assert config.sft and config.reward and (config.sft.seed, config.reward.seed) == (2, 3)
     with pytest.raises(C.ConfigError, match="line 1 gives 'seed' again"):
-        C.load(C.TrainConfig, write(tmp_path, "sft: {seed: 1, seed: 2}\n"))
+        config_text.load(C.TrainConfig, write(tmp_path, "sft: {seed: 1, seed: 2}\n"))
 
 
 def test_python_is_checked_too():
@@ -139,7 +140,7 @@ def test_python_is_checked_too():
 def test_missing_file_names_what_is_there(tmp_path):
     write(tmp_path, "")
     with pytest.raises(C.ConfigError, match=r"config file .*missing\.yaml does not exist; .* has c\.yaml"):
-        C.load(C.SFTConfig, str(tmp_path / "missing.yaml"))
+        config_text.load(C.SFTConfig, str(tmp_path / "missing.yaml"))
 
 
 def test_deepspeed_chat_names(tmp_path):
@@ -149,14 +150,14 @@ def test_deepspeed_chat_names(tmp_path):
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = C.load(C.PPOConfig, write(tmp_path, text))
+        config = config_text.load(C.PPOConfig, write(tmp_path, text))
     assert (config.model, config.reward, config.batch_size, config.lora_r) == ("m", ["rm"], 4, 8)
     assert (config.max_new_tokens, config.learning_rate) == (32, 1e-4)
     assert [str(w.message) for w in caught] == [
         "num_padding_at_beginning has no effect: masks are explicit here, so leading padding needs no number"
     ]
     for cls in (C.SFTConfig, C.RewardConfig, C.PPOConfig):
-        known = C.field_types(cls)
+        known = config_base.field_types(cls)
         assert (
             not set(D.ALIASES) & set(known)
             and not set(D.IGNORED) & set(known)
@@ -176,7 +177,9 @@ ppo: {data: other.jsonl}
 
 
 def test_pipeline_wires_the_stages(tmp_path):
-    config = C.load(C.TrainConfig, write(tmp_path, PIPELINE), {"ppo.kl-coef": ["0.5"], "seed": ["9"]})
+    config = config_text.load(
+        C.TrainConfig, write(tmp_path, PIPELINE), {"ppo.kl-coef": ["0.5"], "seed": ["9"]}
+    )
     assert config.sft and config.reward and config.ppo
     assert (config.sft.model, config.sft.seed, config.sft.learning_rate, config.sft.output_dir) == (
         "base", 9, 1e-4, "out/sft",
@@ -186,7 +189,7 @@ def test_pipeline_wires_the_stages(tmp_path):
         "out/sft/model", ["out/reward/model"], ["other.jsonl"],
     )  # fmt: skip
     assert config.ppo.kl_coef == 0.5
-    alone = C.build(C.TrainConfig, {"model": "base", "ppo": {"reward": "m:f"}})
+    alone = config_base.build(C.TrainConfig, {"model": "base", "ppo": {"reward": "m:f"}})
     assert alone.sft is None and alone.ppo and (alone.ppo.model, alone.ppo.reward) == ("base", ["m:f"])
 
 
@@ -203,7 +206,7 @@ def test_pipeline_wires_the_stages(tmp_path):
 def test_bad_pipelines(tmp_path, values, flags, message):
     path = write(tmp_path, yaml.safe_dump(values))
     with pytest.raises(C.ConfigError, match=message):
-        C.load(C.TrainConfig, path, flags)
+        config_text.load(C.TrainConfig, path, flags)
 
 
 @pytest.mark.parametrize(
@@ -216,17 +219,22 @@ def test_bad_pipelines(tmp_path, values, flags, message):
 )
 def test_bad_flags(argv, message):
     with pytest.raises(C.ConfigError, match=message):
-        C.load(C.SFTConfig, None, C.parse_flags(argv, C.SFTConfig))
+        config_text.load(C.SFTConfig, None, config_text.parse_flags(argv, C.SFTConfig))
 
 
 def test_a_list_may_be_given_in_pieces():
     argv = "--data a b --data c --data=d".split()
-    assert C.load(C.SFTConfig, None, C.parse_flags(argv, C.SFTConfig)).data == ["a", "b", "c", "d"]
+    assert config_text.load(C.SFTConfig, None, config_text.parse_flags(argv, C.SFTConfig)).data == [
+        "a",
+        "b",
+        "c",
+        "d",
+    ]
     argv = "--sft.data a --sft.data b --output_dir out".split()
-    config = C.load(C.TrainConfig, None, C.parse_flags(argv, C.TrainConfig))
+    config = config_text.load(C.TrainConfig, None, config_text.parse_flags(argv, C.TrainConfig))
     assert config.sft and config.sft.data == ["a", "b"] and config.sft.output_dir == "out/sft"
     with pytest.raises(C.ConfigError, match=r"--sft\.seed is given twice"):
-        C.parse_flags("--sft.seed 1 --sft.seed 2".split(), C.TrainConfig)
+        config_text.parse_flags("--sft.seed 1 --sft.seed 2".split(), C.TrainConfig)
 
 
 def test_flag_forms():
@@ -241,5 +249,5 @@ def test_flag_forms():
         "--learning-rate",
         "-0.0",
     ]
-    config = C.load(C.SFTConfig, None, C.parse_flags(argv, C.SFTConfig))
+    config = config_text.load(C.SFTConfig, None, config_text.parse_flags(argv, C.SFTConfig))
     assert (config.data, config.seed, config.progress, config.tensorboard) == (["a", "b"], 3, False, False)

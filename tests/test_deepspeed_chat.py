@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dschat import config as C
+from dschat import config_base, config_text
 from dschat import deepspeed_chat as D
 
 PAGE = (Path(__file__).parents[1] / "docs" / "deepspeed_chat.md").read_text()
@@ -122,7 +123,7 @@ def parse(command: str, line: str):
     cls = BASE[command]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = C.load(cls, None, C.parse_flags(line.split(), cls))
+        config = config_text.load(cls, None, config_text.parse_flags(line.split(), cls))
     return config, [str(w.message) for w in caught]
 
 
@@ -139,7 +140,7 @@ def test_every_flag(command, flag):
         if flag not in NEEDS:
             words = value.split()
             plain = words if len(words) > 1 else (True if not value else value)
-            assert C.build(BASE[command], {flag: plain}) == config
+            assert config_base.build(BASE[command], {flag: plain}) == config
     elif expected == "note":
         config, notes = parse(command, line)
         assert (
@@ -182,7 +183,7 @@ def test_the_table_is_whole():
     """One meaning a flag, targets that exist, and every flag of the scripts above in it."""
     listed = [name for flag in D.TABLE for name in flag.names.split()]
     assert len(listed) == len(set(listed))
-    known = {k for cls in C.COMMANDS.values() for k in C.field_types(cls)}
+    known = {k for cls in C.COMMANDS.values() for k in config_base.field_types(cls)}
     for flag in D.TABLE:
         assert sum(map(bool, (flag.same, flag.to, flag.note, flag.instead))) == 1, flag.names
         assert not flag.to or flag.to in known
@@ -207,7 +208,7 @@ def test_commands_of_the_page(command, line):
 
 def test_the_page_shows_the_table():
     assert PAGE.endswith(D.markdown()) and len(COMMANDS) == 4
-    keys = {k for cls in BASE.values() for k in C.field_types(cls)}
+    keys = {k for cls in BASE.values() for k in config_base.field_types(cls)}
     section = PAGE[PAGE.index("## What is different") : PAGE.index("## Its recipes")]
     fields = set(re.findall(r"`(?:--(?:no-)?)?([a-z_0-9]+)[ `]", section))
     assert fields and fields <= keys, fields - keys

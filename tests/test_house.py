@@ -31,6 +31,7 @@ OPS = (
 SHARED = (
     "parallel",
     "vector_math",
+    "epilogue",
     "gemm",
     "gemm_amx",
     "gemm_int8",

@@ -15,6 +15,7 @@ constexpr int kStages = 3;       // slices of k in shared memory: one is multipl
 constexpr int kSliceBytes = 64;  // of a row of x in a slice; twice that beside int8, whose rows are shorter
 constexpr int kSimpleSum = 16;     // of k in a sum of float32 products, before it is added to the others
 constexpr int kPadBytes = 16;    // between rows in shared memory: 8 rows lie in 8 different groups of banks
+constexpr int kSumPitch = kTileColumns + 8;  // floats from row to row of sums in shared memory; four rows fill its banks
 
 template <typename T> struct Operand {
   const T* data;
@@ -116,6 +117,26 @@ template <typename T, int kHeight, typename W = T> struct GemmTile {
       for (int i = 0; i < pairs; ++i)
         f(row + i / (4 * across) * 16 + i % 4 / 2 * 8, column + i / 4 % across * 16 + i % 2, sum[i][0], sum[i][1]);
     }
+  }
+
+  // Puts the sums into shared memory, kSumPitch from row to row. All threads call it, and read them when it returns.
+  __device__ void spread(float* to) const {
+    if constexpr (simple) {
+      each_pair([=](int r, int c, float first, float second) {
+        to[r * kSumPitch + c] = first;
+        to[r * kSumPitch + c + 8] = second;
+      });
+    } else {
+      const int lane = int(threadIdx.x) % kWarp;
+      float* mine = to + (warp_row() + lane / 4) * kSumPitch + warp_column() + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < pairs; i += 2) {
+        float* at = mine + (i / (4 * across) * 16 + i % 4 / 2 * 8) * kSumPitch + i / 4 % across * 16;
+        store_as<uint2>(at, {sum[i][0], sum[i + 1][0]});
+        store_as<uint2>(at + 8, {sum[i][1], sum[i + 1][1]});
+      }
+    }
+    __syncthreads();
   }
 
  private:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import config as configs
+from .. import config_base
 from .. import device as devices
 from ..config import ConfigError
 from ..engine.hybrid_engine import HybridEngine
@@ -106,7 +107,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Any, torch.dtype, dict[str, Tenso
     try:
         about = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
         before = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
-        config: Any = configs.build(
+        config: Any = config_base.build(
             configs.COMMANDS[before["stage"]], before["config"], str(folder.parent / "run.json")
         )
         dtype = models.pick_dtype(before.get("dtype", config.dtype))

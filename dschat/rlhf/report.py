@@ -200,7 +200,24 @@ def curves(runs: Sequence[RunFiles]) -> list[tuple[str, list[Curve]]]:
     return list(drawn.items())
 
 
+PANEL = (4.2, 3.1)  # inches
+MARGINS = {"left": 0.62, "right": 0.15, "bottom": 0.45, "top": 0.32}  # fixed: to fit them means to draw twice
+
+
+def _panel(figure: Any, columns: int = 1, rows: int = 1, number: int = 0) -> Any:
+    """The axes of panel `number` of a figure of so many columns and rows of panels, from the upper left."""
+    (width, height), m = PANEL, MARGINS
+    left, bottom = number % columns * width + m["left"], (rows - 1 - number // columns) * height + m["bottom"]
+    size = (
+        (width - m["left"] - m["right"]) / (columns * width),
+        (height - m["bottom"] - m["top"]) / (rows * height),
+    )
+    return figure.add_axes((left / (columns * width), bottom / (rows * height), *size))
+
+
 def _draw(axes: Any, title: str, lines: Sequence[Curve]) -> None:
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # labels that the left margin has room for
+    axes.locator_params(axis="x", integer=True, nbins=6)
     for label, x, y in lines:
         noisy = len(y) > 15
         (line,) = axes.plot(x, _smooth(y) if noisy else y, label=label, marker="o" if len(y) < 3 else None)
@@ -228,10 +245,10 @@ def plot(folder: str | Path, target: str | Path) -> Path | None:
         return None
     columns = min(4, len(drawn))
     rows = -(-len(drawn) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows))
     FigureCanvasAgg(figure)
     for i, (title, lines) in enumerate(drawn):
-        _draw(figure.add_subplot(rows, columns, i + 1), title, lines)
+        _draw(_panel(figure, columns, rows, i), title, lines)
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
@@ -244,9 +261,9 @@ def _svg(number: int, title: str, lines: Sequence[Curve]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2, 3.1), layout="constrained")
+    figure = Figure(figsize=PANEL)
     FigureCanvasSVG(figure)
-    _draw(figure.add_subplot(), title, lines)
+    _draw(_panel(figure), title, lines)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 from dschat_kernels.limits import use_threads
 
-from .. import config as configs
+from .. import config_base, config_text, parallel
 from .. import device as devices
-from .. import parallel
 from ..config import ConfigError, DPOConfig, OnlineConfig, StageConfig
 from ..engine.precision import LossScale
 from ..engine.stepper import Stepper
@@ -274,7 +273,7 @@ class Run:
             )
         if not isinstance(before.get("config"), dict):
             raise ConfigError(f"{self.folder / 'run.json'} is damaged (it holds no config); {ANEW}")
-        now, began = self.config.to_dict(), configs.defaults(type(self.config)) | before["config"]
+        now, began = self.config.to_dict(), config_base.defaults(type(self.config)) | before["config"]
         for key, value in now.items():
             if key not in FREE_KEYS | LENGTH_KEYS and began.get(key) != value:
                 old = began.get(key)
@@ -405,7 +404,7 @@ class Run:
             content["rollout_dtype"] = str(self.rollout_dtype).removeprefix("torch.")
         content["data"] = self._data_before | data_digests(self.config, read=True)
         content["config"] = self.config.to_dict()
-        checkpoint.atomic_text(self.folder / "config.yaml", configs.dump(self.config))
+        checkpoint.atomic_text(self.folder / "config.yaml", config_text.dump(self.config))
         checkpoint.atomic_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
 
     def restore(

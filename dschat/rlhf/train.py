@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import config as configs
+from .. import config_text, parallel
 from .. import device as devices
-from .. import parallel
 from ..config import ConfigError, OnlineConfig, StageConfig, TrainConfig
 from . import ppo, report, reward, sft
 from .checkpoint import atomic_text
@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for stage, settings in stages.items():
         results[stage] = TRAINERS[stage](settings)
     if parallel.lead():
-        atomic_text(folder / "config.yaml", configs.dump(config))
+        atomic_text(folder / "config.yaml", config_text.dump(config))
         atomic_text(folder / "result.json", json.dumps(results, indent=1) + "\n")
         table = _table(Path(config.ppo.output_dir)) if config.ppo else []
         report.write(folder, f"Run {folder.name}", sentences(results), table[:20])

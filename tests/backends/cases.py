@@ -31,6 +31,7 @@ from dschat_kernels.ops import (
     token_logprobs,
 )
 from dschat_kernels.packing import PackedLinear, ResolvedLinear
+from tests.backends.backends import EVERYTHING
 from tests.helpers import assert_close_to_fp64, check_gradients, non_contiguous
 from tests.paged import Batch, cumulative, int_tensor, make_batch, same_bits
 
@@ -461,7 +462,9 @@ def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
     sizes = [(301, 0.0), (301, 0.01), (301, 3.0)]
     if thorough:  # triton is slow, and a launch of its own for every pass
         sizes = [(1, 0.0), (7, 3.0), (257, 0.01), (1033, 0.0), (1033, 3.0)]
-        if backend != "triton":
+        if backend == "cuda":
+            sizes += [(257, 3.0), (1033, 0.01)]
+        if backend in ("cpu", "reference") or (backend == "cuda" and EVERYTHING):
             sizes = list(product((1, 7, 257, 1033), (0.0, 0.01, 3.0)))
     for options in FILTERS if thorough else FILTERS[:3]:
         for vocab, spread in sizes:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dschat import config as C
-from dschat import launch
+from dschat import config_base, launch
 from dschat.rlhf import dpo, grpo, models, ppo, reading, reward, rloo, run, sft
 from dschat.rlhf import train as pipeline
 
@@ -190,9 +190,9 @@ def test_a_pipeline_is_refused_before_its_first_stage(base: dict[str, Any], tmp_
     ):
         keys = base | {name: stages[name] | given.get(name, {}) for name in stages}
         with pytest.raises((C.ConfigError, reading.DataError), match=said):
-            pipeline.train(C.build(C.TrainConfig, keys))
+            pipeline.train(config_base.build(C.TrainConfig, keys))
         assert not Path(base["output_dir"]).exists(), given
     keys = base | {"sft": {}, "ppo": {"reward": []}}
     with pytest.raises(C.ConfigError, match="reward is empty"):
-        pipeline.train(C.build(C.TrainConfig, keys))
+        pipeline.train(config_base.build(C.TrainConfig, keys))
     assert not Path(base["output_dir"]).exists()

@@ -11,7 +11,7 @@ import pytest
 from helpers_rlhf import Killed, numbers
 from test_grpo import keys, short
 
-from dschat import cli
+from dschat import cli, config_base, config_text
 from dschat import config as configs
 from dschat.rlhf.metrics import read_lines
 
@@ -51,8 +51,8 @@ def test_settings_of_the_page_are_valid():
     for name, text in rows:
         settings = dict(re.findall(r"`(\w+): ([\w.]+)`", text))
         assert settings, name
-        configs.load(configs.GRPOConfig, None, settings)
-    known = {k for cls in configs.COMMANDS.values() for k in configs.field_types(cls)}
+        config_text.load(configs.GRPOConfig, None, settings)
+    known = {k for cls in configs.COMMANDS.values() for k in config_base.field_types(cls)}
     common = ALGORITHMS[ALGORITHMS.index("Common to them:") : ALGORITHMS.index("Published variants")]
     fields = set(re.findall(r"`(\w+)`", common))
     assert fields and fields <= known
@@ -70,7 +70,7 @@ def test_commands_and_functions_of_the_pages_exist(page):
         cls = configs.COMMANDS[command]
         if cls.positional and not words[0].startswith("--"):
             words = [f"--{cls.positional}", *words]
-        configs.load(cls, None, configs.parse_flags(words, cls))
+        config_text.load(cls, None, config_text.parse_flags(words, cls))
     for name in re.findall(r"dschat\.rlhf\.verifiers:(\w+)", text):
         assert callable(getattr(verifiers, name))
 
@@ -104,7 +104,7 @@ def test_settings_for_trl_users_exist():
     for cls, theirs, ours, *_ in rows:
         assert names(theirs) and (names(ours) or ours == "none"), theirs
         for command in commands.values() if cls == "all" else [commands[cls]]:
-            known = configs.field_types(configs.COMMANDS[command])
+            known = config_base.field_types(configs.COMMANDS[command])
             assert set(names(ours)) <= set(known), (command, ours)
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from helpers_rlhf import Killed, numbers, same_weights
 
-from dschat import cli
-from dschat import config as configs
+from dschat import cli, config_text
 from dschat.config import ConfigError, GRPOConfig, PPOConfig
 from dschat.engine import HybridEngine, SamplingConfig
 from dschat.rlhf import conversations, data, environments, grpo, ppo, reading, replay
@@ -364,7 +363,7 @@ def test_a_game_is_learnt(tmp_path, monkeypatch):
         "progress": "false",
         "tensorboard": "false",
     }
-    config = configs.load(GRPOConfig, str(RECIPES / "friend.yaml"), flags)
+    config = config_text.load(GRPOConfig, str(RECIPES / "friend.yaml"), flags)
     held = grpo.train(config)["held_out"]
     assert held["before"] < 0.4 and held["low"] > 0.2, held
 
@@ -390,5 +389,5 @@ def test_games_of_the_recipes():
 
 
 def test_the_recipe_for_the_chat_model_is_valid():
-    config = configs.load(GRPOConfig, str(RECIPES / "guess.yaml"), {})
+    config = config_text.load(GRPOConfig, str(RECIPES / "guess.yaml"), {})
     assert environments.load_environment(str(RECIPES.parent / config.environment))

@@ -16,7 +16,8 @@ import pytest
 import torch
 from helpers_rlhf import Killed, numbers, same_weights
 
-from dschat.config import ConfigError, PPOConfig, RewardConfig, dump
+from dschat.config import ConfigError, PPOConfig, RewardConfig
+from dschat.config_text import dump
 from dschat.engine import HybridEngine
 from dschat.engine.hybrid_engine import HybridEngine as Engine
 from dschat.rlhf import conversations, data, evaluate, losses, models, online, ppo, reading, report, reward

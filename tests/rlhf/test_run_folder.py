@@ -16,6 +16,7 @@ from helpers_rlhf import Killed, numbers, same_weights
 from safetensors import SafetensorError
 
 from dschat import config as C
+from dschat import config_base
 from dschat.config import COMMANDS, ConfigError
 from dschat.rlhf import checkpoint, grpo, metrics, models, ppo, reading, report, sft
 from dschat.rlhf import run as run_module
@@ -164,7 +165,9 @@ def test_a_folder_in_use(base, tmp_path, kill_after, begun):
                               "learning_rate": 1e-3}}  # fmt: skip
             before = contents(folder)
             with pytest.raises(ValueError, match=said):
-                pipeline.train(C.build(C.TrainConfig, base | {"output_dir": str(tmp_path / "all")} | stages))
+                pipeline.train(
+                    config_base.build(C.TrainConfig, base | {"output_dir": str(tmp_path / "all")} | stages)
+                )
             assert contents(folder) == before
         other.kill()
         other.wait()
@@ -408,16 +411,16 @@ def test_a_stage_does_not_grow_under_a_later_one(base):
     small = {"batch_size": 4, "max_steps": 1, "learning_rate": 1e-3, "lr_schedule": "constant"}
     ppo = {**small, **SMALL["ppo"], "reward": ["dschat.rlhf.verifiers:number"], "lora_r": 2}
     stages = {"sft": {**small, **SMALL["sft"]}, "ppo": ppo}
-    pipeline.train(C.build(C.TrainConfig, base | stages))
+    pipeline.train(config_base.build(C.TrainConfig, base | stages))
     before = contents(folder)
     stages["sft"]["max_steps"] = 2
     with pytest.raises(
         ConfigError, match=r"sft is to go on, but ppo in .* has begun from what it wrote; add --ppo"
     ):
-        pipeline.train(C.build(C.TrainConfig, base | stages))
+        pipeline.train(config_base.build(C.TrainConfig, base | stages))
     assert contents(folder) == before
     stages["ppo"]["overwrite"] = True
-    assert pipeline.train(C.build(C.TrainConfig, base | stages))["sft"]["steps"] == 2
+    assert pipeline.train(config_base.build(C.TrainConfig, base | stages))["sft"]["steps"] == 2
 
 
 # -------------------------------------------------------------------------------------------------- what is kept
