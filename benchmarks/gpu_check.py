@@ -38,6 +38,7 @@ import dschat_kernels as dk
 from benchmarks import gpu_sources
 from dschat_kernels.cache import PagedKVCache
 from dschat_kernels.ops._common import capturing, implementation
+from dschat_kernels.ops.lora_linear import low_rank_grads
 from dschat_kernels.ops.rope_append import rope_append_reference
 from dschat_kernels.packing import PackedLinear
 
@@ -242,6 +243,13 @@ def matrix_cases(machine: Machine, rows: int, normal: Any, dtype: torch.dtype) -
         lambda x, w, a, b: F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b),
         lambda b: dk.lora_linear(x, weight, None, a, b_, 2.0, backend=b), moved, flops,
     )  # fmt: skip
+    dy = normal(rows, s.intermediate)
+    yield Case(
+        "low_rank_grads", f"{shape}, rank 16", [x, dy, a, b_],
+        lambda x, dy, a, b: (2.0 * (dy @ b).t() @ x, 2.0 * dy.t() @ (x @ a.t())),
+        lambda b: low_rank_grads(x, dy, a, b_, 2.0, backend=b), 2 * (x.numel() + dy.numel()) * size,
+        4.0 * 16 * (x.numel() + dy.numel()),
+    )  # fmt: skip
     if rows == s.rows[0]:
         yield Case(
             "fuse_lora", f"{s.intermediate}x{s.hidden}, rank 16", [weight, a, b_],
@@ -363,6 +371,18 @@ def head_cases(machine: Machine, normal: Any, dtype: torch.dtype) -> Iterator[Ca
         "token_logprobs", f"{rows}x{s.hidden}, vocabulary {s.vocab}", [hidden, weight], eager,
         lambda b: dk.token_logprobs(hidden, weight, targets, backend=b),
         (hidden.numel() + weight.numel()) * size, 2.0 * rows * weight.numel(),
+    )  # fmt: skip
+
+    def trained(logprobs: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> Any:
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
+        logprobs(*leaves).sum().backward()
+        return leaves[0].grad, leaves[1].grad
+
+    yield Case(  # logits twice, and two products with their gradients
+        "token_logprobs forward + backward", f"{rows}x{s.hidden}, vocabulary {s.vocab}", [hidden, weight],
+        lambda h, w: trained(eager, h, w),
+        lambda b: trained(lambda h, w: dk.token_logprobs(h, w, targets, backend=b), hidden, weight),
+        4 * (hidden.numel() + weight.numel()) * size, 8.0 * rows * weight.numel(),
     )  # fmt: skip
 
 

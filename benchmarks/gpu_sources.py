@@ -19,13 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS: dict[str, dict[str, str]] = {
     "cuda": {"rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention_backward"},
     "triton": {
-        "rope": "rope_append", "fuse_lora": "lora_linear", "packed_attention": "attention", "linear_int8": "linear"
+        "rope": "rope_append", "fuse_lora": "lora_linear", "low_rank_grads": "lora_linear",
+        "packed_attention": "attention", "linear_int8": "linear",
     },
 }  # fmt: skip
 """Files of ops that are not called like them."""
+ALSO = {"packed_attention": "attention", "token_logprobs": "token_logprobs_backward"}
+"""The other file of an op whose forward and backward have one each."""
 NAMES = (
     "rms_norm", "layer_norm", "bias_act", "gated_act", "rope", "rope_append", "linear", "linear_int8", "lora_linear",
-    "fuse_lora", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
+    "fuse_lora", "low_rank_grads", "attention", "attention_decode", "packed_attention", "sample", "token_logprobs",
 )  # fmt: skip
 
 
@@ -37,8 +40,8 @@ def fingerprints(root: Path = ROOT) -> dict[str, dict[str, str]]:
 def fingerprint(root: Path, backend: str, op: str) -> str:
     stem = OPS[backend].get(op, op)
     parts = cuda_code(root, stem) if backend == "cuda" else triton_code(root, stem)
-    if (backend, op) == ("cuda", "packed_attention"):  # its forward is attention's
-        parts |= cuda_code(root, "attention")
+    if backend == "cuda" and op in ALSO:
+        parts |= cuda_code(root, ALSO[op])
     return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()[:16]
 
 

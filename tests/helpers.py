@@ -16,9 +16,9 @@ from dschat_kernels.ops._common import kernels
 # Sizes that are no multiple of any vector width, and size one.
 ODD_SIZES = (1, 7, 111, 576, 4109)
 DTYPES = (torch.float32, torch.bfloat16)
-CPU_ONLY = {"low_rank_grads", "token_logprobs_gradient"}
-"""Ops of torch.library that run on the cpu backend only: elsewhere the gradients of LoRA factors are PyTorch's, and a
-head's gradient waits for the backward."""
+CPU_ONLY = {"token_logprobs_gradient"}
+"""Ops of torch.library that run on the cpu backend only: elsewhere the gradient by a frozen head waits for the
+backward."""
 
 
 def assert_close_to_fp64(

@@ -41,7 +41,13 @@ SHARED = (
     "token_logprobs_gradient",
     "step",
 )  # of csrc/cpu, not an op
-CUDA_SHARED = ("attention_backward", "linear_int8", "error")  # of csrc/cuda, not an op
+CUDA_SHARED = (
+    "attention_backward",
+    "token_logprobs_backward",
+    "low_rank_grads",
+    "linear_int8",
+    "error",
+)  # of csrc/cuda, not an op
 
 PYTHON = sorted([*(REPO / "dschat").rglob("*.py"), *(REPO / "dschat_kernels").rglob("*.py")])
 NATIVE = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))

@@ -11,6 +11,8 @@
 
 #include "cuda/launch.h"
 #include "cuda/linear_int8.h"
+#include "cuda/low_rank_grads.h"
+#include "cuda/token_logprobs_backward.h"
 #ifdef DSCHAT_EMULATE_CUDA
 #include "bindings/cuda_emulation.cuh"
 #endif
@@ -75,8 +77,11 @@ PYBIND11_MODULE(DSCHAT_MODULE, m) {
   bind(m, "linear_int8", launch_linear_int8);
   bind(m, "lora_linear", launch_lora_linear);
   bind(m, "fuse_lora", launch_fuse_lora);
+  bind(m, "low_rank_grads", launch_low_rank_grads);
+  m.attr("outer_rows") = 256;  // kOuterRows of cuda/low_rank_grads.cu: rows a partial sum of its scratch
   bind(m, "sample", launch_sample);
   bind(m, "token_logprobs", launch_token_logprobs);
+  bind(m, "token_logprobs_backward", launch_token_logprobs_backward);
   m.attr("vocab_chunk") = 256;  // kVocabChunk of cuda/logsumexp.cuh: entries a partial sum of token_logprobs' scratch
 #ifdef DSCHAT_EMULATE_CUDA
   emulation::bind_emulation(m);

@@ -7,6 +7,9 @@ and the gradients of the two factors, of a side path as of a fused weight:
 
     low_rank_grads   dA = scale (dy B)^T x      dB = scale dy^T (x A^T)      in float32, rounded to the factors' dtype
 
+The op of torch.library also gives its float32 scale (dy B), with which `lora_linear` adds the side path's part of the
+gradient of x, (scale dy B) A, to the base's, dy W, by `fuse_lora`. That product of the base alone is PyTorch's.
+
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, https://arxiv.org/abs/2106.09685
 """
 
@@ -133,10 +136,11 @@ def low_rank_grads(
         "not fit; give [T, k], [T, n], [rank, k] and [n, rank].",
     )
     check(x.dtype == dy.dtype, f"{op}: x is {x.dtype} and dy {dy.dtype}; give one dtype.", TypeError)
-    # GPUs have fast small products of their own; the kernel is for the CPU, where torch's would widen x and dy first.
-    if resolve_backend(op, backend, x, dy) != "cpu" or runs_on_cuda():
+    backend = resolve_backend(op, backend, x, dy)
+    if backend == "reference":
         return low_rank_grads_reference(x, dy, lora_a, lora_b, scale)
-    return implementation(op, "cpu", x, dy, lora_a, lora_b)(x, dy, lora_a, lora_b, scale)
+    d_a, d_b, _ = implementation(op, backend, x, dy, lora_a, lora_b)(x, dy, lora_a, lora_b, scale)
+    return d_a, d_b
 
 
 def low_rank_grads_reference(
@@ -172,7 +176,8 @@ LIBRARY.define(
 )
 LIBRARY.define("fuse_lora(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
 LIBRARY.define(
-    "low_rank_grads(Tensor x, Tensor dy, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor da, Tensor db)"
+    "low_rank_grads(Tensor x, Tensor dy, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor da, Tensor db, Tensor "
+    "inner)"
 )
 
 
@@ -244,23 +249,28 @@ def _fuse_lora_fake(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
 
 def _low_rank_grads_cpu(
     x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     a, b_t = lora_a.detach().float().contiguous(), lora_b.detach().float().t().contiguous()
     (rows, x_stride), (grads, dy_stride) = as_rows(x), as_rows(dy)
     (tokens, k), (rank, n) = rows.shape, b_t.shape
     d_a, d_b = (torch.zeros(rank, size, dtype=torch.float32, device=x.device) for size in (k, n))
-    inner = torch.empty(2 * tokens * rank, dtype=torch.float32, device=x.device)
+    inner = torch.empty(2, tokens, rank, dtype=torch.float32, device=x.device)
+    scratch = []  # cuda: sums of blocks of rows
+    if runs_on_cuda():
+        blocks = -(-tokens // kernels().outer_rows)
+        scratch.append(torch.empty(blocks * rank * max(n, k), dtype=torch.float32, device=x.device))
     kernels().low_rank_grads(
         DTYPES[x.dtype], ptr(rows), x_stride, ptr(grads), dy_stride, tokens, n, k, rank, ptr(a), ptr(b_t), scale,
-        ptr(inner), ptr(d_a), ptr(d_b),
+        ptr(inner), ptr(d_a), ptr(d_b), *map(ptr, scratch),
     )  # fmt: skip
-    return d_a.to(lora_a.dtype), d_b.t().contiguous().to(lora_b.dtype)
+    return d_a.to(lora_a.dtype), d_b.t().contiguous().to(lora_b.dtype), inner[0]
 
 
 def _low_rank_grads_fake(
     x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner = x.new_empty(x.shape[0], lora_a.shape[0], dtype=torch.float32)
+    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape), inner
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -272,11 +282,10 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx = dy W + scale (dy B) A,  dA = scale (dy B)^T x,  dB = scale dy^T (x A^T); the side path in float32."""
     x, weight, lora_a, lora_b = ctx.saved_tensors
     rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    d_a, d_b, inner = ctx.ops.low_rank_grads(rows, grads, lora_a, lora_b, ctx.scale)
     dx = None
     if ctx.needs_input_grad[0]:
-        inner = ctx.scale * (grads.float() @ lora_b.float())  # [rows, rank]
-        dx = ((grads @ weight).float() + inner @ lora_a.float()).to(x.dtype).view(x.shape)
-    d_a, d_b = low_rank_grads(rows, grads, lora_a, lora_b, ctx.scale)
+        dx = ctx.ops.fuse_lora(grads @ weight, lora_a, inner, 1.0).view(x.shape)
     return dx, None, None, d_a, d_b, None
 
 

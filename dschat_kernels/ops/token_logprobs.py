@@ -9,7 +9,9 @@ The cpu backend walks over the vocabulary in chunks of 1024 and folds them by th
 csrc/cpu/logsumexp.h; its logits have the bits of `linear` and its log-probabilities those of `sample`, so
 that the ratio of a rollout to its recomputation is exactly one. The backward recomputes logits block by
 block; a block's gradient is rounded to the dtype of the weight before its products, whose sums are float32 and
-are rounded once at the end. (Where the gradient of a bias is wanted, all of it is float32.)
+are rounded once at the end. (Where the gradient of a bias is wanted, all of it is float32 on the CPU; on cuda that
+gradient is summed before anything is rounded.) So beside the gradients a backward takes the gradient of 2048 logits a
+row, on cuda twice where the head is trained too, and float32 sums of the gradient by hidden states.
 
 Where the hidden states alone have a gradient (a frozen head), the forward leaves d logprob / d hidden, summed
 in float32 while a chunk's logits are there (csrc/cpu/token_logprobs_gradient.h), and the backward scales its
@@ -38,15 +40,15 @@ from dschat_kernels.ops._common import (
     ptr,
     register,
     resolve_backend,
+    row_scratch,
     runs_on_cuda,
     widen,
 )
 from dschat_kernels.packing import PANEL
 
-ROW_BLOCK, VOCAB_BLOCK = 512, 4096
-"""A block of logits in the backward of GPUs: 8 MiB of float32, a few of which live at once."""
-CPU_VOCAB_BLOCK = 2048
-"""Entries of the vocabulary whose logits' gradient exists at a time, for all rows, in the backward of the CPU."""
+BLOCK = 2048
+"""Entries of the vocabulary whose logits' gradients exist at a time, for all rows, in the backward of C++ and CUDA; a
+multiple of 32, or a row's sums would depend on it."""
 
 
 @overload
@@ -319,7 +321,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block by block by csrc/cpu/token_logprobs_backward.h."""
     if runs_on_cuda():
-        return _backward_blocks(
+        return _backward_cuda(
             dlogprob,
             dentropy,
             hidden,
@@ -344,7 +346,7 @@ def _backward_cpu(
     dw = torch.empty_like(w) if wanted[1] else None
     db = torch.empty(vocab, dtype=torch.float32, device=h.device) if want_bias else None
     module, dtype = kernels(), DTYPES[compute]
-    block = min(CPU_VOCAB_BLOCK, vocab)
+    block = min(BLOCK, vocab)
     panels = torch.empty(
         module.token_logprobs_backward_panels(dtype, size, block), dtype=compute, device=h.device
     )
@@ -368,7 +370,7 @@ def _backward_cpu(
     )
 
 
-def _backward_blocks(
+def _backward_cuda(
     dlogprob: Tensor,
     dentropy: Tensor | None,
     hidden: Tensor,
@@ -381,55 +383,47 @@ def _backward_blocks(
     logit_softcap: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In PyTorch, for CUDA: dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy), then through
-    temperature and softcap; in float32 throughout."""
+    """By csrc/cuda/token_logprobs_backward.cu, which goes over the vocabulary in blocks by itself."""
     (tokens, size), vocab = hidden.shape, weight.shape[0]
-    h = hidden.detach().float()
-    targets = targets.long()
-    dh = torch.zeros(tokens, size, dtype=torch.float32, device=h.device) if wanted[0] else None
-    dw = torch.empty_like(weight) if wanted[1] else None
-    db = torch.zeros(vocab, dtype=torch.float32, device=h.device) if wanted[2] and bias is not None else None
-    rows = torch.arange(tokens, device=h.device)
-    for v0 in range(0, vocab, VOCAB_BLOCK):
-        v1 = min(v0 + VOCAB_BLOCK, vocab)
-        w = weight[v0:v1].detach().float()
-        dw_block = torch.zeros_like(w) if wanted[1] else None
-        for r0 in range(0, tokens, ROW_BLOCK):
-            block = slice(r0, min(r0 + ROW_BLOCK, tokens))
-            z = h[block] @ w.t()
-            if bias is not None:
-                z += bias[v0:v1].detach()
-            slope = None
-            if logit_softcap:
-                t = z.div_(logit_softcap).tanh_()
-                slope = 1 - t * t
-                z = t * logit_softcap
-            log_p = z.mul_(1.0 / temperature).sub_(lse[block, None])
-            g = dlogprob[block, None].float()
-            if dentropy is None:
-                dz = log_p.exp_().mul_(-g)
-            else:
-                p = log_p.exp()
-                dz = p * -(g + dentropy[block, None] * (log_p + entropy[block, None]))
-                dz.masked_fill_(p == 0, 0.0)  # where log p is -inf
-            here = (targets[block] >= v0) & (targets[block] < v1)
-            dz[rows[: len(here)][here], targets[block][here] - v0] += dlogprob[block][here].float()
-            dz.mul_(1.0 / temperature)
-            if slope is not None:
-                dz.mul_(slope)
-            if dh is not None:
-                dh[block].addmm_(dz, w)
-            if dw_block is not None:
-                dw_block.addmm_(dz.t(), h[block])
-            if db is not None:
-                db[v0:v1] += dz.sum(0)
-        if dw is not None and dw_block is not None:
-            dw[v0:v1] = dw_block
+    h, stride = as_rows(hidden.detach())
+    w, targets, offsets = weight.detach().contiguous(), targets.to(torch.int64).contiguous(), widen(bias)
+    d_logprob, d_entropy = widen(dlogprob), widen(dentropy)
+    assert d_logprob is not None
+    half = hidden.dtype == torch.float16
+    scales = _float16_scales(d_logprob, d_entropy, temperature) if half else None
+    dh = torch.empty(tokens, size, dtype=hidden.dtype, device=h.device) if wanted[0] else None
+    dw = torch.empty(vocab, size, dtype=hidden.dtype, device=h.device) if wanted[1] else None
+    db = torch.empty(vocab, dtype=torch.float32, device=h.device) if wanted[2] and bias is not None else None
+    block, module = min(BLOCK, vocab), kernels()
+    dlogits = torch.empty(tokens, -(-block // 8) * 8, dtype=hidden.dtype, device=h.device)
+    transposed, sums = None, None
+    if dw is not None:
+        transposed = torch.empty(block, -(-tokens // 8) * 8, dtype=hidden.dtype, device=h.device)
+    if dh is not None and block < vocab:
+        sums = torch.empty(tokens, size, dtype=torch.float32, device=h.device)
+    partial = None if db is None else row_scratch(module, h, tokens, block, 1)
+    module.token_logprobs_backward(
+        DTYPES[hidden.dtype], ptr(h), stride, ptr(w), ptr(offsets), ptr(targets), tokens, size, vocab, ptr(d_logprob),
+        ptr(d_entropy), ptr(lse), ptr(entropy), temperature, logit_softcap or 0.0, ptr(scales), block, ptr(dlogits),
+        ptr(transposed), ptr(sums), ptr(partial), ptr(dh), ptr(dw), ptr(db),
+    )  # fmt: skip
     return (
-        no_tensor(hidden) if dh is None else dh.to(hidden.dtype),
+        no_tensor(hidden) if dh is None else dh,
         no_tensor(weight) if dw is None else dw,
         no_tensor(weight) if db is None or bias is None else db.to(bias.dtype),
     )
+
+
+def _float16_scales(d_logprob: Tensor, d_entropy: Tensor | None, temperature: float) -> Tensor:
+    """Powers of two by which float16 holds the gradients of logits, which are as small as a probability: one for each
+    row, by which its largest comes near 2^10, and the one for all rows."""
+    largest = d_logprob.abs()
+    if d_entropy is not None:  # p (log p + entropy) is below the log of the vocabulary
+        largest = largest + 16.0 * d_entropy.abs()
+    exponents = 10 - torch.frexp(largest / temperature)[1].clamp(-100, 100)
+    if len(exponents):
+        exponents = torch.cat([exponents, exponents.amin()[None]])
+    return (exponents.to(torch.int32) + 127 << 23).view(torch.float32)  # the bits of 2^exponent
 
 
 def _backward_fake(

@@ -35,7 +35,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "packed_attention", "packed_attention_backward"),
     "attention_decode": ("attention_decode",),
     "linear": ("linear", "linear_int8"),
-    "lora_linear": ("lora_linear", "fuse_lora"),
+    "lora_linear": ("lora_linear", "fuse_lora", "low_rank_grads"),
     "sample": ("sample",),
     "token_logprobs": ("token_logprobs", "token_logprobs_backward"),
 }

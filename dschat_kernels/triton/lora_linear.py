@@ -2,6 +2,7 @@
 dschat_kernels/ops/lora_linear.py.
 
 x A^T, a few columns, is computed first; the main program adds scale (x A^T) B^T to its tile before the one rounding.
+The factors' gradients are four products, none of which is split over its inner dimension.
 """
 
 from __future__ import annotations
@@ -83,3 +84,18 @@ def fuse_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
         WIDE_TILE,
     )  # fmt: skip
     return out
+
+
+def low_rank_grads(
+    x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, _), (grads, _) = as_rows(x), as_rows(dy)
+    a, b = float32(lora_a), float32(lora_b)
+    assert a is not None and b is not None
+    inner, side = (torch.empty(len(rows), len(a), dtype=torch.float32, device=x.device) for _ in range(2))
+    d_a, d_b = (torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (a, b))
+    matmul(grads, b, inner, scale)
+    matmul(rows, a.t(), side, scale)
+    matmul(inner.t(), rows, d_a)
+    matmul(grads.t(), side, d_b)
+    return d_a.to(lora_a.dtype), d_b.to(lora_b.dtype), inner

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dschat_kernels.ops.token_logprobs import ROW_BLOCK, VOCAB_BLOCK
 from dschat_kernels.triton._gemm import matmul
 from dschat_kernels.triton._launch import Config, aligned, as_rows, float32, launch, no_tensor
 from dschat_kernels.triton._logsumexp import row_sums
@@ -22,6 +21,8 @@ from dschat_kernels.triton.linear import linear
 
 LOGITS_BYTES = 64 << 20
 """The forward's block of logits."""
+ROW_BLOCK, VOCAB_BLOCK = 512, 4096
+"""The backward's: 8 MiB of float32."""
 
 
 @triton.jit

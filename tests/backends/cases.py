@@ -300,6 +300,36 @@ def lora_linear_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
         assert_close_to_fp64(y, exact, reference(x, part.weight, part.bias, a, b, 0.7), size=size)
         if backend != "reference":
             assert same_bits(op(x[:1], part.weight, part.bias, a, b, 0.7), y[:1])
+        check_gradients(
+            lambda x, a, b, p=part, s=op: s(x, p.weight.to(x.dtype), p.bias.to(x.dtype), a, b, 0.7),
+            lambda x, a, b, p=part: reference(x, p.weight.to(x.dtype), p.bias.to(x.dtype), a, b, 0.7),
+            {"x": x, "a": a, "b": b}, output_size=size,
+        )  # fmt: skip
+
+
+@case
+def low_rank_grads(backend: str, dtype: torch.dtype, thorough: bool) -> None:
+    """Around blocks of 256 rows and 8 of the rank; in any layout, and of factors in the inputs' dtype."""
+    op = partial(lora_linear.low_rank_grads, backend=backend)
+    shapes = (
+        ((1, 1, 1, 1), (5, 33, 70, 8), (257, 20, 131, 17), (0, 3, 3, 2)) if thorough else ((5, 33, 70, 9),)
+    )
+    for rows, n, k, rank in shapes:
+        x, dy = draw(rows, k, dtype=dtype), draw(rows, n, dtype=dtype)
+        a, b = torch.randn(rank, k) / k**0.5, torch.randn(n, rank) / rank**0.5
+        ours = op(x, dy, a, b, 0.7)
+        exact = lora_linear.low_rank_grads_reference(*(t.double() for t in (x, dy, a, b)), 0.7)
+        own = lora_linear.low_rank_grads_reference(x, dy, a, b, 0.7)
+        sizes = (0.7 * (dy.double() ** 2 @ b.double() ** 2).t() @ x.double() ** 2,
+                 0.7 * dy.double().t() ** 2 @ (x.double() ** 2 @ a.double().t() ** 2))  # fmt: skip
+        for d, e, t, terms in zip(ours, exact, own, sizes, strict=True):
+            assert_close_to_fp64(d, e, t, size=float(terms.max()) ** 0.5)
+        if backend == "reference":
+            continue
+        for x_view, dy_view in zip(non_contiguous(x), non_contiguous(dy), strict=True):
+            assert all(map(same_bits, op(x_view, dy_view, a, b, 0.7), ours)), f"strides {x_view.stride()}"
+        narrow, wide = (op(x, dy, a, factor, 0.7) for factor in (b.to(dtype), b.to(dtype).float()))
+        assert same_bits(narrow[0], wide[0]) and same_bits(narrow[1], wide[1].to(dtype)), "rounded at the end"
 
 
 @case
@@ -388,8 +418,8 @@ def attention_decode_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 @case
 def packed_attention(backend: str, dtype: torch.dtype, thorough: bool) -> None:
-    """Gradients, and the bits of attention over a cache that holds the same keys; a row's gradients do not depend on the
-    rows beside it."""
+    """Gradients, and the bits of attention over a cache that holds the same keys; a row's gradients do not depend on
+    the rows beside it."""
     lens = [45, 0, 1, 20] if thorough else [9, 0, 1]
     problems = [(lens, 4, 2, 12, options) for options in _attention_options(thorough)]
     if thorough:
@@ -493,6 +523,7 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
                 output_size=8.0 if dtype == torch.float32 and backend == "cuda" else 0.0,
                 **options,
             )  # fmt: skip
+    _frozen_or_without_bias(backend, dtype)
     if backend == "reference":
         return
     part = _part(1100, 24, dtype)  # chunks of 256 or 1024
@@ -505,3 +536,25 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             hidden[rows], part.weight, picked[rows], bias=part.bias, temperature=0.8, backend=backend
         )
         assert same_bits(ours, expected[rows])
+
+
+def _frozen_or_without_bias(backend: str, dtype: torch.dtype) -> None:
+    """Without a bias, whose gradient decides how the cpu backend rounds; and with a frozen head, and a frozen trunk."""
+    tokens, size, vocab = 5, 24, 300
+    inputs: dict[str, Tensor | None] = {
+        "hidden": draw(tokens, size, dtype=dtype), "weight": draw(vocab, size, dtype=dtype, scale=2 / size**0.5)
+    }  # fmt: skip
+    targets = torch.randint(0, vocab, (tokens,))
+
+    def some(op: Callable[..., Tensor], frozen: dict[str, Tensor | None], **trained: Tensor) -> Tensor:
+        wide = next(iter(trained.values())).dtype
+        return op(**trained, **{n: t.to(wide) for n, t in frozen.items() if t is not None}, targets=targets)
+
+    ours = partial(token_logprobs.token_logprobs, backend=backend)
+    for names in (("hidden", "weight"), ("hidden",), ("weight",)):
+        frozen = {name: t for name, t in inputs.items() if name not in names}
+        check_gradients(
+            partial(some, ours, frozen), partial(some, token_logprobs.token_logprobs_reference, frozen),
+            {name: inputs[name] for name in names}, cancelling=float(tokens) ** 0.5,
+            output_size=8.0 if dtype == torch.float32 and backend == "cuda" else 0.0,
+        )  # fmt: skip

@@ -75,9 +75,12 @@ From the strongest to the weakest:
 claim that it has passed: the report of that run says so. The cells of sm_120 and of the checking build take few sizes
 there.
 
-`linear_int8` is `linear` over weights of 8 bits, and came after that run. No kernels for GPUs: products whose
-activations are quantised too (`int8_dynamic`), whose only backends are `cpu` and `reference`. The gradients of
-`token_logprobs` on the cuda backend, and those of `lora_linear` on either, are PyTorch's operations there.
+`linear_int8` is `linear` over weights of 8 bits, `low_rank_grads` the gradients of LoRA's factors, of `lora_linear` and
+of fused weights; both came after that run. No kernels for GPUs: products whose activations are quantised too
+(`int8_dynamic`), whose only backends are `cpu` and `reference`. On every backend the product dy W in the gradient of
+`lora_linear` by x is PyTorch's. The backward of CUDA's `token_logprobs` holds the gradients of 2048 logits a row at a
+time in the dtype of the hidden states (twice where the head is trained too), Triton's 512 rows by 4096 logits in
+float32.
 """
 
 
@@ -95,7 +98,8 @@ def _compiled(op: str) -> tuple[str, str]:
     """The architectures that nvcc and Triton have compiled the op for, and how many kernels."""
     kernels = json.loads(CUDA_TABLE.read_text())["kernels"]
     source = CUDA_SOURCES.get(op, op)
-    of_cuda = {arch: sum(key.startswith(f"{source}: ") for key in rows) for arch, rows in kernels.items()}
+    sources = tuple(f"{name}: " for name in (source, gpu_sources.ALSO.get(op)) if name)
+    of_cuda = {arch: sum(key.startswith(sources) for key in rows) for arch, rows in kernels.items()}
     specimen = SPECIMENS.get(op, op)
     keys = [key.split("/") for key in json.loads(TRITON_TABLE.read_text()) if key.split(".")[0] == specimen]
     archs = sorted({arch for *_, arch in keys}, key=lambda arch: (not arch.startswith("sm"), len(arch), arch))

@@ -27,18 +27,27 @@ CPU = [b for b in BACKENDS if b.name in ("reference", "cpu", "cuda-source", "tri
 MODULES = {
     "attention": ("attention", "packed_attention"), "attention_decode": ("attention_decode",),
     "bias_act": ("bias_act",), "gated_act": ("gated_act",), "layer_norm": ("layer_norm",), "linear": ("linear",),
-    "lora_linear": ("lora_linear", "fuse_lora"), "rms_norm": ("rms_norm",), "rope_append": ("rope", "rope_append"),
-    "sample": ("sample",), "token_logprobs": ("token_logprobs",),
+    "lora_linear": ("lora_linear", "fuse_lora", "low_rank_grads"), "rms_norm": ("rms_norm",),
+    "rope_append": ("rope", "rope_append"), "sample": ("sample",), "token_logprobs": ("token_logprobs",),
 }  # fmt: skip
 
 
 @contextmanager
 def meta_device() -> Iterator[None]:
+    """Within itself nothing: what changes inside an op torch takes back when it ends, and the default would stay."""
+    if _inside:
+        yield
+        return
     torch.set_default_device("meta")
+    _inside.append(True)
     try:
         yield
     finally:
+        _inside.clear()
         torch.set_default_device(None)
+
+
+_inside: list[bool] = []
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tests.backends.cases import CASES
 from tests.backends.evidence import PAGE, README, REPO, page, readme, unchanged
 from tests.helpers import CPU_ONLY
 
-SINCE = {"linear_int8"}
+SINCE = {"linear_int8", "low_rank_grads"}
 """Ops that came after the run on a GPU."""
 
 

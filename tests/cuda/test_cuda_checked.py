@@ -21,7 +21,7 @@ from dschat_kernels.ops.bias_act import bias_act
 from dschat_kernels.ops.gated_act import gated_act
 from dschat_kernels.ops.layer_norm import layer_norm
 from dschat_kernels.ops.linear import linear
-from dschat_kernels.ops.lora_linear import fuse_lora, lora_linear
+from dschat_kernels.ops.lora_linear import fuse_lora, lora_linear, low_rank_grads
 from dschat_kernels.ops.rms_norm import rms_norm
 from dschat_kernels.ops.rope_append import rope, rope_append
 from dschat_kernels.ops.sample import sample
@@ -115,6 +115,9 @@ def test_linear_and_lora(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
     agree(integers, x, w, b)
     agree(lambda x, w, b: lora_linear(x, w, b, la, lb, 0.5, backend="cuda"), x, w[:n], b[:n], hold=(la, lb))
     agree(lambda w: fuse_lora(w, la, lb, 0.5, backend="cuda"), w[:n], hold=(la, lb))
+    many = 257 // rows + 1  # two blocks of rows
+    agree(lambda x, dy: low_rank_grads(x, dy, la, lb, 0.5, backend="cuda"), x.repeat(many, 1), r.repeat(many, 1),
+          hold=(la, lb))  # fmt: skip
 
 
 @DTYPES
@@ -131,14 +134,19 @@ def test_attention(dtype: torch.dtype, dim: int) -> None:
 
 
 @DTYPES
-def test_sample_and_token_logprobs(dtype: torch.dtype) -> None:
+def test_sample_and_token_logprobs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, numbers = torch.randn(3, 700).to(dtype), torch.arange(3)
     options: dict[str, Any] = {"streams": numbers, "positions": numbers, "backend": "cuda"}
     for more in ({}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01}):
         agree(lambda z, more=more: sample(z, **options, **more), logits, hold=(numbers,))
-    hidden, weight = torch.randn(3, 24).to(dtype), torch.randn(300, 24).to(dtype)
+    hidden, weight, bias = torch.randn(3, 24).to(dtype), torch.randn(300, 24).to(dtype), torch.randn(300)
     agree(lambda h, w: token_logprobs(h, w, numbers, return_entropy=True, backend="cuda"), hidden, weight,
           hold=(numbers,))  # fmt: skip
+    monkeypatch.setattr("dschat_kernels.ops.token_logprobs.BLOCK", 128)
+    for h in (hidden, hidden.repeat(23, 1)):  # 69 rows: two tiles
+        targets = torch.arange(len(h))
+        agree(lambda h, w, b, n=targets: token_logprobs(h, w, n, bias=b, return_entropy=True, backend="cuda"),
+              h, weight, bias, grads=True, hold=(targets,))  # fmt: skip
 
 
 def test_an_error_of_a_kernel_is_an_error_of_the_op() -> None:

@@ -17,8 +17,8 @@ from benchmarks.gpu_check import DRY, Machine
 from tests.conftest import STORIES
 
 OPS = (
-    "rms_norm", "layer_norm", "bias_act", "gated_act", "linear", "linear_int8", "lora_linear", "fuse_lora", "attention",
-    "attention_decode", "rope_append", "sample", "token_logprobs",
+    "rms_norm", "layer_norm", "bias_act", "gated_act", "linear", "linear_int8", "lora_linear", "fuse_lora",
+    "low_rank_grads", "attention", "attention_decode", "rope_append", "sample", "token_logprobs",
 )  # fmt: skip
 PEAKS = {"bytes_per_s": 1e9, "flops_per_s": 1e9}
 

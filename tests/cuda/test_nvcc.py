@@ -93,7 +93,8 @@ def test_the_table_has_no_spills_and_uses_the_hardware() -> None:
             streaming = source in ("rms_norm", "layer_norm", "bias_act", "gated_act")
             if streaming and name.startswith(("forward", "backward")):
                 assert row["wide"] and row["occupancy"] >= 50, f"{kernel} on {arch}: {row}"
-            products = name.startswith(("attention_tiles", "linear_tiles", "chunk_sums"))
+            kinds = ("attention_tiles", "linear_tiles", "chunk_sums", "logit_gradients", "product_tiles")
+            products = name.startswith(kinds)
             if products and "<float" not in name and "tensor" in row:
                 assert row["tensor"], f"{kernel} on {arch}: {row}"
 

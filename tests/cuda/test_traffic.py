@@ -31,12 +31,14 @@ BELOW = {
     "gated_act: backward": _VECTOR,
     "rope_append: append_all": "the cache has 16 keys side by side: a token's key goes to a sector an element",
     "lora_linear: fuse": _WORD,
+    "low_rank_grads: project": _VECTOR,
     "attention: attention_tiles": _SUMS,
     "attention_decode: fold_partials": _WORD,
     "attention_backward: query_gradients": _LANE_ROWS,
     "attention_backward: key_gradients": _LANE_ROWS,
     "token_logprobs: chunk_sums": "one lane of a warp stores the three words of a row's chunk",
     "token_logprobs: fold_chunks": _LANE_ROWS,
+    "token_logprobs_backward: product_tiles": _SUMS,
 }
 """The kernels with rows below LEAST_EFFICIENCY, and why."""
 

@@ -39,7 +39,7 @@ from dschat_kernels.ops.bias_act import bias_act  # noqa: E402
 from dschat_kernels.ops.gated_act import gated_act  # noqa: E402
 from dschat_kernels.ops.layer_norm import layer_norm  # noqa: E402
 from dschat_kernels.ops.linear import linear  # noqa: E402
-from dschat_kernels.ops.lora_linear import fuse_lora, lora_linear  # noqa: E402
+from dschat_kernels.ops.lora_linear import fuse_lora, lora_linear, low_rank_grads  # noqa: E402
 from dschat_kernels.ops.rms_norm import rms_norm  # noqa: E402
 from dschat_kernels.ops.rope_append import rope, rope_append  # noqa: E402
 from dschat_kernels.ops.sample import sample  # noqa: E402
@@ -188,7 +188,22 @@ def _products(dtype: torch.dtype) -> list[Case]:
     found.append(
         Case("fuse_lora", lambda: fuse_lora(weight, a, b, 0.5, backend="cuda"), sizes, {"fuse": fuse})
     )
-    return found
+    return [*found, *_factor_gradients(dtype)]
+
+
+def _factor_gradients(dtype: torch.dtype) -> list[Case]:
+    """A block of project has 8 rows, one of outer 256 rows, 128 columns and 8 of the rank. x and dy are of one size,
+    that the rows of a table are."""
+    t, rows, size, rank = _random(dtype), 512, 256, 16
+    x, dy, factor = t(rows, size), t(rows, size), t(rank, size, dtype=torch.float32)
+    blocks = "4 * k * rank * r / 256"  # of sums
+    return [
+        Case("low_rank_grads", lambda: low_rank_grads(x, dy, factor, factor.t(), 0.5, backend="cuda"),
+             {"r": rows, "k": size, "rank": rank, "s": dtype.itemsize},
+             {"project": "r * (s * k + 4 * rank) + 4 * rank * k * r / 8",
+              "outer": f"s * r * k * rank / 8 + 4 * r * rank * k / 128 + {blocks}",
+              "total_sums": f"{blocks} + 4 * k * rank"})
+    ]  # fmt: skip
 
 
 def _attention(dtype: torch.dtype) -> list[Case]:
@@ -268,7 +283,21 @@ def _vocabulary(dtype: torch.dtype) -> list[Case]:
                       "s * k * (r * v / 256 + v * r / R) + 4 * v * r / R + 20 * r * v / 256 + 4 * r",
                   "fold_chunks": "r * (12 * v / 256 + 16)"})
         )  # fmt: skip
-    return found
+    return [*found, *_head_gradients(dtype)]
+
+
+def _head_gradients(dtype: torch.dtype) -> list[Case]:
+    """Tiles of 64 x 64 in all products; the kernel of the products is measured by the gradient of the head."""
+    t, rows, size, vocab = _random(dtype), 128, 192, 256
+    hidden, targets = t(rows, size), torch.arange(rows)
+    weight, bias = t(vocab, size).requires_grad_(), t(vocab, dtype=torch.float32).requires_grad_()
+    return [
+        Case("token_logprobs", lambda: token_logprobs(hidden, weight, targets, bias=bias, backend="cuda"),
+             {"r": rows, "v": vocab, "k": size, "s": dtype.itemsize},
+             {"logit_gradients": "2 * s * k * r * v / 64 + 2 * s * r * v + r * v / 64 * (4 + 16) + 4 * v * r / 64",
+              "product_tiles": "2 * s * k * r * v / 64 + s * k * v",
+              "total_sums": "4 * v * r / 64 + 4 * v"}, True)
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- measuring

@@ -120,7 +120,7 @@ def test_bits_of_sample_on_exact_logits() -> None:
 def test_gradients(
     dtype: torch.dtype, options: dict[str, Any], with_entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dschat_kernels.ops.token_logprobs.CPU_VOCAB_BLOCK", 100)
+    monkeypatch.setattr("dschat_kernels.ops.token_logprobs.BLOCK", 100)
     hidden, weight, targets = problem(37, 24, 333, dtype)
     bias = torch.randn(333)
     weights = torch.randn(2, 37)
