@@ -79,7 +79,7 @@ def test_a_death_ends_all_and_leaves_a_good_checkpoint(folder: Path):
     )
     assert done.returncode == 137, done.stderr
     assert "process 0 of 2 was killed by signal 9; the others are stopped" in done.stderr
-    assert time.monotonic() - start < processes.LIMIT / 2
+    assert time.monotonic() - start < 200, "the other waited for a time limit"
     assert not _left(output), "a process is left"
     newest = checkpoint.latest(output / "checkpoints")
     assert newest is not None and newest.name == "step-000002"
