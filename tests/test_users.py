@@ -507,8 +507,10 @@ class TestDerivatives:
             if hf is not None:
                 torch.testing.assert_close(mine, hf, rtol=1e-3, atol=1e-4 * largest)
 
-    def test_transforms(self) -> None:
+    def test_transforms(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """torch.func, forward mode and traces go through transformers' own code."""
+        # DeepSpeed at stage 3, in a test before this one, leaves a linear that transformers cannot transform either.
+        monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
         model = build("llama", tie_word_embeddings=False)
         model.set_attn_implementation("eager")
         weights = {name: p.detach() for name, p in model.named_parameters()}

@@ -138,7 +138,7 @@ def test_reference_is_the_start_and_stays(base, pieces):
     """
     p = pieces()
     first, before = p.collect()
-    assert abs(before["kl/sequence"]) < 1e-4 and abs(before["kl/sequence_k3"]) < 1e-6
+    assert abs(before["objective/kl"]) < 1e-4 and abs(before["kl/sequence_k3"]) < 1e-6
     reference = p.ppo.reference_logprobs(first.rollout)
     for step in range(3):
         p.ppo.update(p.collect(step)[0], step, 4)
@@ -159,7 +159,7 @@ def test_kl_of_the_first_step_is_zero_when_exact(base, stories_dir, tmp_path, dt
     config = PPOConfig(**{**base, **more, "output_dir": str(tmp_path / "run")})
     ppo.train(config, rewards=(lambda prompts, completions, **k: [len(c) / 10 for c in completions],))
     first, second = numbers(tmp_path / "run")
-    assert first["kl/sequence"] == 0.0 and first["kl/sequence_k3"] == 0.0 and first["kl/token"] == 0.0
+    assert first["objective/kl"] == 0.0 and first["kl/sequence_k3"] == 0.0 and first["kl/token"] == 0.0
     assert second["kl/sequence_k3"] > 0
 
 
