@@ -138,7 +138,7 @@ def test_reference_is_the_start_and_stays(base, pieces):
     """
     p = pieces()
     first, before = p.collect()
-    assert abs(before["objective/kl"]) < 1e-4 and abs(before["kl/sequence_k3"]) < 1e-6
+    assert abs(before["kl/sequence"]) < 1e-4 and abs(before["kl/sequence_k3"]) < 1e-6
     reference = p.ppo.reference_logprobs(first.rollout)
     for step in range(3):
         p.ppo.update(p.collect(step)[0], step, 4)
