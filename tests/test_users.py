@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
 from dschat_kernels.models.versions import cache_name
+from dschat_kernels.ops.attention import packed_attention
 from tests.tiny_models import build, randomise, stories
 
 CACHE = cache_name()
@@ -317,7 +318,6 @@ class TestThreads:
 
         with pytest.raises(RuntimeError, match="packs changed in the middle of a rollout"):
             engine.generate(ids(), None, sampling, on_token=change)
-        engine.model.lm_head.weight.data.mul_((-1) ** 2)
         engine.generate(ids(), None, sampling)
 
 
@@ -506,6 +506,31 @@ class TestDerivatives:
             assert (mine is None) == (hf is None)
             if hf is not None:
                 torch.testing.assert_close(mine, hf, rtol=1e-3, atol=1e-4 * largest)
+
+    def test_ops_that_have_no_second_one_say_so(self) -> None:
+        """Instead of a gradient that has no graph; the reference, which the sentence names, has it."""
+        x, weight, a, b = (torch.randn(n, 8).requires_grad_() for n in (5, 8, 2, 8))
+        heads, cu = torch.randn(5, 2, 4).requires_grad_(), torch.tensor([0, 5], dtype=torch.int32)
+        calls: dict[str, tuple[Any, Any]] = {
+            "token_logprobs": (lambda **how: dk.token_logprobs(x, weight, torch.arange(5), **how), x),
+            "lora_linear": (
+                lambda **how: dk.lora_linear(x, weight.detach(), None, a, b[:, :2], 0.5, **how),
+                x,
+            ),
+            "packed_attention": (
+                lambda **how: packed_attention(heads, heads, heads, cu, scale=0.5, **how),
+                heads,
+            ),
+        }
+        for name, (op, leaf) in calls.items():
+            with pytest.raises(NotImplementedError, match=f"{name}.* has no second derivative"):
+                torch.autograd.grad(op().pow(2).sum(), leaf, create_graph=True)
+            (first,) = torch.autograd.grad(op(backend="reference").pow(2).sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+            assert second.abs().max() > 0
+            torch.testing.assert_close(
+                torch.autograd.grad(op().pow(2).sum(), leaf)[0], first, rtol=1e-4, atol=1e-5
+            )
 
     def test_transforms(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """torch.func, forward mode and traces go through transformers' own code."""

@@ -48,6 +48,24 @@ __device__ __forceinline__ float widened(uint32_t byte) {
   return x - 8388736.0f;
 }
 
+// multiply(s) for every slice of k in order, in all threads; load(s) began its copies kStages - 1 slices earlier, into the
+// place of slice s % kStages. No copy is under way when it returns, but other threads may still multiply.
+template <typename Load, typename Multiply>
+__device__ __forceinline__ void each_slice(int64_t slices, Load&& load, Multiply&& multiply) {
+  for (int64_t s = 0; s < kStages - 1; ++s) {
+    if (s < slices) load(s);
+    copy_commit();
+  }
+  for (int64_t s = 0; s < slices; ++s) {
+    copy_wait<kStages - 2>();
+    __syncthreads();  // the slice is there for all, and nobody reads the one that is overwritten next
+    if (s + kStages - 1 < slices) load(s + kStages - 1);
+    copy_commit();
+    multiply(s);
+  }
+  copy_wait<0>();
+}
+
 // A block's tile of 16 kHeight rows by 64 columns; kHeight is 1 or 4, W the type of the weight. A thread has its columns
 // in pairs (c, c + 8).
 template <typename T, int kHeight, typename W = T> struct GemmTile {
@@ -86,21 +104,11 @@ template <typename T, int kHeight, typename W = T> struct GemmTile {
         }
       }
     };
-    const int64_t slices = (x.k + slice - 1) / slice;
-    for (int64_t s = 0; s < kStages - 1; ++s) {
-      if (s < slices) load(s);
-      copy_commit();
-    }
-    for (int64_t s = 0; s < slices; ++s) {
-      copy_wait<kStages - 2>();
-      __syncthreads();  // the slice is there for all, and nobody reads the one that is overwritten next
-      if (s + kStages - 1 < slices) load(s + kStages - 1);
-      copy_commit();
+    each_slice((x.k + slice - 1) / slice, load, [&](int64_t s) {
       const unsigned char* stage = shared + s % kStages * stage_bytes;
       if constexpr (simple) multiply_simple(stage, stage + rows * x_pitch);
       else multiply_matrices(stage, stage + rows * x_pitch);
-    }
-    copy_wait<0>();
+    });
     __syncthreads();
   }
 

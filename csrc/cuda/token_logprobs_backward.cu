@@ -157,21 +157,11 @@ template <typename T> struct ProductTile {
         }
       }
     };
-    const int64_t slices = (a.k + slice - 1) / slice;
-    for (int64_t s = 0; s < kStages - 1; ++s) {
-      if (s < slices) load(s);
-      copy_commit();
-    }
-    for (int64_t s = 0; s < slices; ++s) {
-      copy_wait<kStages - 2>();
-      __syncthreads();  // the slice is there for all, and nobody reads the one that is overwritten next
-      if (s + kStages - 1 < slices) load(s + kStages - 1);
-      copy_commit();
+    each_slice((a.k + slice - 1) / slice, load, [&](int64_t s) {
       const unsigned char* stage = shared + s % kStages * stage_bytes;
       if constexpr (simple) multiply_simple(stage, stage + kRows * a_pitch);
       else multiply_matrices(stage, stage + kRows * a_pitch);
-    }
-    copy_wait<0>();
+    });
   }
 
  private:

@@ -129,8 +129,8 @@ def _phases(run: RunFiles) -> str:
     """One line of the second table: means over the steps, the first (warm-up) left out if there are more."""
     lines = run.lines[1:] or run.lines
 
-    def mean(*names: str) -> float:
-        return sum(line.get(f"time/{n}_s") or 0.0 for line in lines for n in names) / len(lines)
+    def mean(*phases: str) -> float:
+        return sum(line.get(f"time/{p}_s") or 0.0 for line in lines for p in phases) / len(lines)
 
     answers = int(run.settings.get("prompts_per_step", 0)) * int(run.settings.get("samples_per_prompt", 1))
     length_name = names.logged(run.stage, "rollout/length")

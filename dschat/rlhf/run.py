@@ -325,14 +325,9 @@ class Run:
                     "output_dir, or add --overwrite"
                 )
 
-    def _models(self) -> dict[str, str]:
-        """What the models are that the run reads."""
-        found: dict[str, str] = parallel.from_lead(partial(digests.of_models, self.config, self._given))
-        return found
-
     def _require_same_models(self) -> None:
         """Raise ConfigError where another model lies under the name of one that the run began with."""
-        for name, digest in self._models().items():
+        for name, digest in parallel.from_lead(partial(digests.of_models, self.config, self._given)).items():
             if self._models_before.get(name, digest) != digest:
                 raise ConfigError(
                     f"model {name} has changed since the run in {self.folder} began; put the first model back, name "
