@@ -189,13 +189,13 @@ class NativeExecutor:
         if tokens <= self.capacity["tokens"] and selected <= self.capacity["selected"]:
             return
         tokens, selected = max(tokens, self.capacity["tokens"]), max(selected, self.capacity["selected"])
-        self.capacity = {"tokens": tokens, "selected": selected}
+        self.plan = None  # before a buffer goes that it points to
         for name, width in self.decoder.plan.widths.items():
             rows = max(1, selected if name in ("sel", "projected", "logits") else tokens)
             dtype = torch.float32 if name == "logits" else self.decoder.dtype
             if name not in self.buffers or self.buffers[name].shape[0] < rows:
                 self.buffers[name] = torch.zeros(rows, width, dtype=dtype, device="cpu")
-        self.plan = None
+        self.capacity = {"tokens": tokens, "selected": selected}  # once all are that large
 
     def _build(self, calls: Sequence[OpCall]) -> Any:
         d, spec = self.decoder, self.decoder.spec

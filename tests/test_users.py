@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import gc
 import pickle
 import random
 from pathlib import Path
@@ -22,6 +23,7 @@ import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
 from dschat_kernels.models.versions import cache_name
 from dschat_kernels.ops.attention import packed_attention
+from tests.interrupts import interrupted, moments
 from tests.tiny_models import build, randomise, stories
 
 CACHE = cache_name()
@@ -685,3 +687,117 @@ class TestWhatOthersPutIn:
     def test_an_engine_is_not_copied(self) -> None:
         with pytest.raises(TypeError, match="HybridEngine cannot be copied or pickled: copy its model"):
             copy.deepcopy(HybridEngine(build("llama")))
+
+
+class TestInterrupts:
+    """Ctrl-C anywhere leaves an engine or a model that goes on as if the call had not been made."""
+
+    PACKING = (
+        "refresh", "_refresh_part", "_refresh_group", "_refresh_tables", "_remember", "_rebind", "fill", "_refill",
+    )  # fmt: skip
+    STEPS = (
+        "rope_tables", "_reserve", "decode", "prepare_append", "_grow", "_take", "_share", "_drop", "flip", "_make_decoder",
+        "_roll_out",
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_engine(self, adapter: bool) -> None:
+        """In a rollout that packs other weights and grows every buffer; afterwards with those weights, or with the ones
+        before."""
+        model = with_adapter() if adapter else build("gpt2")
+        weights = [{k: (1 + 0.1 * i) * v for k, v in model.state_dict().items()} for i in range(2)]
+        small, large = (ids(1, 3), 1), (ids(2, 19, 3), 2)
+
+        def generate(engine: HybridEngine, what: tuple[torch.Tensor, int]) -> torch.Tensor:
+            return engine.generate(
+                what[0], None, SamplingConfig(max_new_tokens=3, n=what[1], seed=3)
+            ).logprobs
+
+        def begun() -> HybridEngine:
+            model.load_state_dict(weights[0])
+            engine = HybridEngine(model)
+            generate(engine, small)
+            model.load_state_dict(weights[1])
+            return engine
+
+        expected = []
+        for held in weights:
+            model.load_state_dict(held)
+            expected.append([generate(HybridEngine(model), what) for what in (small, large)])
+        engine = begun()
+        where = self.PACKING if adapter else (*self.PACKING, *self.STEPS)
+        for line, time in moments(lambda e=engine: generate(e, large), "", *where):
+            engine = begun()
+            assert interrupted(lambda e=engine: generate(e, large), line, time), line
+            assert gc.isenabled() and not engine._rolling_out.locked(), line
+            now = line[1] % 2
+            model.load_state_dict(weights[now])
+            for what, alone in zip((small, large), expected[now], strict=True):
+                assert torch.equal(generate(engine, what), alone), line
+
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_training(self, exact: bool) -> None:
+        model = with_adapter()
+        held = copy.deepcopy(model.state_dict())
+        engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), exact=exact)
+        rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=4, seed=3))
+
+        def train() -> torch.Tensor:
+            engine.backward(-engine.logprobs(rollout).sum())
+            engine.step(1.0)
+            return engine.generate(ids(), None, rollout.sampling).logprobs
+
+        expected = train()
+        model.load_state_dict(held)
+        where = ("backward", "exact_weight", "ready", "apply", "step")
+        for line, time in list(moments(train, "", *where)):
+            model.load_state_dict(held)
+            assert interrupted(train, line, time), line
+            model.load_state_dict(held)
+            engine.optimizer.zero_grad()
+            assert torch.equal(train(), expected), line
+
+    def test_patched_model(self) -> None:
+        """In `generate`, with other weights than those of the packs."""
+        model = build("llama")
+        weights = [{k: (1 + 0.1 * i) * v for k, v in model.state_dict().items()} for i in range(2)]
+
+        def generate() -> torch.Tensor:
+            options = {**GREEDY, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+            return model.generate(ids(3), **options).logits[-1]
+
+        with dk.patch(model, strict=True) as patch:
+            expected = []
+            for held in weights:
+                model.load_state_dict(held)
+                expected.append(generate())
+            for i, (line, time) in enumerate(
+                moments(generate, "", *self.PACKING, "describe", "_hook", "open", "wrote")
+            ):
+                model.load_state_dict(weights[i % 2])
+                interrupted(generate, line, time)
+                model.load_state_dict(weights[i // 2 % 2])
+                assert torch.equal(generate(), expected[i // 2 % 2]), line
+            assert not patch.report().notes
+
+    def test_patch_and_undo(self) -> None:
+        """Half a patch is taken out again; half an undo is brought to its end by the next."""
+        model = build("llama")
+        classes = [type(module) for module in model.modules()]
+
+        def plain() -> bool:
+            return [type(m) for m in model.modules()] == classes and "_dschat_patch" not in vars(model)
+
+        for line, time in list(moments(lambda: dk.patch(model).undo(), "patch.py")):
+            made: list[Any] = []
+
+            def both(made: list[Any] = made) -> None:
+                made.append(dk.patch(model))
+                made[0].undo()
+
+            assert interrupted(both, line, time), line
+            if made:
+                made[0].undo()
+            elif not plain():  # the call had ended, but for giving its result
+                dk.patch(model).undo()
+            assert plain(), line

@@ -119,7 +119,7 @@ class HybridEngine:
         self._kept: KeptCache | None = None
         self._rolling_out = threading.Lock()
         """Held by the rollout that has what is kept between rollouts; another one at the same time has its own."""
-        self.decoder = self._make_decoder()
+        self.decoder, self._described = self._make_decoder(), self.spec
         embed: Any = self.spec.embed
         model_dtype = embed.weight.dtype
         if exact and self.decoder.dtype != model_dtype:
@@ -145,7 +145,6 @@ class HybridEngine:
             raise Unsupported(
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
-        self._described = self.spec
         how: dict[str, Any] = {
             "dtype": self._dtype, "backend": self._backend, "weights": self._weights, "kv_cache": self._kv_cache,
         }  # fmt: skip
@@ -171,6 +170,7 @@ class HybridEngine:
         if self._described is not self.spec or (self.decoder.dtype, self.decoder.device) != now:
             check_one_dtype(self.spec)
             self.decoder = self._make_decoder()
+            self._described = self.spec
         self._check_memory()
         start = time.perf_counter()
         stats = self.decoder.refresh()
