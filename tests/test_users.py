@@ -7,8 +7,11 @@ import contextlib
 import copy
 import functools
 import gc
+import os
 import pickle
 import random
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,10 @@ from peft import LoraConfig, get_peft_model
 
 import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
+from dschat_kernels.cache import PagedKVCache
 from dschat_kernels.models.versions import cache_name
 from dschat_kernels.ops.attention import packed_attention
+from dschat_kernels.plan import Decoder
 from tests.interrupts import interrupted, moments
 from tests.tiny_models import build, randomise, stories
 
@@ -696,8 +701,8 @@ class TestInterrupts:
         "refresh", "_refresh_part", "_refresh_group", "_refresh_tables", "_remember", "_rebind", "fill", "_refill",
     )  # fmt: skip
     STEPS = (
-        "rope_tables", "_reserve", "decode", "prepare_append", "_grow", "_take", "_share", "_drop", "flip", "_make_decoder",
-        "_roll_out",
+        "rope_tables", "_reserve", "decode", "prepare_append", "_grow", "_take", "_share", "_drop", "flip",
+        "_make_decoder", "_roll_out",
     )  # fmt: skip
 
     @pytest.mark.parametrize("adapter", [False, True])
@@ -801,3 +806,53 @@ class TestInterrupts:
             elif not plain():  # the call had ended, but for giving its result
                 dk.patch(model).undo()
             assert plain(), line
+
+
+class TestMemory:
+    def test_an_engine_goes_with_its_last_reference(self) -> None:
+        """And gigabytes of packs with it: no cycle of references waits for a garbage collection."""
+        model = build("llama")
+        gc.collect()
+        gc.disable()
+        try:
+            for exact in (False, True):
+                engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), exact=exact)
+                rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=3))
+                engine.backward(engine.logprobs(rollout).sum())
+                engine.step()
+                held = [weakref.ref(x) for x in (engine, engine.decoder, engine.decoder.packed("lm_head"))]
+                del engine, rollout
+                assert [one() for one in held] == [None] * 3
+        finally:
+            gc.enable()
+
+    def test_nothing_grows(self) -> None:
+        """Generations, steps, patches, engines and models made and dropped: as many objects, descriptors and threads
+        after ten rounds as before."""
+        model = with_adapter()
+        engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+        base = build("llama")
+
+        def round() -> None:
+            rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=3, n=2))
+            engine.backward(engine.logprobs(rollout).sum())
+            engine.step(1.0)
+            with dk.patch(base):
+                base.generate(ids(), **GREEDY)
+                HybridEngine(base).generate(ids(), None, rollout.sampling)
+            dropped = build("llama")
+            dk.patch(dropped).model.generate(ids(), **GREEDY)
+
+        def count() -> list[int]:
+            gc.collect()
+            kinds = (torch.Tensor, torch.nn.Module, Decoder, PagedKVCache)
+            objects = gc.get_objects()
+            found = [sum(issubclass(type(x), kind) for x in objects) for kind in kinds]
+            return [*found, threading.active_count(), len(os.listdir("/proc/self/fd"))]
+
+        for _ in range(2):
+            round()
+        before = count()
+        for _ in range(10):
+            round()
+        assert count() == before
