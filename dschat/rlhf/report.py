@@ -190,11 +190,13 @@ def curves(runs: Sequence[RunFiles]) -> list[tuple[str, list[Curve]]]:
     drawn: dict[str, list[Curve]] = {}
     for run in runs:
         several = sum(other.stage == run.stage for other in runs) > 1
+        normed = run.settings.get("reward_norm", "none") != "none"
         for title, keys in PANELS.get(run.stage, []):
             for key, label in keys:
                 name = names.logged(run.stage, key)
                 points = [(line["step"], line[name]) for line in run.lines if line.get(name) is not None]
                 if points:
+                    label = f"{label}, of normed scores" if normed and key == "score/total" else label
                     label = f"{run.name}: {label}" if several else label
                     x, y = ([float(p[i]) for p in points] for i in range(2))
                     drawn.setdefault(title, []).append((label, x, y))
