@@ -650,7 +650,8 @@ def _module_state(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Ctrl-C, a full disk, and the loss of another process, end a run with one line that says how to go on."""
+    """Ctrl-C, a full disk, and the loss of another process, end a run with one line that says how to go on. Ctrl-C
+    stays a KeyboardInterrupt: whoever tries one setting after the other is stopped too."""
     try:
         yield
     except (KeyboardInterrupt, RuntimeError, checkpoint.WriteError) as error:
@@ -658,7 +659,8 @@ def interruptible(run: Run) -> Iterator[None]:
             raise
         newest = checkpoint.latest(run.checkpoints)
         where = f"after {newest.name}" if newest else "from the start"
-        what = str(error) if isinstance(error, checkpoint.WriteError) else "interrupted"
-        if isinstance(error, RuntimeError):
-            what = "another process of this run has ended or does not answer"
-        raise ConfigError(f"{what}; the same command goes on {where} ({os.fspath(run.folder)})") from None
+        go_on = f"the same command goes on {where} ({os.fspath(run.folder)})"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {go_on}") from None
+        lost = "another process of this run has ended or does not answer"
+        raise ConfigError(f"{lost if isinstance(error, RuntimeError) else error}; {go_on}") from None
