@@ -25,7 +25,7 @@ from .cache import KV_CACHES, PagedKVCache, pages_for
 from .executors import Draw, Drawn, NativeExecutor, PythonExecutor, StepTables
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
 from .ops._common import DTYPES as OP_DTYPES
-from .ops._common import is_plain, native, ptr, resolve_backend
+from .ops._common import is_plain, lasting_tensors, native, ptr, resolve_backend
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import MAX_HEAD_DIM
@@ -317,7 +317,7 @@ def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
+        with self.lock, lasting_tensors():
             return method(self, *args, **kwargs)
 
     return locked
@@ -447,19 +447,18 @@ class Decoder:
         """
         start = time.perf_counter()
         stats = RefreshStats()
-        with torch.no_grad():
-            if self.gather is None:
-                parts = self._resolve(self.groups)
-                self._check_shapes(parts)
-                self._check_devices(parts)
-                settled, self._settled = self._settled, False
-                known = _Digests(stats)
-                self._refresh_part(parts, list(self.norms), known, stats)
-                self._refresh_tables(known, stats)
-            else:
-                settled, self._settled = self._settled, False
-                self._refresh_sharded(self.gather, stats)
-            self._remember()
+        if self.gather is None:
+            parts = self._resolve(self.groups)
+            self._check_shapes(parts)
+            self._check_devices(parts)
+            settled, self._settled = self._settled, False
+            known = _Digests(stats)
+            self._refresh_part(parts, list(self.norms), known, stats)
+            self._refresh_tables(known, stats)
+        else:
+            settled, self._settled = self._settled, False
+            self._refresh_sharded(self.gather, stats)
+        self._remember()
         if stats.changed or not settled:  # what an interrupted one changed, nobody has counted
             self.epoch += 1
             self._rebind()
@@ -644,6 +643,7 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------ steps
 
+    @lasting_tensors()
     def new_cache(
         self, num_slots: int, max_tokens: int, num_pages: int | None = None, *, padding: bool = False
     ) -> PagedKVCache:

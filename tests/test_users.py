@@ -328,6 +328,24 @@ class TestThreads:
         engine.generate(ids(), None, sampling)
 
 
+def test_workers_of_a_data_loader() -> None:
+    """Forked after a rollout, from an engine whose kernels have run on several threads."""
+    engine, sampling = HybridEngine(build("llama")), SamplingConfig(max_new_tokens=5, seed=3)
+    alone = [engine.generate(ids(2, 9, i), None, sampling).completion_ids for i in range(4)]
+
+    class Rollouts(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return engine.generate(ids(2, 9, i), None, sampling).completion_ids
+
+    loader = torch.utils.data.DataLoader(
+        Rollouts(), batch_size=None, num_workers=2, timeout=120, multiprocessing_context="fork"
+    )
+    assert all(map(torch.equal, loader, alone))
+
+
 class TestCaches:
     @pytest.mark.parametrize("name", ["llama", "mistral"])
     def test_a_prompts_cache_serves_several_answers(self, name: str) -> None:
@@ -806,6 +824,60 @@ class TestInterrupts:
             elif not plain():  # the call had ended, but for giving its result
                 dk.patch(model).undo()
             assert plain(), line
+
+
+class TestModes:
+    """What is global in torch, around the first use of a model, or between two."""
+
+    MODES = {
+        "inference_mode": torch.inference_mode,
+        "no_grad": torch.no_grad,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "float64": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
+        "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False),
+        "one thread": lambda: switched(torch.set_num_threads, 1, torch.get_num_threads()),
+    }
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_engine(self, mode: str, exact: bool) -> None:
+        """A rollout in a mode is the same, and trains; the next one outside sees all that was trained."""
+        model = build("gpt2")
+        sampling = SamplingConfig(max_new_tokens=5, n=2, seed=3)
+        alone = HybridEngine(model).generate(ids(), None, sampling)
+        engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), exact=exact)
+        with self.MODES[mode]():
+            rollout = engine.generate(ids(), None, sampling)
+        assert torch.equal(rollout.logprobs, alone.logprobs)
+        engine.backward(engine.logprobs(rollout).sum())
+        engine.step()
+        after = engine.generate(ids(), None, sampling)
+        assert torch.equal(after.logprobs, HybridEngine(model).generate(ids(), None, sampling).logprobs)
+        assert not torch.equal(after.logprobs, alone.logprobs)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_patched_model(self, mode: str) -> None:
+        model, other = build("gpt2"), build("gpt2", seed=5)
+        weights = [copy.deepcopy(m.state_dict()) for m in (model, other)]
+        patch = dk.patch(model, strict=True)
+        for held in weights:
+            for within in (self.MODES[mode], contextlib.nullcontext):
+                model.load_state_dict(held)
+                other.load_state_dict(held)
+                with within():
+                    assert torch.equal(model.generate(ids(), **GREEDY), other.generate(ids(), **GREEDY))
+        assert patch.report().notes == (
+            ["a forward ran transformers' own code: autocast is on"] if mode == "autocast" else []
+        )
+
+
+@contextlib.contextmanager
+def switched(switch: Any, on: Any, off: Any) -> Any:
+    switch(on)
+    try:
+        yield
+    finally:
+        switch(off)
 
 
 class TestMemory:

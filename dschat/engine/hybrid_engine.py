@@ -25,6 +25,7 @@ from dschat_kernels.hf_generate import check_one_dtype
 from dschat_kernels.kept_cache import KeptCache
 from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
+from dschat_kernels.ops._common import lasting_tensors
 from dschat_kernels.patch import shared_decoder
 from dschat_kernels.plan import Decoder, RefreshStats
 from dschat_kernels.sharding import sharded_decoder
@@ -193,7 +194,7 @@ class HybridEngine:
                 "free: take a smaller model, or load it as bfloat16."
             )
 
-    @torch.no_grad()
+    @lasting_tensors()
     def generate(
         self,
         input_ids: Tensor,
