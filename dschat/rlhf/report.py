@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import ConfigError
 from . import evaluate, names
-from .checkpoint import atomic_text, read_json
+from .checkpoint import atomic_bytes, atomic_text, read_json
 from .metrics import read_lines, read_log
 
 STYLE = """<style>
@@ -252,10 +252,10 @@ def plot(folder: str | Path, target: str | Path) -> Path | None:
     FigureCanvasAgg(figure)
     for i, (title, lines) in enumerate(drawn):
         _draw(_panel(figure, columns, rows, i), title, lines)
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    return target
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    atomic_bytes(target, picture.getvalue())
+    return Path(target)
 
 
 def _svg(number: int, title: str, lines: Sequence[Curve]) -> str:

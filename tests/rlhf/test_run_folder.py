@@ -425,6 +425,20 @@ def no_result(real: Any, fd: int, error: Exception) -> None:
     real(fd)
 
 
+def test_a_picture_without_room(tmp_path, monkeypatch):
+    """The page of a run that has ended: the sentence of a full disk too, and no half of a picture."""
+    metrics.append_line(tmp_path / "metrics.jsonl", {"step": 1, "loss": 1.0})
+    (tmp_path / "run.json").write_text('{"stage": "sft"}')
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(checkpoint.WriteError, match=r"curves\.png cannot be written, the disk is full; free"):
+        report.write(tmp_path, "a run", [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
 def test_a_device_without_room(tmp_path):
     """As the kernel says it."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
