@@ -38,7 +38,7 @@ class Stepper:
 
     def ready(self, max_grad_norm: float | None = None) -> float:
         """Gradients put together and clipped to `max_grad_norm` (None: not); their norm before that, of all processes
-        (through DeepSpeed a bound on it). Nothing is changed before `apply`, which steps with them."""
+        (through DeepSpeed's stages 1 to 3 a bound on it). Nothing is changed before `apply`, which steps with them."""
         if self.optimizer is None:
             raise ValueError(
                 "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."

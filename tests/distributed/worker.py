@@ -69,6 +69,11 @@ def policy(kind: str) -> Any:
     return models.add_lora(model, 4, 8, ["all-linear"], "CAUSAL_LM", 0) if lora else model
 
 
+def rollout_dtype(kind: str) -> torch.dtype | None:
+    """As runs on the CPU have it."""
+    return torch.float32 if KINDS[kind][0] == torch.float16 else None
+
+
 def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2, **keywords: Any) -> HybridEngine:
     model = policy(kind)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -78,11 +83,9 @@ def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2, **keywo
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
-    if KINDS[kind][0] == torch.float16:  # as a run on the CPU has it
-        keywords = {
-            "loss_scale": LossScale(initial_scale_power=10, hysteresis=1),
-            "dtype": torch.float32,
-        } | keywords
+    keywords["dtype"] = rollout_dtype(kind)
+    if KINDS[kind][0] == torch.float16:
+        keywords["loss_scale"] = LossScale(initial_scale_power=10, hysteresis=1)
     return make_engine(model, optimizer, settings, exact=KINDS[kind][2], **keywords)
 
 
@@ -370,8 +373,8 @@ def frozen(folder: Path) -> dict[str, Any]:
 
     rollout = HybridEngine(policy("full")).generate(*prompts(), SAMPLING)
     out: dict[str, Any] = {}
-    for kind in ("full", "full-bf16"):
-        own = frozen_engine(policy(kind), False, ZeroSettings(3))
+    for kind in ("full", "full-bf16", "full-f16"):
+        own = frozen_engine(policy(kind), False, ZeroSettings(3), dtype=rollout_dtype(kind))
         with torch.no_grad():
             out[kind] = own.logprobs(rollout)
     exact = frozen_engine(policy("full"), False, ZeroSettings(3), exact=True)
