@@ -160,6 +160,23 @@ def test_an_overflow_in_float16_is_left_out_by_all(spawned, world, kind, stage, 
     assert [s["skipped_steps"] for s in found] == [1, 2, 2, 3] and [s["epoch"] for s in found] == [0, 0, 1, 1]
 
 
+@functools.cache
+def summing_alone() -> Any:
+    return worker.summing(None)
+
+
+@pytest.mark.parametrize(("stage", "offload"), worker.SUMS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_that_float16_holds_but_not_their_sum(spawned, world, stage, offload):
+    """Backwards of the same rows, whose largest gradient is 50,000, in every process: under ZeRO a step by their sum,
+    as `ready` says; an overflow where a process adds up in float16."""
+    once, thrice = summing_alone()
+    assert math.isfinite(once) and not math.isfinite(thrice)
+    zero = ZeroSettings(stage, offload)
+    found = spawned("skips")[f"sum/{stage}/{offload}"] if world == 2 else worker.summing(zero)
+    assert found == [pytest.approx(world * n * once, rel=2e-3) for n in (1, 3)]
+
+
 # ------------------------------------------------------------------------------------------- one process, unspawned
 
 

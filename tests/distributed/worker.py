@@ -233,11 +233,11 @@ def queue(size: int) -> dict[str, Any]:
 
 
 def skips(folder: Path) -> dict[str, Any]:
-    """`skipping` with every stage, the second process the one that overflows."""
+    """`skipping` with every stage, the second process the one that overflows; `summing`."""
     return {
         f"{kind}/{stage}/{offload}": skipping(kind, ZeroSettings(stage, offload), parallel.rank() == 1)
         for kind, stage, offload in SKIPS
-    }
+    } | {f"sum/{stage}/{offload}": summing(ZeroSettings(stage, offload)) for stage, offload in SUMS}
 
 
 SKIPS = [
@@ -267,6 +267,27 @@ def skipping(kind: str, settings: ZeroSettings | None, bad: bool) -> list[dict[s
         steps = {float(entry["step"]) for entry in own.optimizer.state_dict()["state"].values()}
         found = {"bound": bound, "overflow": overflow, "norm": own.stepper.norm, "same": same, "steps": steps}
         out.append(found | own.stepper.numbers() | {"epoch": own.epoch, "left": gathered(own)})
+    return out
+
+
+SUMS = [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+
+
+def summing(settings: ZeroSettings | None) -> list[float]:
+    """Norms of one and of three backwards of all rows in each process, whose largest gradient in float16 is 50,000."""
+
+    def loss(own: HybridEngine) -> torch.Tensor:
+        return own.logprobs(own.generate(*prompts(), SAMPLING)).mean()
+
+    probe = engine("full-f16", None, 0.0)
+    probe.backward(loss(probe))
+    factor = 5e4 / max(float(p.grad.abs().max()) for p in probe.model.parameters() if p.grad is not None)
+    own = engine("full-f16", settings, 0.0)
+    out = []
+    for times in (1, 3):
+        for _ in range(times):
+            own.backward(loss(own) * factor)
+        out.append(own.step(1.0))
     return out
 
 
