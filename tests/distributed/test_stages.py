@@ -62,12 +62,12 @@ def many(spawned, folder):
 
 @pytest.mark.parametrize(("world", "name"), FEW)
 def test_curves_are_those_of_one_process(many, folder, world, name):
-    """Every number within 1e-3 of its size (and 1e-4), in float16 2e-2 and 2e-3: data order, whitening, group
+    """Every number within 1e-3 of its size (and 1e-4), in float16 5e-2 and 5e-3: data order, whitening, group
     baselines, normalisation by the whole batch and the rollouts' random streams do not depend on who computes a row."""
     found = read_lines(many(world, name) / "metrics.jsonl")
     alone = one(name, folder)
     assert len(found) == len(alone) == 3
-    times = 20 if "f16" in name else 1
+    times = 50 if "f16" in name else 1
     for a, b in zip(found, alone, strict=True):
         for key in CURVES[name]:
             if key in b:
