@@ -431,7 +431,7 @@ class HybridEngine:
 
     def ready(self, max_grad_norm: float | None = None) -> float:
         """The first half of `step`, which changes no weight: gradients put together, clipped, and their norm before
-        that (through DeepSpeed a bound on it)."""
+        that (through DeepSpeed's stages 1 to 3 a bound on it)."""
         return self.stepper.ready(max_grad_norm)
 
     def apply(self, skip: bool = False) -> None:
