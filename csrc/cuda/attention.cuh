@@ -476,27 +476,58 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_tiles(AttentionArgs<T
   if (!kPartial) mine.store(queries, first);
 }
 
-// Folds the tiles of one query head of one token, in the order and with the arithmetic of fold_values.
+// Folds the tiles of a token, in the order and with the arithmetic of fold_values. A thread has a dimension of a query
+// head, and a block as many heads as kFoldThreads hold; one thread looks for the token's keys, and the tiles' maxima and
+// sums, which all dimensions want, come to shared memory as neighbours.
+constexpr int kFoldThreads = 128;
+constexpr int kFoldTiles = 64;  // at a time
+
+// Threads of a head: whole warps.
+__host__ __device__ __forceinline__ int fold_width(int dim) { return (dim + kWarp - 1) / kWarp * kWarp; }
+__host__ __device__ __forceinline__ int fold_heads(int dim) {
+  return fold_width(dim) < kFoldThreads ? kFoldThreads / fold_width(dim) : 1;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kMaxHeadDim) fold_partials(AttentionArgs<T> a, Partials partials) {
-  const int32_t token = int32_t(blockIdx.x), head = int32_t(blockIdx.y), d = int32_t(threadIdx.x);
-  int32_t low = 0, high = a.rows - 1;  // the last row that begins at or before the token
-  while (low < high) {
-    const int32_t middle = (low + high + 1) / 2;
-    if (a.cu_seqlens[middle] <= token) low = middle;
-    else high = middle - 1;
+  DSCHAT_SHARED(float, stats, kFoldThreads / kWarp * kFoldTiles * 2);
+  DSCHAT_SHARED(KeyRange, shared_range, 1);
+  const int32_t token = int32_t(blockIdx.x);
+  if (threadIdx.x == 0) {
+    int32_t low = 0, high = a.rows - 1;  // the last row that begins at or before the token
+    while (low < high) {
+      const int32_t middle = (low + high + 1) / 2;
+      if (a.cu_seqlens[middle] <= token) low = middle;
+      else high = middle - 1;
+    }
+    const int32_t position = a.kv_lens[low] - a.cu_seqlens[low + 1] + token;
+    shared_range[0] = seen_keys(a, position, position);
   }
-  const int32_t position = a.kv_lens[low] - a.cu_seqlens[low + 1] + token;
-  const KeyRange range = seen_keys(a, position, position);
-  if (d >= a.dim) return;
+  __syncthreads();
+  const KeyRange range = shared_range[0];
+  const int width = fold_width(a.dim), d = int(threadIdx.x) % width, mine = int(threadIdx.x) / width;
+  const int32_t head = int32_t(blockIdx.y) * fold_heads(a.dim) + mine;
+  const bool there = head < a.q_heads, summed = there && d < a.dim;
+  const int64_t token_head = int64_t(token) * a.q_heads + head;
+  float* own = stats + mine * kFoldTiles * 2;
   Fold fold;
   float o = 0.0f;
-  for (int32_t tile = range.begin / kPage; tile * kPage < range.end; ++tile) {
-    const int64_t place = partials.place(int64_t(token) * a.q_heads + head, tile);
-    const Fold::Scales scales = fold.add(partials.stats[2 * place], partials.stats[2 * place + 1]);
-    o = folded(o, partials.output[place * a.dim + d], scales);
+  const int32_t last = (range.end + kPage - 1) / kPage;
+  for (int32_t first = range.begin / kPage; first < last; first += kFoldTiles) {
+    const int64_t place = partials.place(token_head, first);
+    const float* output = partials.output + place * a.dim + d;
+    const int count = min(kFoldTiles, last - first);
+    if (there)
+      for (int i = d; i < 2 * count; i += width) own[i] = partials.stats[2 * place + i];
+    __syncthreads();
+    if (summed)
+#pragma unroll 2
+      for (int t = 0; t < count; ++t, output += a.dim)
+        o = folded(o, *output, fold.add(own[2 * t], own[2 * t + 1]));
+    __syncthreads();
   }
-  a.out[token * a.out_stride + int64_t(head) * a.dim + d] = from_float<T>(fold.result(o));
+  if (summed)
+    a.out[token * a.out_stride + int64_t(head) * a.dim + d] = from_float<T>(fold.result(o));
 }
 
 // f(std::integral_constant<int, kDim>) for a head size.

@@ -36,8 +36,8 @@ extern "C" int launch_attention_decode(int type, const void* q, int64_t q_stride
       launch_attention_tiles<T, dim.value, 1, true>(a, partials, tokens, splits < 1 ? 1 : splits, stream);
     });
     if (known)
-      DSCHAT_LAUNCH(fold_partials<T>, dim3(unsigned(tokens), unsigned(q_heads)),
-                    dim3(unsigned(ceil_div(head_dim, kWarp) * kWarp)), 0, stream, a, partials);
+      DSCHAT_LAUNCH(fold_partials<T>, dim3(unsigned(tokens), unsigned(ceil_div(q_heads, fold_heads(a.dim)))),
+                    dim3(unsigned(fold_width(a.dim) * fold_heads(a.dim))), 0, stream, a, partials);
   });
   return launched(known);
 }

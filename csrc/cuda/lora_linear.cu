@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kFuseRows = 8;
+constexpr int kFuseRanks = kThreads / kFuseRows;  // of `b` in shared memory, one number a thread
+constexpr int kFusePitch = kFuseRows + 4;         // 4 rows of 8 ranks lie in 32 banks
 
 // side[row, r] = scale * x[row] . a[r]; a warp takes every fourth r.
 template <typename T>
@@ -28,15 +30,29 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     fuse(const T* weight, int64_t row_stride, int64_t column_stride, const float* a, const float* b, T* out, int64_t n,
          int64_t k, int64_t rank, float scale) {
+  DSCHAT_SHARED(uint4, memory, kFuseRanks * kFusePitch / 4);
+  float* left = reinterpret_cast<float*>(memory);
   const int64_t row0 = int64_t(blockIdx.x) * kFuseRows, column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (column >= k) return;
+  const int thread = int(threadIdx.x), own_row = thread / 8 % kFuseRows, own_rank = thread / 64 * 8 + thread % 8;
   float sum[kFuseRows] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    const float right = a[r * k + column];
+  for (int64_t begin = 0; begin < rank; begin += kFuseRanks) {
+    const bool there = row0 + own_row < n && begin + own_rank < rank;
+    left[own_rank * kFusePitch + own_row] = there ? b[(row0 + own_row) * rank + begin + own_rank] : 0.0f;
+    __syncthreads();
+    if (column < k) {
+      const int count = int(min(int64_t(kFuseRanks), rank - begin));
+#pragma unroll 4
+      for (int r = 0; r < count; ++r) {
+        const float right = a[(begin + r) * k + column];
+        float factors[kFuseRows];
+        load_as<uint4>(left + r * kFusePitch, factors);
 #pragma unroll
-    for (int i = 0; i < kFuseRows; ++i)
-      if (row0 + i < n) sum[i] = fmaf(b[(row0 + i) * rank + r], right, sum[i]);
+        for (int i = 0; i < kFuseRows; ++i) sum[i] = fmaf(factors[i], right, sum[i]);
+      }
+    }
+    __syncthreads();
   }
+  if (column >= k) return;
 #pragma unroll
   for (int i = 0; i < kFuseRows; ++i) {
     const int64_t row = row0 + i;

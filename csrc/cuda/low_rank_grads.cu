@@ -3,12 +3,13 @@
 #include "cuda/low_rank_grads.h"
 
 #include "cuda/column_sum.cuh"
+#include "cuda/gemm.cuh"
 
 namespace dschat::cuda {
 namespace {
 
 constexpr int kRanks = 8;         // of the rank at a time
-constexpr int kWarps = 4, kWarpRows = 2;
+constexpr int kWarps = 8, kWarpRows = 2;
 constexpr int kOuterRows = 256;   // rows of a partial sum
 constexpr int kOuterThreads = 128;
 
@@ -24,36 +25,69 @@ template <typename T> Matrix<T> matrix(const void* data, int64_t stride, int64_t
   return {static_cast<const T*>(data), stride, columns, access_width({data}, {stride * int64_t(sizeof(T))})};
 }
 
-// out[row, r] = scale * x[row] . m[r]. A warp has kWarpRows rows; a lane adds up every 32nd group of columns.
+// Where 16 bytes of a row of a slice of m lie: a lane has two of them beside 16 bits, and eight lanes' first ones, like
+// their second ones, are in different banks.
+__device__ __forceinline__ int piece_place(int piece) { return piece ^ (piece >> 3 & 1); }
+
+// out[row, r] = scale * x[row] . m[r]. A warp has kWarpRows rows; a lane adds up every 32nd group of columns. The block
+// has the columns of all its lanes' groups of kRanks rows of m in shared memory, and the next ones on their way.
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarp)
-    project(Matrix<T> x, int64_t rows, Matrix<float> m, int64_t rank, float scale, float* out) {
+__global__ void __launch_bounds__(kWarps* kWarp, sizeof(T) == 4 ? 4 : 3)
+    project(Matrix<T> x, int64_t rows, Operand<float> m, int64_t rank, float scale, float* out) {
+  constexpr int slice = kWarp * kGroup<T>, pieces = slice / 4;
+  DSCHAT_SHARED(uint4, memory, kStages * kRanks * pieces);
+  float* shared = reinterpret_cast<float*>(memory);
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t row0 = (int64_t(blockIdx.x) * kWarps + int64_t(threadIdx.x) / kWarp) * kWarpRows;
+  const int columns = int(x.columns);
+  const T* own[kWarpRows];
+  bool there[kWarpRows];
+#pragma unroll
+  for (int i = 0; i < kWarpRows; ++i) {
+    there[i] = row0 + i < rows;
+    own[i] = x.row(there[i] ? row0 + i : 0);
+  }
   for (int64_t r0 = 0; r0 < rank; r0 += kRanks) {
     float sum[kWarpRows][kRanks] = {};
-    for (int64_t begin = int64_t(lane) * kGroup<T>; begin < x.columns; begin += kWarp * kGroup<T>) {
+    const auto load = [&](int64_t s) {
+      float* stage = shared + s % kStages * kRanks * slice;
+      for (int i = int(threadIdx.x); i < kRanks * pieces; i += kWarps * kWarp) {
+        const int r = i / pieces, piece = i % pieces;
+        copy_piece(reinterpret_cast<unsigned char*>(stage + r * slice + piece_place(piece) * 4), m,
+                   r0 + r < rank ? r0 + r : -1, s * slice + piece * 4);
+      }
+    };
+    each_slice((x.columns + slice - 1) / slice, load, [&](int64_t s) {
+      const float* stage = shared + s % kStages * kRanks * slice;
+      const int begin = int(s) * slice + lane * kGroup<T>;
+      if (begin >= columns) return;
       float left[kWarpRows][kGroup<T>];
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i)
-        load_group(x.row(row0 + i) + begin, row0 + i < rows ? x.columns - begin : 0, x.width, left[i]);
+        load_group(own[i] + begin, there[i] ? columns - begin : 0, x.width, left[i]);
 #pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        float right[kGroup<T>];
-        load_group(m.row(r0 + r) + begin, r0 + r < rank ? m.columns - begin : 0, m.width, right);
+      for (int part = 0; part < kGroup<T> / 4; ++part)
 #pragma unroll
-        for (int i = 0; i < kWarpRows; ++i)
+        for (int r = 0; r < kRanks; ++r) {
+          float right[4];
+          load_as<uint4>(stage + r * slice + piece_place(lane * (kGroup<T> / 4) + part) * 4, right);
 #pragma unroll
-          for (int c = 0; c < kGroup<T>; ++c) sum[i][r] = fmaf(left[i][c], right[c], sum[i][r]);
-      }
-    }
+          for (int i = 0; i < kWarpRows; ++i)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sum[i][r] = fmaf(left[i][part * 4 + c], right[c], sum[i][r]);
+        }
+    });
+    float result = 0.0f;  // lane i kRanks + r writes that row's sum
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i)
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
         const float total = warp_sum(sum[i][r]) * scale;
-        if (lane == r && row0 + i < rows && r0 + r < rank) out[(row0 + i) * rank + r0 + r] = total;
+        if (lane == i * kRanks + r) result = total;
       }
+    const int64_t row = row0 + lane / kRanks, r = r0 + lane % kRanks;
+    if (lane < kWarpRows * kRanks && row < rows && r < rank) out[row * rank + r] = result;
+    __syncthreads();  // nobody multiplies the last slices
   }
 }
 
@@ -100,7 +134,7 @@ void inner_products(const Matrix<T>& x, int64_t rows, const float* m, int64_t ra
                     void* stream) {
   if (rows == 0) return;
   DSCHAT_LAUNCH(project<T>, dim3(unsigned(ceil_div(rows, kWarps * kWarpRows))), dim3(kWarps * kWarp), 0, stream, x, rows,
-                matrix<float>(m, x.columns, x.columns), rank, scale, out);
+                operand<float>(m, x.columns, x.columns), rank, scale, out);
 }
 
 }  // namespace

@@ -26,10 +26,29 @@ template <typename T, int kHeight> constexpr int shared_bytes() {
   return GemmTile<T, kHeight>::shared_bytes + GemmTile<T, kHeight>::rows * kLogitPitch * 4;
 }
 
-// chunks[row, chunk] and, for the chunk that has the row's target, target_z[row].
+// The sums of all chunks: three arrays [chunks, rows], so that neighbouring rows lie next to each other.
+struct ChunkSums {
+  float *max, *sum, *weighted;
+  int64_t rows;
+
+  ChunkSums(float* scratch, int64_t chunks, int64_t rows)
+      : max(scratch), sum(scratch + chunks * rows), weighted(scratch + 2 * chunks * rows), rows(rows) {}
+  __device__ __forceinline__ ChunkSum load(int64_t chunk, int64_t row) const {
+    const int64_t at = chunk * rows + row;
+    return {max[at], sum[at], weighted[at]};
+  }
+  __device__ __forceinline__ void store(int64_t chunk, int64_t row, const ChunkSum& c) const {
+    const int64_t at = chunk * rows + row;
+    max[at] = c.max;
+    sum[at] = c.sum;
+    weighted[at] = c.weighted;
+  }
+};
+
+// The sums of a block's rows over one chunk and, for the chunk that has the row's target, target_z[row].
 template <typename T, int kHeight>
 __global__ void __launch_bounds__(kGemmThreads, 2)
-    chunk_sums(Operand<T> hidden, int64_t rows, Operand<T> weight, Head head, const int64_t* targets, ChunkSum* chunks,
+    chunk_sums(Operand<T> hidden, int64_t rows, Operand<T> weight, Head head, const int64_t* targets, ChunkSums chunks,
                float* target_z) {
   DSCHAT_DYNAMIC_SHARED(memory);
   using Tile = GemmTile<T, kHeight>;
@@ -48,24 +67,27 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
     });
   }
   __syncthreads();
-  const int lane = int(threadIdx.x) % kWarp;
-  for (int r = int(threadIdx.x) / kWarp; r < Tile::rows && row0 + r < rows; r += kGemmThreads / kWarp) {
-    const float* z = logits + r * kLogitPitch;
-    const ChunkSum sum = chunk_logsumexp(n, [=](int i) { return z[i]; });
-    if (lane) continue;
-    chunks[(row0 + r) * gridDim.y + blockIdx.y] = sum;
-    const int64_t target = targets[row0 + r] - chunk0;
-    if (target >= 0 && target < n) target_z[row0 + r] = z[target];
+  ChunkSum* sums = reinterpret_cast<ChunkSum*>(memory);  // the products are done with it
+  const int height = int(min(int64_t(Tile::rows), rows - row0)), thread = int(threadIdx.x);
+  for (int r = thread / kWarp; r < height; r += kGemmThreads / kWarp) {
+    const ChunkSum sum = chunk_logsumexp(n, [=](int i) { return logits[r * kLogitPitch + i]; });
+    if (thread % kWarp == 0) sums[r] = sum;
   }
+  __syncthreads();
+  if (thread >= height) return;
+  const int64_t row = row0 + thread, target = targets[row] - chunk0;
+  chunks.store(blockIdx.y, row, sums[thread]);
+  if (target >= 0 && target < n) target_z[row] = logits[thread * kLogitPitch + target];
 }
 
 __global__ void __launch_bounds__(kGemmThreads)
-    fold_chunks(const ChunkSum* chunks, const float* target_z, int64_t rows, int64_t count, float* logprob, float* lse,
+    fold_chunks(ChunkSums chunks, const float* target_z, int64_t rows, int64_t count, float* logprob, float* lse,
                 float* entropy) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   LogSumExp total;
-  for (int64_t c = 0; c < count; ++c) total.fold(chunks[row * count + c]);
+#pragma unroll 4
+  for (int64_t c = 0; c < count; ++c) total.fold(chunks.load(c, row));
   logprob[row] = total.log_prob(target_z[row]);
   lse[row] = total.value();
   if (entropy) entropy[row] = total.entropy();
@@ -80,7 +102,7 @@ extern "C" int launch_token_logprobs(int type, const void* hidden, int64_t hidde
                                      float* entropy, float* scratch, void* stream) {
   if (rows == 0) return launched();
   const int64_t count = ceil_div(vocab, kVocabChunk);
-  auto* chunks = reinterpret_cast<ChunkSum*>(scratch);
+  const ChunkSums chunks(scratch, count, rows);
   float* target_z = scratch + rows * count * 3;
   const Head head{bias, vocab, inverse_temperature(temperature), softcap};
   return launched(count <= 65535 && dispatch(type, [&](auto t) {

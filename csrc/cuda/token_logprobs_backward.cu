@@ -127,17 +127,25 @@ template <typename T> struct ProductTile {
   // simple: rows 8 apart of 4 columns; else two by two of the 16 x 16 parts of a warp's 32 x 32.
   float sum[8][4];
 
-  // f(row, column, sum) for what this thread has of the tile.
-  template <typename F> __device__ __forceinline__ void each(F&& f) {
-    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  static constexpr int run = simple ? 4 : 2;  // neighbours of a row
+
+  // Puts the sums into shared memory, kSumPitch from row to row, or takes them from there; all threads call it, and what
+  // they do with `shared` before and after is up to them.
+  __device__ __forceinline__ void spread(float* shared) const {
+    each_run([&](int r, int c, int i, int j) {
+      float own[run];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+      for (int e = 0; e < run; ++e) own[e] = sum[i][j + e];
+      store_as<Wide>(shared + r * kSumPitch + c, own);
+    });
+  }
+  __device__ __forceinline__ void collect(const float* shared) {
+    each_run([&](int r, int c, int i, int j) {
+      float own[run];
+      load_as<Wide>(shared + r * kSumPitch + c, own);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if constexpr (simple)
-          f(int(threadIdx.x) / 16 + 8 * i, int(threadIdx.x) % 16 * 4 + j, sum[i][j]);
-        else
-          f(warp % 2 * 32 + i / 4 * 16 + j / 2 * 8 + lane / 4, warp / 2 * 32 + i % 4 * 8 + lane % 4 * 2 + j % 2, sum[i][j]);
+      for (int e = 0; e < run; ++e) sum[i][j + e] = own[e];
+    });
   }
 
   // sum += a b; all threads call it. Rows of `a` from row0, `height` of them, and columns of b from column0 on.
@@ -165,6 +173,19 @@ template <typename T> struct ProductTile {
   }
 
  private:
+  using Wide = std::conditional_t<simple, uint4, uint2>;  // a run
+
+  // f(row, column, i, j): sum[i][j] and what follows in its run are this thread's of the tile.
+  template <typename F> static __device__ __forceinline__ void each_run(F&& f) {
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; j += run)
+        if constexpr (simple) f(int(threadIdx.x) / 16 + 8 * i, int(threadIdx.x) % 16 * 4, i, j);
+        else f(warp % 2 * 32 + i / 4 * 16 + j / 2 * 8 + lane / 4, warp / 2 * 32 + i % 4 * 8 + lane % 4 * 2, i, j);
+  }
+
   __device__ __forceinline__ void multiply_simple(const unsigned char* a_slice, const unsigned char* b_slice) {
     const unsigned char* a = a_slice + int(threadIdx.x) / 16 * a_pitch;
     const unsigned char* b = b_slice + int(threadIdx.x) % 16 * 16;
@@ -221,17 +242,30 @@ __global__ void __launch_bounds__(kGemmThreads)
   DSCHAT_DYNAMIC_SHARED(memory);
   const int64_t row0 = int64_t(blockIdx.x) * kRows, column0 = int64_t(blockIdx.y) * kTileColumns, columns = b.k;
   const int height = int(min(int64_t(kRows), rows - row0)), width = int(min(int64_t(kTileColumns), columns - column0));
-  ProductTile<T> tile;
-  tile.each([&](int r, int c, float& sum) {
-    sum = output.begun && r < height && c < width ? output.begun[(row0 + r) * columns + column0 + c] : 0.0f;
-  });
+  using Tile = ProductTile<T>;
+  static_assert(kRows * kSumPitch * 4 <= Tile::shared_bytes);
+  float* sums = reinterpret_cast<float*>(memory);
+  const int c = int(threadIdx.x) % kTileColumns, first = int(threadIdx.x) / kTileColumns;  // lanes have neighbours
+  constexpr int step = kGemmThreads / kTileColumns;
+  const auto place = [=](int r) { return (row0 + r) * columns + column0 + c; };
+  Tile tile{};
+  if (output.begun) {
+    for (int r = first; r < kRows; r += step)
+      sums[r * kSumPitch + c] = r < height && c < width ? output.begun[place(r)] : 0.0f;
+    __syncthreads();
+    tile.collect(sums);
+    __syncthreads();
+  }
   tile.multiply_all(a, row0, height, b, column0, memory);
-  tile.each([&](int r, int c, float& sum) {
-    if (r >= height || c >= width) return;
-    const int64_t row = row0 + r, at = row * columns + column0 + c;
-    if (output.sums) output.sums[at] = sum;
-    else output.out[at] = from_float<T>(output.scales ? sum / output.scales[row * output.scale_step] : sum);
-  });
+  __syncthreads();  // nobody multiplies
+  tile.spread(sums);
+  __syncthreads();
+  if (c >= width) return;
+  for (int r = first; r < height; r += step) {
+    const float sum = sums[r * kSumPitch + c];
+    if (output.sums) output.sums[place(r)] = sum;
+    else output.out[place(r)] = from_float<T>(output.scales ? sum / output.scales[(row0 + r) * output.scale_step] : sum);
+  }
 }
 
 template <typename T>

@@ -122,6 +122,15 @@ def test_packed_has_the_bits_of_attention(dtype: torch.dtype) -> None:
     assert same_bits(y, attention(*batch.arguments, scale=0.25, backend="cuda"))
 
 
+@pytest.mark.parametrize("window", [None, 4100])
+def test_more_pages_than_are_folded_at_a_time(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tiles of keys: a block folds parts in turns."""
+    batch = make_batch([1, 2], [64 * 64 + 70, 64 * 64], 3, 1, 16)
+    split = attention_decode(*batch.arguments, scale=0.2, window=window, num_splits=3, backend="cuda")
+    monkeypatch.setattr("dschat_kernels.ops.attention.SCRATCH", 99)
+    assert same_bits(split, attention(*batch.arguments, scale=0.2, window=window, backend="cuda"))
+
+
 def test_keys_that_are_not_split_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the partial results would not fit, with the same bits; silent where a split would not help."""
     batch = make_batch([1, 1], [300, 70], 4, 2, 24)

@@ -14,8 +14,11 @@ from traffic import DTYPES, TABLE, least, measure, row
 TRAFFIC: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text())
 MOST_MOVED, LEAST_EFFICIENCY = 1.05, 90
 
-_VECTOR = "beside rows of 16 bits a float32 vector takes two loads, each of which uses every other half of its sectors"
-_WORD = "a word that all lanes of a warp read takes a sector"
+_VECTOR = (
+    "beside 8 elements of 16 bits a thread wants 32 bytes of a float32 vector: two loads, each of every other half of "
+    "its sectors, which the first-level cache has for the second"
+)
+_WORD = "all lanes of a warp read a row's one word, which takes a sector"
 _SUMS = "lanes store the elements that they have of sums, two neighbours of 16 bits one after the other"
 _LANE_ROWS = "every lane walks along a row of its own"
 BELOW = {
@@ -30,15 +33,9 @@ BELOW = {
     "gated_act: forward": _VECTOR,
     "gated_act: backward": _VECTOR,
     "rope_append: append_all": "the cache has 16 keys side by side: a token's key goes to a sector an element",
-    "lora_linear: fuse": _WORD,
-    "low_rank_grads: project": _VECTOR,
     "attention: attention_tiles": _SUMS,
-    "attention_decode: fold_partials": _WORD,
     "attention_backward: query_gradients": _LANE_ROWS,
     "attention_backward: key_gradients": _LANE_ROWS,
-    "token_logprobs: chunk_sums": "one lane of a warp stores the three words of a row's chunk",
-    "token_logprobs: fold_chunks": _LANE_ROWS,
-    "token_logprobs_backward: product_tiles": _SUMS,
 }
 """The kernels with rows below LEAST_EFFICIENCY, and why."""
 

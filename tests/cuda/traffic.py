@@ -192,7 +192,7 @@ def _products(dtype: torch.dtype) -> list[Case]:
 
 
 def _factor_gradients(dtype: torch.dtype) -> list[Case]:
-    """A block of project has 8 rows, one of outer 256 rows, 128 columns and 8 of the rank. x and dy are of one size,
+    """A block of project has 16 rows, one of outer 256 rows, 128 columns and 8 of the rank. x and dy are of one size,
     that the rows of a table are."""
     t, rows, size, rank = _random(dtype), 512, 256, 16
     x, dy, factor = t(rows, size), t(rows, size), t(rank, size, dtype=torch.float32)
@@ -200,7 +200,7 @@ def _factor_gradients(dtype: torch.dtype) -> list[Case]:
     return [
         Case("low_rank_grads", lambda: low_rank_grads(x, dy, factor, factor.t(), 0.5, backend="cuda"),
              {"r": rows, "k": size, "rank": rank, "s": dtype.itemsize},
-             {"project": "r * (s * k + 4 * rank) + 4 * rank * k * r / 8",
+             {"project": "r * (s * k + 4 * rank) + 4 * rank * k * r / 16",
               "outer": f"s * r * k * rank / 8 + 4 * r * rank * k / 128 + {blocks}",
               "total_sums": f"{blocks} + 4 * k * rank"})
     ]  # fmt: skip
