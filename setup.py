@@ -45,7 +45,7 @@ def levels() -> list[str]:
     build = build_module()
     if text in ("1", "true", "yes"):
         return [build.select_isa()]
-    known = (*build.isa_levels(), *build.CUDA_ARCHS)
+    known = (*build.instruction_sets.levels(), *build.CUDA_ARCHS)
     named: list[str] = []
     for level in (level.strip() for level in text.split(",")):
         if level not in (*known, "cuda"):

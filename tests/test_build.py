@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from dschat_kernels import build
+from dschat_kernels import build, instruction_sets
 from dschat_kernels.build import BuildError, KernelBuild
 
 REPO = Path(__file__).resolve().parent.parent
@@ -593,26 +593,28 @@ LEVELS = {
 def on(monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str] | None = None) -> None:
     """A machine of another family, with these flags."""
     monkeypatch.delenv("DSCHAT_CPU_ISA", raising=False)
-    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(instruction_sets.platform, "machine", lambda: machine)
     if flags is not None:
-        monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags))
+        monkeypatch.setattr(instruction_sets, "cpu_flags", lambda: frozenset(flags))
 
 
 @pytest.mark.parametrize("machine", LEVELS)
 def test_levels_contain_each_other(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
     on(monkeypatch, machine)
-    assert build.isa_levels() == LEVELS[machine]
-    assert build.isa_flags("portable") == ()
-    flags = [set(build.isa_flags(level)) for level in build.isa_levels()]
+    assert instruction_sets.levels() == LEVELS[machine]
+    assert instruction_sets.flags("portable") == ()
+    flags = [set(instruction_sets.flags(level)) for level in instruction_sets.levels()]
     assert all(smaller < larger for smaller, larger in pairwise(flags))
 
 
 def test_flags_of_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other families' levels too: a cross compiler is told them on this machine."""
-    flags = set(build.isa_flags("avx512"))
+    flags = set(instruction_sets.flags("avx512"))
     assert {"-mavx512f", "-mfma", "-mf16c"} <= flags and "-mamx-bf16" not in flags
-    assert build.isa_flags("neon") == ("-DDSCHAT_NEON", "-march=armv8.2-a+dotprod")
-    assert build.isa_flags("neon_bf16")[-1] == "-march=armv8.2-a+dotprod+bf16"  # of two the last counts
+    assert instruction_sets.flags("neon") == ("-DDSCHAT_NEON", "-march=armv8.2-a+dotprod")
+    assert (
+        instruction_sets.flags("neon_bf16")[-1] == "-march=armv8.2-a+dotprod+bf16"
+    )  # of two the last counts
 
 
 def test_no_flag_lets_the_compiler_choose_the_rounding() -> None:
@@ -648,7 +650,7 @@ def test_automatic_level(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str], amx: bool, expect: str
 ) -> None:
     on(monkeypatch, machine, flags)
-    monkeypatch.setattr(build, "amx_permitted", lambda: amx)
+    monkeypatch.setattr(instruction_sets, "amx_permitted", lambda: amx)
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: True)
     assert build.select_isa() == expect
 
@@ -670,13 +672,13 @@ def test_arm_flags_are_those_that_linux_tells_a_process(monkeypatch: pytest.Monk
         getauxval = Symbol(lambda word: words[word])
 
     on(monkeypatch, "aarch64")
-    monkeypatch.setattr(build.sys, "platform", "linux")
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: Libc)
-    assert build.cpu_flags.__wrapped__() == NEON
+    monkeypatch.setattr(instruction_sets.sys, "platform", "linux")
+    monkeypatch.setattr(instruction_sets.ctypes, "CDLL", lambda name: Libc)
+    assert instruction_sets.cpu_flags.__wrapped__() == NEON
     words[26] |= 1 << 14
-    assert build.cpu_flags.__wrapped__() == NEON | {"bf16"}
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: object())  # a libc without getauxval
-    assert build.cpu_flags.__wrapped__() == frozenset()
+    assert instruction_sets.cpu_flags.__wrapped__() == NEON | {"bf16"}
+    monkeypatch.setattr(instruction_sets.ctypes, "CDLL", lambda name: object())  # a libc without getauxval
+    assert instruction_sets.cpu_flags.__wrapped__() == frozenset()
 
 
 def test_arm_flags_are_those_that_macos_has_names_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,18 +695,18 @@ def test_arm_flags_are_those_that_macos_has_names_of(monkeypatch: pytest.MonkeyP
 
     Libc.sysctlbyname = Symbol(sysctlbyname)  # type: ignore[attr-defined]
     on(monkeypatch, "arm64")
-    monkeypatch.setattr(build.sys, "platform", "darwin")
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: Libc)
-    assert build.cpu_flags.__wrapped__() == NEON
+    monkeypatch.setattr(instruction_sets.sys, "platform", "darwin")
+    monkeypatch.setattr(instruction_sets.ctypes, "CDLL", lambda name: Libc)
+    assert instruction_sets.cpu_flags.__wrapped__() == NEON
     known[b"hw.optional.arm.FEAT_BF16"] = 1
-    assert build.cpu_flags.__wrapped__() == NEON | {"bf16"}
+    assert instruction_sets.cpu_flags.__wrapped__() == NEON | {"bf16"}
     del known[b"hw.optional.arm.FEAT_DotProd"]  # a macOS that does not know the name yet
-    assert build.cpu_flags.__wrapped__() == {"asimd", "bf16"}
+    assert instruction_sets.cpu_flags.__wrapped__() == {"asimd", "bf16"}
 
 
 def test_compiler_that_does_not_know_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "x86_64")
-    monkeypatch.setattr(build, "runnable_isas", lambda: list(build.isa_levels()))
+    monkeypatch.setattr(instruction_sets, "runnable", lambda: list(instruction_sets.levels()))
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: "-mamx-tile" not in flags)
     assert build.select_isa() == "avx512_bf16"
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: "-mavx512bf16" not in flags)
@@ -761,10 +763,10 @@ def test_no_cpuinfo_is_portable(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(str(self))
 
     monkeypatch.setattr(Path, "read_text", no_file)
-    assert build.cpu_flags.__wrapped__() == frozenset()
+    assert instruction_sets.cpu_flags.__wrapped__() == frozenset()
 
 
-@pytest.mark.parametrize("level", build.runnable_isas()[:3])
+@pytest.mark.parametrize("level", instruction_sets.runnable()[:3])
 def test_module_is_compiled_for_its_level(project: Project, level: str) -> None:
     assert project.build(isa=level).load().isa() == level
 

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dschat_kernels import instruction_sets
 from dschat_kernels.int8 import Int8Linear, fuse_linears, quantise_linears
 from dschat_kernels.packing import is_lora
 
@@ -101,17 +101,14 @@ def unpack(name: str) -> Path:
 
 
 def pick_dtype(name: str, device: torch.device = devices.CPU) -> torch.dtype:
-    """ "auto": bfloat16 on a GPU and on CPUs with bfloat16 units (AMX, AVX512-BF16), else float32."""
+    """ "auto": bfloat16 on a GPU and on CPUs with bfloat16 units (AMX, AVX512-BF16, ARM's BFDOT), else float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type != "cpu":
         return torch.bfloat16
-    try:
-        flags = Path("/proc/cpuinfo").read_text() if platform.machine() in ("x86_64", "AMD64") else ""
-    except OSError:
-        flags = ""
-    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
+    units = {"amx_bf16", "avx512_bf16", "bf16"} & instruction_sets.cpu_flags()
+    return torch.bfloat16 if units else torch.float32
 
 
 @contextlib.contextmanager

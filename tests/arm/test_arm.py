@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat_kernels import build
+from dschat_kernels import build, instruction_sets
 
 HERE = Path(__file__).parent
 BY_DOTS = {"bfloat16", "int8_bfloat16"}  # BFDOT rounds otherwise
@@ -19,8 +19,8 @@ NAMES = {"arithmetic", "compare", "rounding", "functions", "ldexp", "pairs", "in
 
 def compile_and_run(level: str, folder: Path) -> list[tuple[str, str]]:
     """(name, digest) of every line of bits.cpp under a level."""
-    if "neon" in build.isa_levels():
-        if level not in build.runnable_isas():
+    if "neon" in instruction_sets.levels():
+        if level not in instruction_sets.runnable():
             pytest.skip(f"this machine does not run {level}")
         compiler, options, emulator = build.find_compiler().argv, [], []
     else:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import dschat_kernels.cuda
-from dschat_kernels.build import Compiler, KernelBuild, isa_flags, runnable_isas
+from dschat_kernels import instruction_sets
+from dschat_kernels.build import Compiler, KernelBuild
 from dschat_kernels.cuda import CudaKernels
 from dschat_kernels.ops._common import cuda_kernels
 
@@ -49,7 +50,13 @@ class EmulatedBuild(KernelBuild):
 
     @property
     def compile_flags(self) -> tuple[str, ...]:
-        given = (*FLAGS, *SEMANTICS, *isa_flags(self.isa), f"-DDSCHAT_MODULE={self.name}", *self.defines)
+        given = (
+            *FLAGS,
+            *SEMANTICS,
+            *instruction_sets.flags(self.isa),
+            f"-DDSCHAT_MODULE={self.name}",
+            *self.defines,
+        )
         return (*given, "-O1", "-g1", "-DDSCHAT_EMULATION_CHECK") if self.checking else (*given, "-O2")
 
     def _compile_command(self, compiler: Compiler, name: str, copy: Path) -> list[str]:
@@ -67,7 +74,7 @@ HEADERS = (*names("cuda/*.cuh"), *names("cuda/*.h"), *names("cuda_emulation/*.h"
 
 def isa() -> str:
     """AVX2 has fmaf as an instruction; without it the results are the same and the tests slower."""
-    return "avx2" if "avx2" in runnable_isas() else "portable"
+    return "avx2" if "avx2" in instruction_sets.runnable() else "portable"
 
 
 @functools.cache

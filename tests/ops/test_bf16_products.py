@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dschat_kernels import build, linear
+from dschat_kernels import build, instruction_sets, linear
 from dschat_kernels.ops._common import kernels
 from dschat_kernels.packing import PackedLinear
 
@@ -32,7 +32,7 @@ MODELS = {"amx model": "-DDSCHAT_AMX_MODEL", "dot model": "-DDSCHAT_BF16_DOT_MOD
 
 def run(model: str, *command: str) -> str:
     """What a Python process prints whose kernels were compiled with the model."""
-    isa = [level for level in build.runnable_isas() if level != "amx"][-1]
+    isa = [level for level in instruction_sets.runnable() if level != "amx"][-1]
     result = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "DSCHAT_CXXFLAGS": MODELS[model], "DSCHAT_CPU_ISA": isa},
@@ -83,7 +83,7 @@ def test_the_amx_instructions_compile(tmp_path: Path) -> None:
     source, made = tmp_path / "empty.cpp", tmp_path / "gemm_amx.o"
     source.write_text("")
     # Its own flags only: one that is wrong among the others must not look like an old compiler.
-    known = [*compiler.argv, *build._X86["amx"][1], "-c", str(source), "-o", str(made)]
+    known = [*compiler.argv, *instruction_sets._X86["amx"][1], "-c", str(source), "-o", str(made)]
     if subprocess.run(known, capture_output=True).returncode != 0:
         pytest.skip(f"{compiler.argv[0]} has no AMX")
     includes = [f"-I{amx.root}", f"-I{amx.root / 'cpu'}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat_kernels import build
+from dschat_kernels import build, instruction_sets
 from dschat_kernels.ops._common import kernels
 
 HERE = Path(__file__).parent
@@ -32,9 +32,9 @@ def test_this_process_runs_the_instruction_set_it_was_told() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", build.isa_levels())
+@pytest.mark.parametrize("isa", instruction_sets.levels())
 def test_ops_under(isa: str) -> None:
-    if isa not in build.runnable_isas():
+    if isa not in instruction_sets.runnable():
         pytest.skip(f"this machine does not run {isa}")
     if isa == kernels().isa:
         pytest.skip("the whole suite runs on it")

@@ -257,9 +257,10 @@ def test_pick_dtype(monkeypatch):
         ("avx512f", torch.float32),
         ("avx512_bf16", torch.bfloat16),
         ("amx_bf16", torch.bfloat16),
+        ("asimd", torch.float32),
+        ("bf16", torch.bfloat16),
     ):
-        monkeypatch.setattr(models.Path, "read_text", lambda self, f=flags: f)
-        monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(models.instruction_sets, "cpu_flags", lambda f=flags: frozenset({f}))
         assert models.pick_dtype("auto") == expected
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from emulated import CSRC, HEADERS, RUNTIME, EmulatedBuild, Order, isa, names, replacing
 
-from dschat_kernels import build
+from dschat_kernels import build, instruction_sets
 from dschat_kernels.cuda import CudaKernels
 from tests.cuda.kept import kept
 from tests.cuda.ptx.translate import Entry, entry_texts, translate
@@ -61,7 +61,7 @@ def cuda_ptx(stem: str, arch: str) -> str:
 def library(entry: Entry) -> Path:
     """A translated kernel, compiled by the host's compiler."""
     compiler = build.find_compiler()
-    flags = [*CXX, *build.isa_flags(isa())]
+    flags = [*CXX, *instruction_sets.flags(isa())]
     headers = (
         CSRC / "cuda_emulation/ptx.h",
         CSRC / "cuda_emulation/float16.h",
