@@ -225,7 +225,9 @@ def evidence_table(results: Sequence[dict[str, Any]]) -> str:
              ", ".join(f"{run['change']:+.2f}" for run in runs), f"{kl:.1f}", f"{short:.0f} -> {long:.0f}"]
         )  # fmt: skip
     prompts, answers = (
-        "-".join(str(n) for n in sorted({r["runs"][0][part][key] for r in results}))
+        "-".join(
+            str(n) for n in sorted({r["runs"][0][part][key] for r in results if key in r["runs"][0][part]})
+        )
         for part, key in (("held_out", "prompts"), ("config", "eval_samples"))
     )
     return "\n".join(
@@ -260,7 +262,7 @@ def render(name: str) -> str:
     return TABLES[kind](result) + "\n"
 
 
-CLAIMS = ("ppo", "grpo", "rloo", "format", "svamp")
+CLAIMS = ("ppo", "grpo", "rloo", "dpo", "format", "svamp")
 TABLES = {
     "generate": generate_table,
     "growth": growth_table,

@@ -556,8 +556,8 @@ def train(
             return run.result
         tokenizer = tokenizer or models.load_tokenizer(config.model)
         encoder = conversations.Encoder(tokenizer, config.system_prompt, config.model)
-        train_set, train_stats = _examples(config, encoder, "train")
-        eval_set, eval_stats = _examples(config, encoder, "eval")
+        train_set, train_stats = read_prompts(config, encoder, "train")
+        eval_set, eval_stats = read_prompts(config, encoder, "eval")
         if model is None:
             found = models.read_config(config.model)
             _check_room(config, [train_set, eval_set], getattr(found, "max_position_embeddings", None))
@@ -678,9 +678,10 @@ def _keeping(run: Run, step: int, modules: Mapping[str, nn.Module]) -> Iterator[
         raise ConfigError(message) from error
 
 
-def _examples(
+def read_prompts(
     config: OnlineConfig, encoder: conversations.Encoder, which: Literal["train", "eval"]
 ) -> tuple[Sequence[data.Example], reading.DataStats]:
+    """The prompts that a config trains on or is evaluated on, and what became of the rows of its data."""
     records, stats = sources.records(config, which)
     factory = environments.load_environment(config.environment) if config.environment else None
     examples = data.prompt_examples(
