@@ -1,9 +1,9 @@
 """Installation: the native sources travel in the package as dschat_kernels/csrc, compiled when first used.
 
 `DSCHAT_AOT=1 pip install .` compiles them now, for this machine's instruction set, so that no compiler is
-needed later; `DSCHAT_AOT=portable,avx2,avx512` names the levels, for an image or a wheel that other machines
-will use. GPU architectures go into the same list: `DSCHAT_AOT=avx512,sm_80,sm_90` (`cuda`: all that the kernels are
-written for), compiled by nvcc, with or without a GPU in the machine.
+needed later; `DSCHAT_AOT=portable,avx2,avx512` (on ARM `portable,neon,neon_bf16`) names the levels, for an image
+or a wheel that other machines will use. GPU architectures go into the same list: `DSCHAT_AOT=avx512,sm_80,sm_90`
+(`cuda`: all that the kernels are written for), compiled by nvcc, with or without a GPU in the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def levels() -> list[str]:
     build = build_module()
     if text in ("1", "true", "yes"):
         return [build.select_isa()]
-    known = (*build.ISA_LEVELS, *build.CUDA_ARCHS)
+    known = (*build.isa_levels(), *build.CUDA_ARCHS)
     named: list[str] = []
     for level in (level.strip() for level in text.split(",")):
         if level not in (*known, "cuda"):

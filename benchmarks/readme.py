@@ -246,7 +246,7 @@ def _reward_model(results: Sequence[dict[str, Any]]) -> str:
     longer = max(judge["longer_wins"], 1 - judge["longer_wins"])
     return (
         f" The reward model's accuracy on {judge['pairs']} held-out pairs is {100 * judge['accuracy']:.0f} %; going by "
-        f"length alone gives {100 * longer:.0f} %."
+        f"length alone, and equal lengths right by half, gives {100 * longer:.0f} %."
     )
 
 

@@ -2,15 +2,19 @@
 dataclass.
 
 Whatever is wrong with the input is said in one sentence on stderr, with exit code 2; --debug shows the
-traceback.
+traceback. Ctrl-C ends a command with one too, and exit code 130.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import config as configs
@@ -19,6 +23,9 @@ from .config import Config, ConfigError
 
 EXIT_BAD_INPUT = 2
 EXIT_NOT_PASSED = 1
+EXIT_INTERRUPTED = 130
+PRESS = 0.5
+"""Seconds within which Ctrl-C counts once: a launcher passes on what the terminal has sent to all processes."""
 OPTIONAL = {
     "datasets": "hub data sets",
     "pyarrow": "parquet files",
@@ -37,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_press():
         warnings.showwarning = _show_warning
         try:
             return _run(words)
-        except KeyboardInterrupt:
-            print("dschat: interrupted", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as stop:
+            print(f"dschat: {stop}" if stop.args else "dschat: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
         except Exception as error:
             if debug:
                 raise
@@ -55,6 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = "" if expected else " (--debug shows where)"
             print(f"dschat: error: {kind}{lines[0]}{hint}", file=sys.stderr)
             return EXIT_BAD_INPUT
+
+
+@contextlib.contextmanager
+def _one_press() -> Iterator[None]:
+    """Inside, a Ctrl-C that comes twice is one, so that the second does not hit what the first lets be cleaned up."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    last = -PRESS
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > PRESS:
+            last = now
+            raise KeyboardInterrupt
+
+    if ours:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from . import config as configs
+from .cli import EXIT_INTERRUPTED
 from .config import ConfigError
 
 USAGE = """dschat launch: a command in several processes
@@ -123,6 +124,7 @@ class _Group:
         self.command, self.processes, self.port = command, processes, port
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.errors: dict[int, IO[bytes]] = {}
+        self.interrupted = False
 
     def run(self) -> int:
         previous = {s: signal.signal(s, self._asked) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -155,6 +157,7 @@ class _Group:
 
     def _asked(self, number: int, frame: object) -> None:
         """Ctrl-C reaches the processes by itself, from the terminal; what else ends the launcher is passed on."""
+        self.interrupted |= number == signal.SIGINT
         for process in self.running.values():
             if number != signal.SIGINT or not sys.stdin.isatty():
                 with contextlib.suppress(ProcessLookupError):
@@ -173,6 +176,8 @@ class _Group:
             time.sleep(0.05)
         if first is None:
             return 0
+        if self.interrupted and ended.get(0) == EXIT_INTERRUPTED:
+            return EXIT_INTERRUPTED  # the lead has said it
         code = ended[first]
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if first:

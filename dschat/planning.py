@@ -168,7 +168,7 @@ def estimate_rows(run: Any, machine: PlanConfig) -> Estimate:
     trained = model.lora(run.lora_r) if run.lora_r else model.parameters
     fed = -(-run.batch_size // gpus) * run.max_length * (2 if run.command == "reward" else 1)
     again = stage == 3 or run.gradient_checkpointing
-    parts = _trained("model", model.parameters, trained, size, stage, run.offload, gpus)
+    parts = _trained("model", model.parameters, trained, run.dtype, stage, run.offload, gpus)
     parts.append(_activations(model, fed, size, again))
     tokens = answers(run) * run.max_length
     peak = machine.tflops * 1e12 * machine.efficiency
@@ -195,7 +195,7 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     length = run.max_prompt_length + run.max_new_tokens
 
     trained = policy.lora(run.lora_r) if run.lora_r else policy.parameters
-    parts = _trained("policy", policy.parameters, trained, size, stage, run.offload, gpus)
+    parts = _trained("policy", policy.parameters, trained, run.dtype, stage, run.offload, gpus)
     if run.base_weights == "int8":  # linear layers, a number a byte; scales are a thousandth
         parts[0] = Part("policy: weights", policy.matrices + policy.embeddings * size + trained * 4)
     packed = size if run.rollout_weights == "model" else 1
@@ -210,7 +210,7 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
     scores, on_policy = scorer.parameters * size, run.critic_trunk == "policy"
     if run.critic_update != "head":
         critic = scorer.parameters if run.critic_update == "all" else scorer.lora(run.critic_lora_r)
-        parts += _trained("critic", scorer.parameters, critic, size, critic_stage, run.offload, gpus)
+        parts += _trained("critic", scorer.parameters, critic, run.dtype, critic_stage, run.offload, gpus)
         if on_policy:  # its base is the policy's
             parts[-3] = Part("critic: weights", critic * 4)
     elif not on_policy:  # a head is a few numbers, which are not counted
@@ -247,14 +247,17 @@ def estimate(run: PPOConfig, machine: PlanConfig) -> Estimate:
 
 
 def _trained(
-    name: str, all_: int, trained: int, size: int, stage: int, offload: bool, gpus: int
+    name: str, all_: int, trained: int, dtype: str, stage: int, offload: bool, gpus: int
 ) -> list[Part]:
-    """Weights, gradients and optimizer state: float32 masters beside bfloat16 weights, and two moments."""
+    """Weights, gradients and optimizer state: float32 masters beside weights of 16 bits, and two moments. DeepSpeed
+    adds float16's gradients up in float32."""
     host = offload and stage > 0
+    size = 4 if dtype == "float32" else 2
+    summed = 4 if dtype == "float16" and stage else size
     state = trained * (8 if size == 4 or trained != all_ else 12)
     return [
         Part(f"{name}: weights", all_ * size / (gpus if stage == 3 else 1), host and stage == 3),
-        Part(f"{name}: gradients", trained * size / (gpus if stage >= 2 else 1)),
+        Part(f"{name}: gradients", trained * summed / (gpus if stage >= 2 else 1)),
         Part(f"{name}: optimizer", state / (gpus if stage >= 1 else 1), host),
     ]
 

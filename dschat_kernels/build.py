@@ -15,7 +15,7 @@ A key covers sources, headers, flags, compiler, Python ABI, pybind11, torch and 
 happens in a temporary folder and is published by one rename, so a killed builder leaves nothing that could be
 loaded; meta.json holds the module's SHA-256, so a damaged file is rebuilt, not loaded.
 
-Environment: DSCHAT_CACHE_DIR, DSCHAT_CPU_ISA (one of ISA_LEVELS), DSCHAT_DISABLE_JIT=1 (never run
+Environment: DSCHAT_CACHE_DIR, DSCHAT_CPU_ISA (one of isa_levels()), DSCHAT_DISABLE_JIT=1 (never run
 a compiler), DSCHAT_CXXFLAGS (extra flags, such as -fsanitize=undefined), CXX (the compiler), MAX_JOBS
 (compilations at a time).
 """
@@ -57,11 +57,13 @@ except ImportError:  # Windows: load() says so
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of a published folder; part of every key
-ISA_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
-# A level: (what /proc/cpuinfo must list, compiler flags). Each level contains the one before.
-_ISA_NEEDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "portable": ((), ()),
+# Families of CPUs, by platform.machine(), and their levels: (what `cpu_flags` must list, compiler flags). Each level
+# contains the one before.
+_Levels = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+_PORTABLE: _Levels = {"portable": ((), ())}
+_X86: _Levels = {
+    **_PORTABLE,
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
     "avx512": (
         ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -70,6 +72,25 @@ _ISA_NEEDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512_bf16": (("avx512_bf16",), ("-mavx512bf16",)),
     "amx": (("amx_tile", "amx_bf16"), ("-mamx-tile", "-mamx-bf16")),
 }
+# Compilers for 64-bit ARM use NEON at every level; the define chooses what is written with it. Of two -march the last
+# counts.
+_ARM: _Levels = {
+    **_PORTABLE,
+    "neon": (("asimd", "asimddp"), ("-DDSCHAT_NEON", "-march=armv8.2-a+dotprod")),
+    "neon_bf16": (("bf16",), ("-march=armv8.2-a+dotprod+bf16",)),
+}
+_FAMILIES = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+
+
+def _levels() -> _Levels:
+    """The levels of this machine's family of CPUs."""
+    return _FAMILIES.get(platform.machine(), _PORTABLE)
+
+
+def isa_levels() -> tuple[str, ...]:
+    """ISA levels of this machine's family of CPUs, weakest first."""
+    return tuple(_levels())
+
 
 # No -ffast-math and no contraction: a result must not depend on what a compiler chooses to reorder or fuse.
 _COMPILE_FLAGS = (
@@ -162,12 +183,44 @@ def _available_memory() -> int:
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """Instruction-set names as the Linux kernel lists them (so the system also saves their registers)."""
+    if _levels() is _ARM:
+        return _arm_flags()
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
     match = re.search(r"^flags\s*:(.*)$", text, re.M)
     return frozenset(match[1].split()) if match else frozenset()
+
+
+# Name in Linux -> its bit in the words AT_HWCAP (16) and AT_HWCAP2 (26), and what macOS calls it.
+_ARM_FLAGS = {
+    "asimd": (16, 1, "hw.optional.AdvSIMD"),
+    "asimddp": (16, 20, "hw.optional.arm.FEAT_DotProd"),
+    "bf16": (26, 14, "hw.optional.arm.FEAT_BF16"),
+}
+
+
+def _arm_flags() -> frozenset[str]:
+    """What an ARM CPU has of `_ARM_FLAGS`, as the system tells a process: /proc/cpuinfo may be an emulator's host's."""
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return frozenset(name for name, (_, _, known) in _ARM_FLAGS.items() if _sysctl(libc, known))
+        libc.getauxval.restype = ctypes.c_ulong
+        libc.getauxval.argtypes = [ctypes.c_ulong]
+        return frozenset(
+            name for name, (word, bit, _) in _ARM_FLAGS.items() if libc.getauxval(word) >> bit & 1
+        )
+    except (OSError, AttributeError):  # a system that tells it otherwise
+        return frozenset()
+
+
+def _sysctl(libc: ctypes.CDLL, name: str) -> int:
+    """A number that macOS knows by name; 0 where it does not."""
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    libc.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return value.value
 
 
 @functools.cache
@@ -185,7 +238,7 @@ def amx_permitted() -> bool:
 
 def missing_for(level: str) -> list[str]:
     """What this machine lacks for an ISA level; empty where it can run it."""
-    needed = [name for step in ISA_LEVELS[: ISA_LEVELS.index(level) + 1] for name in _ISA_NEEDS[step][0]]
+    needed = [name for needs, _ in _steps(level) for name in needs]
     missing = [name for name in needed if name not in cpu_flags()]
     if level == "amx" and not missing and not amx_permitted():
         missing = ["the kernel's permission to use AMX"]
@@ -194,21 +247,27 @@ def missing_for(level: str) -> list[str]:
 
 def runnable_isas() -> list[str]:
     """ISA levels that this machine can run, weakest first."""
-    return [level for level in ISA_LEVELS if not missing_for(level)]
+    return [level for level in isa_levels() if not missing_for(level)]
 
 
 def isa_flags(level: str) -> tuple[str, ...]:
-    """Compiler flags of an ISA level."""
-    steps = ISA_LEVELS[: ISA_LEVELS.index(level) + 1]
-    return tuple(flag for step in steps for flag in _ISA_NEEDS[step][1])
+    """Compiler flags of an ISA level, of this machine's CPUs or of another family."""
+    return tuple(flag for _, flags in _steps(level) for flag in flags)
+
+
+def _steps(level: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """A level's entry after those that it contains."""
+    family = next(levels for levels in (_levels(), _X86, _ARM) if level in levels)
+    names = list(family)
+    return [family[name] for name in names[: names.index(level) + 1]]
 
 
 def select_isa() -> str:
     """DSCHAT_CPU_ISA, or the best level that CPU, system and compiler have."""
     forced = os.environ.get("DSCHAT_CPU_ISA", "").strip().lower()
     runnable = runnable_isas()
-    if forced and forced not in ISA_LEVELS:
-        raise BuildError(f"DSCHAT_CPU_ISA is {forced!r}: give one of {', '.join(ISA_LEVELS)}, or unset it.")
+    if forced and forced not in isa_levels():
+        raise BuildError(f"DSCHAT_CPU_ISA is {forced!r}: give one of {', '.join(isa_levels())}, or unset it.")
     if forced and forced not in runnable:
         raise BuildError(
             f"DSCHAT_CPU_ISA is {forced!r}, but this machine lacks {', '.join(missing_for(forced))}: "

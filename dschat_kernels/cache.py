@@ -202,18 +202,18 @@ class PagedKVCache:
         k, v = cache_shapes(pages, num_kv_heads, head_dim, dtype)
         self.k = _zeros((num_layers, *k), dtype, self.device)
         self.v = _zeros((num_layers, *v), dtype, self.device)
-        self._table = np.full((slots, max_pages_per_slot), -1, dtype=np.int32)
+        self._table = np.empty((slots, max_pages_per_slot), dtype=np.int32)
         self._table[num_slots:] = num_pages  # the padding slot's page
-        self._lengths = np.zeros(num_slots, dtype=np.int32)
-        self.block_table = torch.from_numpy(self._table)  # shares memory with _table
+        self._lengths = np.empty(num_slots, dtype=np.int32)
+        self._owned = np.empty(num_slots, dtype=np.int64)  # block table entries in use
+        self._refs = np.empty(num_pages, dtype=np.int32)
         self._mirrored = self.device.type != "cpu"
-        self._stale = False  # whether block_table, a mirror, is behind _table
+        self.clear()
+        self.block_table = torch.from_numpy(self._table)  # shares memory with _table
         if self._mirrored:
             self.block_table = self.block_table.to(self.device)
+        self._stale = False  # whether block_table, a mirror, is behind _table
         self.lengths = torch.from_numpy(self._lengths)
-        self._owned = np.zeros(num_slots, dtype=np.int64)  # block table entries in use
-        self._refs = np.zeros(num_pages, dtype=np.int32)
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: recently used pages are warm
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -277,6 +277,15 @@ class PagedKVCache:
         slot = self._slot(slot)
         self._drop(slot, 0)
         self._lengths[slot] = 0
+
+    def clear(self) -> None:
+        """Forgets every sequence, also what a call that was interrupted left half done."""
+        self._table[: self.num_slots] = -1
+        self._stale = self._mirrored
+        self._lengths[:] = 0
+        self._owned[:] = 0
+        self._refs[:] = 0
+        self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: recently used pages are warm
 
     def fork(self, src: int, *dst: int) -> None:
         """Makes each slot of ``dst`` a copy of ``src`` by sharing its pages, and frees what it held.

@@ -8,6 +8,7 @@ tables.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -109,15 +110,29 @@ def _tensors(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]
     return [moved[place : place + len(a)] for a, place in zip(arrays, places.tolist(), strict=False)]
 
 
-class NativeExecutor:
+class _Executor:
+    """A decoder's way over its plan. The decoder holds it, and is not held by it: packs are gigabytes, and go with the
+    last reference to their decoder, not some time later with a cycle of references."""
+
+    def __init__(self, decoder: Decoder, trace: Trace | None = None):
+        self._decoder = weakref.ref(decoder)
+        self.trace = trace
+
+    @property
+    def decoder(self) -> Decoder:
+        decoder = self._decoder()
+        assert decoder is not None, "whoever walks a plan holds its decoder"
+        return decoder
+
+
+class NativeExecutor(_Executor):
     """Walks the plan in one call of the CPU kernels.
 
     With `trace` every call runs by itself and is reported with its output, which changes no bits.
     """
 
     def __init__(self, decoder: Decoder, trace: Trace | None = None):
-        self.decoder = decoder
-        self.trace = trace
+        super().__init__(decoder, trace)
         self.names = list(decoder.plan.widths)
         self.buffers: dict[str, Tensor] = {}
         self.plan: Any = None
@@ -189,13 +204,13 @@ class NativeExecutor:
         if tokens <= self.capacity["tokens"] and selected <= self.capacity["selected"]:
             return
         tokens, selected = max(tokens, self.capacity["tokens"]), max(selected, self.capacity["selected"])
-        self.capacity = {"tokens": tokens, "selected": selected}
+        self.plan = None  # before a buffer goes that it points to
         for name, width in self.decoder.plan.widths.items():
             rows = max(1, selected if name in ("sel", "projected", "logits") else tokens)
             dtype = torch.float32 if name == "logits" else self.decoder.dtype
             if name not in self.buffers or self.buffers[name].shape[0] < rows:
                 self.buffers[name] = torch.zeros(rows, width, dtype=dtype, device="cpu")
-        self.plan = None
+        self.capacity = {"tokens": tokens, "selected": selected}  # once all are that large
 
     def _build(self, calls: Sequence[OpCall]) -> Any:
         d, spec = self.decoder, self.decoder.spec
@@ -255,7 +270,7 @@ class NativeExecutor:
             plan.select_rows(index[c.input], index[c.out], d.plan.widths[c.out])
 
 
-class PythonExecutor:
+class PythonExecutor(_Executor):
     """Walks the plan op by op on the decoder's backend and device. `trace` receives every call and its output.
 
     On the triton and cuda backends the ops over the cache are called without their own checks, which would wait for
@@ -263,8 +278,7 @@ class PythonExecutor:
     """
 
     def __init__(self, decoder: Decoder, trace: Trace | None = None):
-        self.decoder = decoder
-        self.trace = trace
+        super().__init__(decoder, trace)
         self.checked = decoder.backend in ("reference", "cpu")
 
     def rebind(self) -> None:

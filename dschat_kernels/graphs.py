@@ -216,6 +216,7 @@ class DecodeGraphs(KeptCache):
         if bucket.forward is None:
             bucket.forward, bucket.logits = self._record(lambda: self.executor.walk(bucket.tables, cache))
         if bucket.draw is None or bucket.draws != sampling:
+            bucket.draws = None
             bucket.draw, bucket.drawn = self._record(lambda: self._draw(bucket, sampling))
             bucket.draws = dict(sampling)
         return bucket

@@ -28,8 +28,7 @@ class KeptCache:
         """An empty cache for that many sequences and tokens; the one before must not be used any more."""
         held = self.cache
         if held is not None and self.holds(num_slots, max_tokens):
-            for slot in range(held.num_slots):
-                held.free(slot)
+            held.clear()
             return held
         self.release()
         self.cache = self.decoder.new_cache(num_slots, max_tokens, padding=self.padding)

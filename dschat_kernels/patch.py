@@ -348,8 +348,8 @@ class Patch:
         if self.fused is not None:
             target = self.fused.model
             self._swap(target, _causal_lm, ())
-        vars(target)[_MARK] = self
         self._marked = target
+        vars(target)[_MARK] = self
 
     def _left(self, name: str, module: nn.Module, kind: str, reason: str, in_gated: bool) -> Entry | None:
         """The entry of a module whose class stays; None for containers and what computes nothing."""
@@ -379,8 +379,8 @@ class Patch:
     def _swap(self, module: nn.Module, make_forward: Callable[..., Any], options: tuple[Any, ...]) -> None:
         original: Any = type(module)
         fused = _fused_class(original, original.forward, make_forward, options)
+        self._swapped.append((module, original, fused))  # first: what is listed is put back, swapped or not
         module.__class__ = fused
-        self._swapped.append((module, original, fused))
 
     # ------------------------------------------------------------------------------------------ public
 
@@ -410,7 +410,8 @@ class Patch:
         """Take the kernels out. Afterwards every class is what it was; a second call does nothing."""
         if self._marked is None:
             return
-        changed = [m for m, _, fused in self._swapped if type(m) is not fused]
+        # An undo that was interrupted has put some back.
+        changed = [m for m, original, fused in self._swapped if type(m) not in (fused, original)]
         if changed:
             raise RuntimeError(
                 f"The class of a {original_class(changed[0]).__name__} was changed after the patch, to "

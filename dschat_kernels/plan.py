@@ -25,7 +25,7 @@ from .cache import KV_CACHES, PagedKVCache, pages_for
 from .executors import Draw, Drawn, NativeExecutor, PythonExecutor, StepTables
 from .models.spec import DecoderSpec, LayerSpec, LinearSpec, NormSpec, Unsupported
 from .ops._common import DTYPES as OP_DTYPES
-from .ops._common import is_plain, native, ptr, resolve_backend
+from .ops._common import is_plain, lasting_tensors, native, ptr, resolve_backend
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import MAX_HEAD_DIM
@@ -317,7 +317,7 @@ def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
+        with self.lock, lasting_tensors():
             return method(self, *args, **kwargs)
 
     return locked
@@ -395,6 +395,8 @@ class Decoder:
         self.lock = threading.RLock()
         self._sources: list[tuple[Any, str, Tensor, int | None, int]] = []
         self._adapters: list[tuple[Any, tuple[Any, ...]]] = []
+        self._settled = True
+        """False from when a refresh begins to write until it ends; one that was interrupted leaves it so."""
         self.backend = backend or ("cpu" if native() is not None else "reference")
         self.max_tokens = max_tokens
         self.plan = make_plan(spec)
@@ -445,20 +447,22 @@ class Decoder:
         """
         start = time.perf_counter()
         stats = RefreshStats()
-        with torch.no_grad():
-            if self.gather is None:
-                parts = self._resolve(self.groups)
-                self._check_shapes(parts)
-                self._check_devices(parts)
-                known = _Digests(stats)
-                self._refresh_part(parts, list(self.norms), known, stats)
-                self._refresh_tables(known, stats)
-            else:
-                self._refresh_sharded(self.gather, stats)
-            self._remember()
-        if stats.changed:
+        if self.gather is None:
+            parts = self._resolve(self.groups)
+            self._check_shapes(parts)
+            self._check_devices(parts)
+            settled, self._settled = self._settled, False
+            known = _Digests(stats)
+            self._refresh_part(parts, list(self.norms), known, stats)
+            self._refresh_tables(known, stats)
+        else:
+            settled, self._settled = self._settled, False
+            self._refresh_sharded(self.gather, stats)
+        self._remember()
+        if stats.changed or not settled:  # what an interrupted one changed, nobody has counted
             self.epoch += 1
             self._rebind()
+        self._settled = True
         stats.seconds = time.perf_counter() - start
         return stats
 
@@ -479,6 +483,8 @@ class Decoder:
         """Whether parameters and adapters are those of the last `refresh`, as far as one can tell without reading them:
         by identity, version counter, address and the adapters' switches. Much cheaper than `refresh`, which alone sees
         what was written through `.data`."""
+        if not self._settled:
+            return False
         for place, name, tensor, version, address in self._sources:
             if place.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
@@ -553,6 +559,7 @@ class Decoder:
             key = known.of(norm.spec.sources())
             stats.total += 1
             if key != self._norm_keys.get(name):
+                self._norm_keys.pop(name, None)  # as for a group's key
                 norm.fill(self.device)
                 self._norm_keys[name] = key
                 stats.changed += 1
@@ -602,6 +609,7 @@ class Decoder:
         stats.total += 1
         if key == self._table_key:
             return
+        self._table_key = None
         held = (self.embed_table, self.position_table) if self._tables_copied else (None, None)
         if not in_place:  # into the copies of last time, where there are some
             tables = [_refill(h, t.contiguous(), self.dtype) for h, t in zip(held, tables, strict=False)]
@@ -617,8 +625,9 @@ class Decoder:
         if ropes and (not self.ropes or self.ropes[0][0].shape[0] < positions):
             size = 1 << max(9, (positions - 1).bit_length())
             made = [rope.tables(size) for rope in ropes]
-            self.ropes = [(cos.to(self.device), sin.to(self.device)) for cos, sin in made]
-            self._rebind()
+            tables = [(cos.to(self.device), sin.to(self.device)) for cos, sin in made]
+            self._rebind()  # before those go that the plan points to
+            self.ropes = tables
         return self.ropes
 
     def rope_of(self, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -634,6 +643,7 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------ steps
 
+    @lasting_tensors()
     def new_cache(
         self, num_slots: int, max_tokens: int, num_pages: int | None = None, *, padding: bool = False
     ) -> PagedKVCache:
@@ -734,8 +744,9 @@ class Decoder:
         self, tokens: Tensor, cache: PagedKVCache, slots: np.ndarray, lens: np.ndarray, logits: str
     ) -> np.ndarray:
         """The tokens as an array, once everything fits together."""
-        if self.epoch == 0:
-            raise RuntimeError("the decoder has no packs yet: call refresh() before step().")
+        if self.epoch == 0 or not self._settled:
+            state = "has no packs yet" if self._settled else "has packs of a refresh that did not end"
+            raise RuntimeError(f"the decoder {state}: call refresh() before step().")
         if tokens.dtype != torch.int64 or tokens.dim() != 1 or tokens.device.type != "cpu":
             raise TypeError(
                 f"tokens are {tokens.dtype} of shape {list(tokens.shape)} on {tokens.device}: "

@@ -152,7 +152,10 @@ def test_evidence_table() -> None:
     text = readme.evidence_table([{**result, "reward_model": judge}])
     assert "| grpo | 0.00 | 0.50 | **+0.50** (+0.25 to +0.75) | +0.60, +0.40 | 2.0 | 19 -> 16 |" in text
     assert "64 held-out prompts, 4 answers each" in text
-    assert "accuracy on 118 held-out pairs is 81 %; going by length alone gives 65 %" in text
+    assert (
+        "accuracy on 118 held-out pairs is 81 %; going by length alone, and equal lengths right by half, gives 65 %"
+        in text
+    )
 
 
 def test_growth_plot(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,10 @@ static PyObject* isa(PyObject*, PyObject*) {
   return PyUnicode_FromString("avx512");
 #elif defined(__AVX2__)
   return PyUnicode_FromString("avx2");
+#elif defined(DSCHAT_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return PyUnicode_FromString("neon_bf16");
+#elif defined(DSCHAT_NEON) && defined(__ARM_FEATURE_DOTPROD)
+  return PyUnicode_FromString("neon");
 #else
   return PyUnicode_FromString("portable");
 #endif
@@ -576,51 +581,137 @@ def test_max_jobs_is_respected(project: Project, monkeypatch: pytest.MonkeyPatch
 AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
-def test_levels_contain_each_other() -> None:
+NEON = {"asimd", "asimddp"}
+LEVELS = {
+    "x86_64": ("portable", "avx2", "avx512", "avx512_bf16", "amx"),
+    "aarch64": ("portable", "neon", "neon_bf16"),
+    "arm64": ("portable", "neon", "neon_bf16"),  # macOS
+    "riscv64": ("portable",),
+}
+
+
+def on(monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str] | None = None) -> None:
+    """A machine of another family, with these flags."""
+    monkeypatch.delenv("DSCHAT_CPU_ISA", raising=False)
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    if flags is not None:
+        monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags))
+
+
+@pytest.mark.parametrize("machine", LEVELS)
+def test_levels_contain_each_other(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    on(monkeypatch, machine)
+    assert build.isa_levels() == LEVELS[machine]
     assert build.isa_flags("portable") == ()
-    flags = [set(build.isa_flags(level)) for level in build.ISA_LEVELS]
+    flags = [set(build.isa_flags(level)) for level in build.isa_levels()]
     assert all(smaller < larger for smaller, larger in pairwise(flags))
-    assert {"-mavx512f", "-mfma", "-mf16c"} <= flags[2]
-    assert "-mamx-bf16" not in flags[2]
+
+
+def test_flags_of_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other families' levels too: a cross compiler is told them on this machine."""
+    flags = set(build.isa_flags("avx512"))
+    assert {"-mavx512f", "-mfma", "-mf16c"} <= flags and "-mamx-bf16" not in flags
+    assert build.isa_flags("neon") == ("-DDSCHAT_NEON", "-march=armv8.2-a+dotprod")
+    assert build.isa_flags("neon_bf16")[-1] == "-march=armv8.2-a+dotprod+bf16"  # of two the last counts
 
 
 def test_no_flag_lets_the_compiler_choose_the_rounding() -> None:
-    for level in build.ISA_LEVELS:
+    for level in {level for levels in LEVELS.values() for level in levels}:
         flags = build.cpu_build(level).compile_flags
         assert "-ffp-contract=off" in flags
         assert not {"-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-march=native"} & set(flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "amx", "expect"),
+    ("machine", "flags", "amx", "expect"),
     [
-        (set(), False, "portable"),
-        ({"avx2", "fma", "f16c"}, False, "avx2"),
-        ({"avx2", "fma"}, False, "portable"),
-        (AVX512, False, "avx512"),
-        (AVX512 - {"avx512bw"}, False, "avx2"),
-        (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, True, "amx"),
-        (AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, False, "avx512_bf16"),
-        (AVX512 | {"avx512_bf16"}, False, "avx512_bf16"),
-        ({"avx512_bf16"}, False, "portable"),
-        (AVX512 | {"amx_tile", "amx_bf16"}, True, "avx512"),
+        ("x86_64", set(), False, "portable"),
+        ("x86_64", {"avx2", "fma", "f16c"}, False, "avx2"),
+        ("x86_64", {"avx2", "fma"}, False, "portable"),
+        ("x86_64", AVX512, False, "avx512"),
+        ("x86_64", AVX512 - {"avx512bw"}, False, "avx2"),
+        ("x86_64", AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, True, "amx"),
+        ("x86_64", AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, False, "avx512_bf16"),
+        ("x86_64", AVX512 | {"avx512_bf16"}, False, "avx512_bf16"),
+        ("x86_64", {"avx512_bf16"}, False, "portable"),
+        ("x86_64", AVX512 | {"amx_tile", "amx_bf16"}, True, "avx512"),
+        ("aarch64", set(), False, "portable"),
+        ("aarch64", {"asimd"}, False, "portable"),
+        ("aarch64", NEON, False, "neon"),
+        ("arm64", NEON | {"bf16"}, False, "neon_bf16"),
+        ("aarch64", {"asimd", "bf16"}, False, "portable"),
+        ("aarch64", AVX512, False, "portable"),
+        ("riscv64", AVX512 | NEON, False, "portable"),
     ],
 )
-def test_automatic_level(monkeypatch: pytest.MonkeyPatch, flags: set[str], amx: bool, expect: str) -> None:
-    monkeypatch.delenv("DSCHAT_CPU_ISA", raising=False)
-    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags))
+def test_automatic_level(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str], amx: bool, expect: str
+) -> None:
+    on(monkeypatch, machine, flags)
     monkeypatch.setattr(build, "amx_permitted", lambda: amx)
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: True)
     assert build.select_isa() == expect
 
 
-def test_compiler_that_does_not_know_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DSCHAT_CPU_ISA", raising=False)
-    monkeypatch.setattr(build, "runnable_isas", lambda: list(build.ISA_LEVELS))
+class Symbol:
+    """A function of libc, whose types may be set, as ctypes has it."""
+
+    def __init__(self, function: Callable[..., int]) -> None:
+        self.function = function
+
+    def __call__(self, *args: object) -> int:
+        return self.function(*args)
+
+
+def test_arm_flags_are_those_that_linux_tells_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {16: 1 << 1 | 1 << 20 | 1 << 22, 26: 1 << 13}
+
+    class Libc:
+        getauxval = Symbol(lambda word: words[word])
+
+    on(monkeypatch, "aarch64")
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: Libc)
+    assert build.cpu_flags.__wrapped__() == NEON
+    words[26] |= 1 << 14
+    assert build.cpu_flags.__wrapped__() == NEON | {"bf16"}
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: object())  # a libc without getauxval
+    assert build.cpu_flags.__wrapped__() == frozenset()
+
+
+def test_arm_flags_are_those_that_macos_has_names_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {b"hw.optional.AdvSIMD": 1, b"hw.optional.arm.FEAT_DotProd": 1, b"hw.optional.arm.FEAT_BF16": 0}
+
+    def sysctlbyname(name: bytes, value: Any, size: Any, new: object, length: object) -> int:
+        if name not in known:
+            return -1
+        value._obj.value = known[name]
+        return 0
+
+    class Libc:
+        pass
+
+    Libc.sysctlbyname = Symbol(sysctlbyname)  # type: ignore[attr-defined]
+    on(monkeypatch, "arm64")
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: Libc)
+    assert build.cpu_flags.__wrapped__() == NEON
+    known[b"hw.optional.arm.FEAT_BF16"] = 1
+    assert build.cpu_flags.__wrapped__() == NEON | {"bf16"}
+    del known[b"hw.optional.arm.FEAT_DotProd"]  # a macOS that does not know the name yet
+    assert build.cpu_flags.__wrapped__() == {"asimd", "bf16"}
+
+
+def test_compiler_that_does_not_know_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "x86_64")
+    monkeypatch.setattr(build, "runnable_isas", lambda: list(build.isa_levels()))
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: "-mamx-tile" not in flags)
     assert build.select_isa() == "avx512_bf16"
     monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: "-mavx512bf16" not in flags)
     assert build.select_isa() == "avx512"
+    on(monkeypatch, "aarch64")
+    monkeypatch.setattr(build.Compiler, "accepts", lambda self, flags: not any("bf16" in f for f in flags))
+    assert build.select_isa() == "neon"
 
 
 def test_compiler_accepts(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,7 +722,7 @@ def test_compiler_accepts(project: Project, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_forcing_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c", "avx512f"}))
+    on(monkeypatch, "x86_64", {"avx2", "fma", "f16c", "avx512f"})
     for level in ("portable", "avx2"):
         monkeypatch.setenv("DSCHAT_CPU_ISA", level)
         assert build.select_isa() == level
@@ -647,7 +738,25 @@ def test_forcing_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
         build.select_isa()
 
 
+def test_forcing_a_level_on_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "aarch64", NEON)
+    for level in ("portable", "neon"):
+        monkeypatch.setenv("DSCHAT_CPU_ISA", level)
+        assert build.select_isa() == level
+    monkeypatch.setenv("DSCHAT_CPU_ISA", "neon_bf16")
+    with pytest.raises(BuildError) as caught:
+        build.select_isa()
+    assert sentence_of(caught.value) == (
+        "DSCHAT_CPU_ISA is 'neon_bf16', but this machine lacks bf16: give one of portable, neon, or unset it."
+    )
+    monkeypatch.setenv("DSCHAT_CPU_ISA", "avx2")
+    with pytest.raises(BuildError, match="give one of portable, neon, neon_bf16, or unset it"):
+        build.select_isa()
+
+
 def test_no_cpuinfo_is_portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "x86_64")
+
     def no_file(self: Path, *args: object, **kwargs: object) -> str:
         raise FileNotFoundError(str(self))
 

@@ -142,6 +142,16 @@ def test_memory_by_hand():
     assert {p.name: p.host for p in found.parts}["reference (1/8)"]
 
 
+@pytest.mark.parametrize(("stage", "size"), [(None, 2), (1, 4), (2, 4 / 8)])
+def test_deepspeed_adds_up_gradients_of_float16_in_float32(stage, size):
+    run = PPOConfig(
+        model="facebook/opt-1.3b", reward=["facebook/opt-350m"], lora_r=0, dtype="float16", zero_stage=stage
+    )
+    parts = {p.name: p.bytes for p in planning.estimate(run, PlanConfig(recipe="-", gpus=8)).parts}
+    weights = parts["policy: weights"] / 2
+    assert parts["policy: gradients"] == pytest.approx(weights * size)
+
+
 def test_frozen_models_are_counted_where_they_lie():
     """OPT-1.3B and its reward model of 350M, 8 GPUs: whole without ZeRO-3 of the policy or of the critic, in shards
     with it, and not on the GPU where they are offloaded; no reference under an adapter."""

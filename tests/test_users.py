@@ -6,8 +6,12 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import gc
+import os
 import pickle
 import random
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,11 @@ from peft import LoraConfig, get_peft_model
 
 import dschat_kernels as dk
 from dschat import HybridEngine, SamplingConfig
+from dschat_kernels.cache import PagedKVCache
 from dschat_kernels.models.versions import cache_name
 from dschat_kernels.ops.attention import packed_attention
+from dschat_kernels.plan import Decoder
+from tests.interrupts import interrupted, moments
 from tests.tiny_models import build, randomise, stories
 
 CACHE = cache_name()
@@ -319,6 +326,24 @@ class TestThreads:
         with pytest.raises(RuntimeError, match="packs changed in the middle of a rollout"):
             engine.generate(ids(), None, sampling, on_token=change)
         engine.generate(ids(), None, sampling)
+
+
+def test_workers_of_a_data_loader() -> None:
+    """Forked after a rollout, from an engine whose kernels have run on several threads."""
+    engine, sampling = HybridEngine(build("llama")), SamplingConfig(max_new_tokens=5, seed=3)
+    alone = [engine.generate(ids(2, 9, i), None, sampling).completion_ids for i in range(4)]
+
+    class Rollouts(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return engine.generate(ids(2, 9, i), None, sampling).completion_ids
+
+    loader = torch.utils.data.DataLoader(
+        Rollouts(), batch_size=None, num_workers=2, timeout=120, multiprocessing_context="fork"
+    )
+    assert all(map(torch.equal, loader, alone))
 
 
 class TestCaches:
@@ -685,3 +710,221 @@ class TestWhatOthersPutIn:
     def test_an_engine_is_not_copied(self) -> None:
         with pytest.raises(TypeError, match="HybridEngine cannot be copied or pickled: copy its model"):
             copy.deepcopy(HybridEngine(build("llama")))
+
+
+class TestInterrupts:
+    """Ctrl-C anywhere leaves an engine or a model that goes on as if the call had not been made."""
+
+    PACKING = (
+        "refresh", "_refresh_part", "_refresh_group", "_refresh_tables", "_remember", "_rebind", "fill", "_refill",
+    )  # fmt: skip
+    STEPS = (
+        "rope_tables", "_reserve", "decode", "prepare_append", "_grow", "_take", "_share", "_drop", "flip",
+        "_make_decoder", "_roll_out",
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_engine(self, adapter: bool) -> None:
+        """In a rollout that packs other weights and grows every buffer; afterwards with those weights, or with the ones
+        before."""
+        model = with_adapter() if adapter else build("gpt2")
+        weights = [{k: (1 + 0.1 * i) * v for k, v in model.state_dict().items()} for i in range(2)]
+        small, large = (ids(1, 3), 1), (ids(2, 19, 3), 2)
+
+        def generate(engine: HybridEngine, what: tuple[torch.Tensor, int]) -> torch.Tensor:
+            return engine.generate(
+                what[0], None, SamplingConfig(max_new_tokens=3, n=what[1], seed=3)
+            ).logprobs
+
+        def begun() -> HybridEngine:
+            model.load_state_dict(weights[0])
+            engine = HybridEngine(model)
+            generate(engine, small)
+            model.load_state_dict(weights[1])
+            return engine
+
+        expected = []
+        for held in weights:
+            model.load_state_dict(held)
+            expected.append([generate(HybridEngine(model), what) for what in (small, large)])
+        engine = begun()
+        where = self.PACKING if adapter else (*self.PACKING, *self.STEPS)
+        for line, time in moments(lambda e=engine: generate(e, large), "", *where):
+            engine = begun()
+            assert interrupted(lambda e=engine: generate(e, large), line, time), line
+            assert gc.isenabled() and not engine._rolling_out.locked(), line
+            now = line[1] % 2
+            model.load_state_dict(weights[now])
+            for what, alone in zip((small, large), expected[now], strict=True):
+                assert torch.equal(generate(engine, what), alone), line
+
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_training(self, exact: bool) -> None:
+        model = with_adapter()
+        held = copy.deepcopy(model.state_dict())
+        engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), exact=exact)
+        rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=4, seed=3))
+
+        def train() -> torch.Tensor:
+            engine.backward(-engine.logprobs(rollout).sum())
+            engine.step(1.0)
+            return engine.generate(ids(), None, rollout.sampling).logprobs
+
+        expected = train()
+        model.load_state_dict(held)
+        where = ("backward", "exact_weight", "ready", "apply", "step")
+        for line, time in list(moments(train, "", *where)):
+            model.load_state_dict(held)
+            assert interrupted(train, line, time), line
+            model.load_state_dict(held)
+            engine.optimizer.zero_grad()
+            assert torch.equal(train(), expected), line
+
+    def test_patched_model(self) -> None:
+        """In `generate`, with other weights than those of the packs."""
+        model = build("llama")
+        weights = [{k: (1 + 0.1 * i) * v for k, v in model.state_dict().items()} for i in range(2)]
+
+        def generate() -> torch.Tensor:
+            options = {**GREEDY, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+            return model.generate(ids(3), **options).logits[-1]
+
+        with dk.patch(model, strict=True) as patch:
+            expected = []
+            for held in weights:
+                model.load_state_dict(held)
+                expected.append(generate())
+            for i, (line, time) in enumerate(
+                moments(generate, "", *self.PACKING, "describe", "_hook", "open", "wrote")
+            ):
+                model.load_state_dict(weights[i % 2])
+                interrupted(generate, line, time)
+                model.load_state_dict(weights[i // 2 % 2])
+                assert torch.equal(generate(), expected[i // 2 % 2]), line
+            assert not patch.report().notes
+
+    def test_patch_and_undo(self) -> None:
+        """Half a patch is taken out again; half an undo is brought to its end by the next."""
+        model = build("llama")
+        classes = [type(module) for module in model.modules()]
+
+        def plain() -> bool:
+            return [type(m) for m in model.modules()] == classes and "_dschat_patch" not in vars(model)
+
+        for line, time in list(moments(lambda: dk.patch(model).undo(), "patch.py")):
+            made: list[Any] = []
+
+            def both(made: list[Any] = made) -> None:
+                made.append(dk.patch(model))
+                made[0].undo()
+
+            assert interrupted(both, line, time), line
+            if made:
+                made[0].undo()
+            elif not plain():  # the call had ended, but for giving its result
+                dk.patch(model).undo()
+            assert plain(), line
+
+
+class TestModes:
+    """What is global in torch, around the first use of a model, or between two."""
+
+    MODES = {
+        "inference_mode": torch.inference_mode,
+        "no_grad": torch.no_grad,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "float64": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
+        "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False),
+        "one thread": lambda: switched(torch.set_num_threads, 1, torch.get_num_threads()),
+    }
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_engine(self, mode: str, exact: bool) -> None:
+        """A rollout in a mode is the same, and trains; the next one outside sees all that was trained."""
+        model = build("gpt2")
+        sampling = SamplingConfig(max_new_tokens=5, n=2, seed=3)
+        alone = HybridEngine(model).generate(ids(), None, sampling)
+        engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), exact=exact)
+        with self.MODES[mode]():
+            rollout = engine.generate(ids(), None, sampling)
+        assert torch.equal(rollout.logprobs, alone.logprobs)
+        engine.backward(engine.logprobs(rollout).sum())
+        engine.step()
+        after = engine.generate(ids(), None, sampling)
+        assert torch.equal(after.logprobs, HybridEngine(model).generate(ids(), None, sampling).logprobs)
+        assert not torch.equal(after.logprobs, alone.logprobs)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_patched_model(self, mode: str) -> None:
+        model, other = build("gpt2"), build("gpt2", seed=5)
+        weights = [copy.deepcopy(m.state_dict()) for m in (model, other)]
+        patch = dk.patch(model, strict=True)
+        for held in weights:
+            for within in (self.MODES[mode], contextlib.nullcontext):
+                model.load_state_dict(held)
+                other.load_state_dict(held)
+                with within():
+                    assert torch.equal(model.generate(ids(), **GREEDY), other.generate(ids(), **GREEDY))
+        assert patch.report().notes == (
+            ["a forward ran transformers' own code: autocast is on"] if mode == "autocast" else []
+        )
+
+
+@contextlib.contextmanager
+def switched(switch: Any, on: Any, off: Any) -> Any:
+    switch(on)
+    try:
+        yield
+    finally:
+        switch(off)
+
+
+class TestMemory:
+    def test_an_engine_goes_with_its_last_reference(self) -> None:
+        """And gigabytes of packs with it: no cycle of references waits for a garbage collection."""
+        model = build("llama")
+        gc.collect()
+        gc.disable()
+        try:
+            for exact in (False, True):
+                engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), exact=exact)
+                rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=3))
+                engine.backward(engine.logprobs(rollout).sum())
+                engine.step()
+                held = [weakref.ref(x) for x in (engine, engine.decoder, engine.decoder.packed("lm_head"))]
+                del engine, rollout
+                assert [one() for one in held] == [None] * 3
+        finally:
+            gc.enable()
+
+    def test_nothing_grows(self) -> None:
+        """Generations, steps, patches, engines and models made and dropped: as many objects, descriptors and threads
+        after ten rounds as before."""
+        model = with_adapter()
+        engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+        base = build("llama")
+
+        def round() -> None:
+            rollout = engine.generate(ids(), None, SamplingConfig(max_new_tokens=3, n=2))
+            engine.backward(engine.logprobs(rollout).sum())
+            engine.step(1.0)
+            with dk.patch(base):
+                base.generate(ids(), **GREEDY)
+                HybridEngine(base).generate(ids(), None, rollout.sampling)
+            dropped = build("llama")
+            dk.patch(dropped).model.generate(ids(), **GREEDY)
+
+        def count() -> list[int]:
+            gc.collect()
+            kinds = (torch.Tensor, torch.nn.Module, Decoder, PagedKVCache)
+            objects = gc.get_objects()
+            found = [sum(issubclass(type(x), kind) for x in objects) for kind in kinds]
+            return [*found, threading.active_count(), len(os.listdir("/proc/self/fd"))]
+
+        for _ in range(2):
+            round()
+        before = count()
+        for _ in range(10):
+            round()
+        assert count() == before

@@ -42,6 +42,8 @@ void spread(int64_t elements, F&& f) {
 constexpr const char* kIsa = "amx";
 #elif defined(__AVX512BF16__)
 constexpr const char* kIsa = "avx512_bf16";
+#elif defined(DSCHAT_BFDOT)
+constexpr const char* kIsa = "neon_bf16";
 #else
 constexpr const char* kIsa = DSCHAT_ISA_NAME;
 #endif

@@ -52,14 +52,16 @@ inline int64_t padded_depth(DType dtype, Weights weights, int64_t k) {
   return panel_depth(static_cast<const float*>(nullptr), k);
 }
 
-// How bfloat16 products are computed: widened to float32, by dot products of pairs, or on AMX tiles; "model": by the
-// software model of the tests.
+// How bfloat16 products are computed: widened to float32, by dot products of pairs ("bfdot": ARM's, whose bits are others),
+// or on AMX tiles; "model": by the software model of the tests.
 #if defined(DSCHAT_AMX_MODEL)
 constexpr const char* kBf16Products = "amx model";
 #elif defined(DSCHAT_AMX)
 constexpr const char* kBf16Products = "amx";
 #elif defined(DSCHAT_BF16_DOT_MODEL)
 constexpr const char* kBf16Products = "dot model";
+#elif defined(DSCHAT_BFDOT)
+constexpr const char* kBf16Products = "bfdot";
 #elif defined(DSCHAT_BF16_DOT)
 constexpr const char* kBf16Products = "dot";
 #else

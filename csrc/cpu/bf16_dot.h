@@ -1,13 +1,22 @@
-// Sums of products of bfloat16 pairs (AVX512-BF16): sum += x[1] y[1], then sum += x[0] y[0], in every float32 lane.
+// Sums of products of bfloat16 pairs, in every float32 lane; subnormal factors and sums count as zero.
 //
-// A product of two bfloat16 is exact in float32, so each step rounds once; subnormal factors and sums count as zero.
-// With DSCHAT_BF16_DOT_MODEL the instruction is these two steps in plain C++: the same kernels and layouts run on any
-// machine, and a machine that has the instruction shows that the model's bits are its bits.
+//   AVX512-BF16   sum += x[1] y[1], then sum += x[0] y[0]. A product of two bfloat16 is exact in float32, so each step
+//                 rounds once.
+//   ARM's BFDOT   sum += (x[0] y[0] + x[1] y[1]): both additions round to odd (the neighbour whose last bit is 1), which
+//                 errs by less than one unit in the last place to either side. (A process for which the system sets
+//                 FPCR.EBF has fused ones that round to nearest; Linux sets it for none.)
+//
+// The bits of the two differ, as those of any two instruction sets. With DSCHAT_BF16_DOT_MODEL the first is in plain C++:
+// the same kernels and layouts run on any machine, and a machine that has the instruction shows that the model's bits are
+// its bits. The second runs in an emulator of the processor (.ci/arm).
 #pragma once
 
 #include "amx.h"
 
-#if (defined(__AVX512BF16__) || defined(DSCHAT_BF16_DOT_MODEL)) && !defined(DSCHAT_AMX)
+#if defined(DSCHAT_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define DSCHAT_BFDOT 1
+#endif
+#if (defined(__AVX512BF16__) || defined(DSCHAT_BFDOT) || defined(DSCHAT_BF16_DOT_MODEL)) && !defined(DSCHAT_AMX)
 #define DSCHAT_BF16_DOT 1
 #endif
 
@@ -56,6 +65,33 @@ inline Vec dot(Vec sum, Bf16Pairs x, Bf16Pairs y) {
     lanes[i] = flush_subnormal(float(even + double(lanes[i])));
   }
   return load(lanes);
+}
+
+#elif defined(DSCHAT_BFDOT)
+
+struct Bf16Pairs {
+  bfloat16x8_t a, b, c, d;
+};
+DSCHAT_INLINE Bf16Pairs load_pairs(const bf16* p) {
+  const bfloat16_t* q = reinterpret_cast<const bfloat16_t*>(p);
+  return {vld1q_bf16(q), vld1q_bf16(q + 8), vld1q_bf16(q + 16), vld1q_bf16(q + 24)};
+}
+// Integers up to 256 are exact in bfloat16: the upper halves of their floats.
+DSCHAT_INLINE Bf16Pairs load_pairs(const int8_t* p) {
+  const Vec l = load(p), h = load(p + kLanes);
+  const auto pairs = [](float32x4_t x, float32x4_t y) {
+    return vreinterpretq_bf16_u16(vuzp2q_u16(vreinterpretq_u16_f32(x), vreinterpretq_u16_f32(y)));
+  };
+  return {pairs(l.a, l.b), pairs(l.c, l.d), pairs(h.a, h.b), pairs(h.c, h.d)};
+}
+DSCHAT_INLINE Bf16Pairs set1(Bf16Pair x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const bfloat16x8_t q = vreinterpretq_bf16_u32(vdupq_n_u32(bits));
+  return {q, q, q, q};
+}
+DSCHAT_INLINE Vec dot(Vec sum, Bf16Pairs x, Bf16Pairs y) {
+  return quarters([](float32x4_t s, bfloat16x8_t p, bfloat16x8_t q) { return vbfdotq_f32(s, p, q); }, sum, x, y);
 }
 
 #else

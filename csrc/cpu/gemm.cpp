@@ -1,3 +1,7 @@
+#if defined(DSCHAT_NEON) && !defined(__clang__)
+// Before it allocates registers GCC would load all of a panel's weights first, and accumulators would go to memory.
+#pragma GCC optimize("no-schedule-insns")
+#endif
 #include "gemm.h"
 
 #include <type_traits>

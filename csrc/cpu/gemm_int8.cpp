@@ -1,18 +1,22 @@
 #include "gemm_int8.h"
 
+#include "int16_dot.h"
 #include "quantise.h"
 
-// The instruction (AVX512-VNNI: four products of bytes a lane) is asked for by function, not by build: machines of one
-// instruction set level may or may not have it.
+// Four products of bytes a lane. AVX512-VNNI is asked for by function, not by build: machines of one instruction set level
+// may or may not have it.
 #if defined(__AVX512F__) && defined(__x86_64__)
-#define DSCHAT_VNNI 1
-#define DSCHAT_VNNI_TARGET __attribute__((target("avx512vnni")))
+#define DSCHAT_QUAD_DOT 1
+#define DSCHAT_QUAD_TARGET __attribute__((target("avx512vnni")))
+#elif defined(DSCHAT_NEON)
+#define DSCHAT_QUAD_DOT 1
+#define DSCHAT_QUAD_TARGET
 #endif
 
 namespace dschat {
 namespace {
 
-// Quantised rows. The instruction multiplies unsigned bytes by signed ones: weights are stored as value + 128, and
+// Quantised rows. x86's instruction multiplies unsigned bytes by signed ones: weights are stored as value + 128, and
 // sum (w + 128) q = sum w q + 128 sum q, so an accumulator begins at -128 sum q.
 struct Rows {
   int8_t* values;    // [rows][stride]
@@ -88,7 +92,14 @@ struct Rows {
 };
 
 constexpr int64_t kQuadsInGroup = kQuantGroup / 4;
-constexpr int kInt8Rows = 8;  // at once: with more, compilers keep accumulators in memory
+// Rows at once, and panels at once by MR rows: with more, compilers keep accumulators in memory.
+#if defined(DSCHAT_NEON)
+constexpr int kInt8Rows = 2;
+template <int MR> constexpr int int8_panels_at_once() { return kInt8Rows / MR; }
+#else
+constexpr int kInt8Rows = 8;
+template <int MR> constexpr int int8_panels_at_once() { return MR <= 2 ? 4 : (MR <= 4 ? 2 : 1); }
+#endif
 
 // sums[MR][NP * 32] = MR rows times NP panels, whose bytes are fetched ahead where they come from memory (kStream).
 template <int MR, int NP, bool kStream>
@@ -116,32 +127,61 @@ void multiply_plain(const Rows& rows, const uint8_t* w, int64_t panel, float* su
   (void)ahead;
 }
 
-#if defined(DSCHAT_VNNI)
+#if defined(DSCHAT_QUAD_DOT)
+#if defined(DSCHAT_NEON)
+struct Quads {
+  int8x16_t v[4];
+};
+DSCHAT_INLINE Sums first_sums(int32_t) { return no_sums(); }  // weights are signed again: nothing to take away
+DSCHAT_INLINE Quads load_quads(const uint8_t* p) {
+  Quads w;
+  for (int i = 0; i < 4; ++i) w.v[i] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * i), vdupq_n_u8(128)));
+  return w;
+}
+DSCHAT_INLINE int8x16_t same_quad(const int8_t* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(bits));
+}
+DSCHAT_INLINE Sums add_quads(Sums s, Quads w, int8x16_t x) {
+  for (int i = 0; i < 4; ++i) s.v[i] = vdotq_s32(s.v[i], w.v[i], x);
+  return s;
+}
+#else
+using Quads = __m512i;
+DSCHAT_INLINE Sums first_sums(int32_t begin) { return {_mm512_set1_epi32(begin)}; }
+DSCHAT_INLINE Quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
+DSCHAT_INLINE Quads same_quad(const int8_t* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return _mm512_set1_epi32(bits);
+}
+DSCHAT_QUAD_TARGET DSCHAT_INLINE Sums add_quads(Sums s, Quads w, Quads x) { return {_mm512_dpbusd_epi32(s.v, w, x)}; }
+#endif
+
 // Loops over accumulators are unrolled, so that these stay in registers.
 #define DSCHAT_UNROLL _Pragma("GCC unroll 16")
 template <int MR, int NP, bool kStream>
-DSCHAT_VNNI_TARGET void multiply_vnni(const Rows& rows, const uint8_t* w, int64_t panel, float* sums, Ahead& ahead) {
+DSCHAT_QUAD_TARGET void multiply_quads(const Rows& rows, const uint8_t* w, int64_t panel, float* sums, Ahead& ahead) {
   constexpr int64_t kAhead = 2048;
   const int64_t stride = rows.stride, groups = rows.groups;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t q0 = g * kQuadsInGroup, q1 = std::min(rows.quads, q0 + kQuadsInGroup);
     const int32_t* begins = rows.begins + g;
-    __m512i acc[MR][NP][2];
+    Sums acc[MR][NP][2];
     DSCHAT_UNROLL for (int r = 0; r < MR; ++r)
-      DSCHAT_UNROLL for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = _mm512_set1_epi32(begins[r * groups]);
+      DSCHAT_UNROLL for (int p = 0; p < NP; ++p) acc[r][p][0] = acc[r][p][1] = first_sums(begins[r * groups]);
     for (int64_t q = q0; q < q1; ++q) {
       if (!kStream) ahead.step();  // half a panel a block: all of it while two or more blocks pass
       const int8_t* x = rows.values + q * 4;
       for (int p = 0; p < NP; ++p) {
         const uint8_t* at = w + p * panel + q * 128;
         if (kStream) __builtin_prefetch(at + kAhead), __builtin_prefetch(at + kAhead + 64);
-        const __m512i lo = _mm512_loadu_si512(at), hi = _mm512_loadu_si512(at + 64);
+        const Quads lo = load_quads(at), hi = load_quads(at + 64);
         for (int r = 0; r < MR; ++r) {
-          int32_t bits;
-          std::memcpy(&bits, x + r * stride, 4);
-          const __m512i four = _mm512_set1_epi32(bits);
-          acc[r][p][0] = _mm512_dpbusd_epi32(acc[r][p][0], lo, four);
-          acc[r][p][1] = _mm512_dpbusd_epi32(acc[r][p][1], hi, four);
+          const auto four = same_quad(x + r * stride);
+          acc[r][p][0] = add_quads(acc[r][p][0], lo, four);
+          acc[r][p][1] = add_quads(acc[r][p][1], hi, four);
         }
       }
     }
@@ -150,15 +190,17 @@ DSCHAT_VNNI_TARGET void multiply_vnni(const Rows& rows, const uint8_t* w, int64_
       DSCHAT_UNROLL for (int p = 0; p < NP; ++p)
         DSCHAT_UNROLL for (int h = 0; h < 2; ++h) {
           float* sum = sums + (r * NP + p) * kPanel + h * kLanes;
-          store(sum, fma(Vec{_mm512_cvtepi32_ps(acc[r][p][h])}, scale, g == 0 ? zero() : load(sum)));
+          store(sum, fma(to_floats(acc[r][p][h]), scale, g == 0 ? zero() : load(sum)));
         }
     }
   }
 }
 #endif
 
-bool has_vnni() {
-#if defined(DSCHAT_VNNI)
+bool has_quad_dot() {
+#if defined(DSCHAT_NEON)
+  return true;
+#elif defined(DSCHAT_QUAD_DOT)
   static const bool yes = __builtin_cpu_supports("avx512vnni");
   return yes;
 #else
@@ -170,12 +212,12 @@ struct Int8Job {
   const uint8_t* w;
   int64_t panel;  // bytes
   const TileSink& sink;
-  bool vnni;
+  bool quad_dot;
 
   template <int MR, int NP, bool kStream> void tile(const Rows& rows, int64_t row, int64_t p, Ahead& ahead) const {
     alignas(64) float sums[MR * NP * kPanel];
-#if defined(DSCHAT_VNNI)
-    if (vnni) multiply_vnni<MR, NP, kStream>(rows, w + p * panel, panel, sums, ahead);
+#if defined(DSCHAT_QUAD_DOT)
+    if (quad_dot) multiply_quads<MR, NP, kStream>(rows, w + p * panel, panel, sums, ahead);
     else
 #endif
       multiply_plain<MR, NP, kStream>(rows, w + p * panel, panel, sums, ahead);
@@ -184,7 +226,7 @@ struct Int8Job {
 
   // Whole of the work of a single row block.
   template <int MR> void stream(const Rows& rows, int64_t row, int64_t p0, int64_t p1) const {
-    constexpr int NP = MR <= 2 ? 4 : (MR <= 4 ? 2 : 1);
+    constexpr int NP = int8_panels_at_once<MR>();
     Ahead none;
     int64_t p = p0;
     for (; p + NP <= p1; p += NP) tile<MR, NP, true>(rows, row, p, none);
@@ -198,7 +240,7 @@ void multiply_panels_int8(DType x_type, const void* x, int64_t x_stride, int64_t
                           int64_t r1, int64_t p0, int64_t p1, const TileSink& sink) {
   if (r0 >= r1 || p0 >= p1) return;
   const int64_t panel = panel_depth(panels, k) * kPanel;
-  const Int8Job job{reinterpret_cast<const uint8_t*>(panels), panel, sink, has_vnni()};
+  const Int8Job job{reinterpret_cast<const uint8_t*>(panels), panel, sink, has_quad_dot()};
   const int64_t limit = std::max<int64_t>(1, 512 * 1024 / (Rows::row_bytes(k) * kInt8Rows)) * kInt8Rows;  // stays in L2
   for (int64_t g0 = r0; g0 < r1; g0 += limit) {
     const int64_t count = std::min(limit, r1 - g0), blocks = (count + kInt8Rows - 1) / kInt8Rows;

@@ -68,6 +68,49 @@ DSCHAT_INLINE void store_int16(int16_t* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
+#elif defined(DSCHAT_NEON)
+struct Sums {
+  int32x4_t v[4];
+};
+struct Pairs {  // apart, so that multiply-adds of their own add to the sums: [8 pairs]
+  int16x8_t first[2], second[2];
+};
+DSCHAT_INLINE Sums no_sums() { return {}; }
+DSCHAT_INLINE Sums load_sums(const int32_t* p) { return {{vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)}}; }
+DSCHAT_INLINE void store_sums(int32_t* p, Sums s) {
+  for (int i = 0; i < 4; ++i) vst1q_s32(p + 4 * i, s.v[i]);
+}
+DSCHAT_INLINE Vec to_floats(Sums s) {
+  return {vcvtq_f32_s32(s.v[0]), vcvtq_f32_s32(s.v[1]), vcvtq_f32_s32(s.v[2]), vcvtq_f32_s32(s.v[3])};
+}
+DSCHAT_INLINE Pairs widen_pairs(const int8_t* p) {
+  const int8x16x2_t x = vld2q_s8(p);
+  const auto widen = [](int8x16_t q, int16x8_t* to) { to[0] = vmovl_s8(vget_low_s8(q)), to[1] = vmovl_high_s8(q); };
+  Pairs pairs;
+  widen(x.val[0], pairs.first), widen(x.val[1], pairs.second);
+  return pairs;
+}
+DSCHAT_INLINE Pairs same_pair(const int16_t* p) {
+  const int16x8_t first = vdupq_n_s16(p[0]), second = vdupq_n_s16(p[1]);
+  return {{first, first}, {second, second}};
+}
+DSCHAT_INLINE Sums add_products(Sums s, Pairs x, Pairs y) {
+  const auto add = [&s](const int16x8_t* p, const int16x8_t* q) {
+    for (int i = 0; i < 2; ++i) {
+      s.v[2 * i] = vmlal_s16(s.v[2 * i], vget_low_s16(p[i]), vget_low_s16(q[i]));
+      s.v[2 * i + 1] = vmlal_high_s16(s.v[2 * i + 1], p[i], q[i]);
+    }
+  };
+  add(x.first, y.first), add(x.second, y.second);
+  return s;
+}
+DSCHAT_INLINE void store_int16(int16_t* p, Vec x) {
+  const auto pack = [](float32x4_t l, float32x4_t h) {
+    return vcombine_s16(vqmovn_s32(vcvtq_s32_f32(l)), vqmovn_s32(vcvtq_s32_f32(h)));
+  };
+  vst1q_s16(p, pack(x.a, x.b)), vst1q_s16(p + 8, pack(x.c, x.d));
+}
+
 #else
 struct Sums {
   int32_t v[kLanes];

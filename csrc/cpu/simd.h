@@ -1,7 +1,7 @@
 // Sixteen float lanes on every ISA, so that packed layouts, lane trees and therefore results do not depend on
 // how wide the machine's registers are. All arithmetic is float32; bfloat16 exists only in memory.
 //
-//   avx512    one zmm               avx2    two ymm               portable    a plain array
+//   avx512    one zmm          avx2    two ymm          neon    four q          portable    a plain array
 //
 // The build passes -ffp-contract=off: a multiply-add is fused exactly where the source says fma().
 #pragma once
@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(DSCHAT_NEON)
+#include <arm_neon.h>
 #endif
 
 #define DSCHAT_INLINE inline __attribute__((always_inline))
@@ -137,16 +139,6 @@ DSCHAT_INLINE __m256 widen_int8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 DSCHAT_INLINE Vec load(const int8_t* p) { return {widen_int8(p), widen_int8(p + 8)}; }
-DSCHAT_INLINE Vec load(const float* p, int n) {
-  alignas(32) float t[kLanes] = {};
-  std::memcpy(t, p, size_t(n) * sizeof(float));
-  return load(t);
-}
-DSCHAT_INLINE Vec load(const bf16* p, int n) {
-  alignas(32) bf16 t[kLanes] = {};
-  std::memcpy(t, p, size_t(n) * sizeof(bf16));
-  return load(t);
-}
 DSCHAT_INLINE __m256i round_bf16(__m256 f) {  // results in the low halves of the 32-bit lanes
   __m256i u = _mm256_castps_si256(f);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -168,16 +160,6 @@ DSCHAT_INLINE void store(float* p, Vec x) {
   _mm256_storeu_ps(p + 8, x.b);
 }
 DSCHAT_INLINE void store(bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_bf16(x)); }
-DSCHAT_INLINE void store(float* p, Vec x, int n) {
-  alignas(32) float t[kLanes];
-  store(t, x);
-  std::memcpy(p, t, size_t(n) * sizeof(float));
-}
-DSCHAT_INLINE void store(bf16* p, Vec x, int n) {
-  alignas(32) bf16 t[kLanes];
-  store(t, x);
-  std::memcpy(p, t, size_t(n) * sizeof(bf16));
-}
 DSCHAT_INLINE Vec operator+(Vec x, Vec y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 DSCHAT_INLINE Vec operator-(Vec x, Vec y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 DSCHAT_INLINE Vec operator*(Vec x, Vec y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
@@ -205,11 +187,6 @@ DSCHAT_INLINE __m256 pow2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
 DSCHAT_INLINE Vec pow2i(Vec n) { return {pow2i_half(n.a), pow2i_half(n.b)}; }
-// x 2^n for integral-valued lanes with -126 <= n <= 128, anything below. 2^128 is no float, so the power is split in two.
-DSCHAT_INLINE Vec ldexp(Vec x, Vec n) {
-  const Vec half = round_even(n * set1(0.5f));
-  return x * pow2i(half) * pow2i(n - half);
-}
 DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
 DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
   __m256i u0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -219,6 +196,103 @@ DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
   hi = {_mm256_castsi256_ps(_mm256_and_si256(u0, upper)), _mm256_castsi256_ps(_mm256_and_si256(u1, upper))};
 }
 #define DSCHAT_ISA_NAME "avx2"
+
+#elif defined(DSCHAT_NEON)
+// --------------------------------------------------------------------------------------------------- NEON
+#define DSCHAT_VEC_REGISTERS 8
+struct Vec {
+  float32x4_t a, b, c, d;
+};
+// f of every quarter.
+template <typename F, typename... V> DSCHAT_INLINE Vec quarters(F f, V... x) {
+  return {f(x.a...), f(x.b...), f(x.c...), f(x.d...)};
+}
+DSCHAT_INLINE Vec set1(float x) {
+  const float32x4_t q = vdupq_n_f32(x);
+  return {q, q, q, q};
+}
+DSCHAT_INLINE Vec load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
+DSCHAT_INLINE const uint16_t* halves(const bf16* p) { return reinterpret_cast<const uint16_t*>(p); }
+DSCHAT_INLINE Vec load(const bf16* p) {
+  const uint16x8_t none = vdupq_n_u16(0), l = vld1q_u16(halves(p)), h = vld1q_u16(halves(p) + 8);
+  return {vreinterpretq_f32_u16(vzip1q_u16(none, l)), vreinterpretq_f32_u16(vzip2q_u16(none, l)),
+          vreinterpretq_f32_u16(vzip1q_u16(none, h)), vreinterpretq_f32_u16(vzip2q_u16(none, h))};
+}
+DSCHAT_INLINE Vec load(const int8_t* p) {
+  const int8x16_t x = vld1q_s8(p);
+  const int16x8_t l = vmovl_s8(vget_low_s8(x)), h = vmovl_high_s8(x);
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(l))), vcvtq_f32_s32(vmovl_high_s16(l)),
+          vcvtq_f32_s32(vmovl_s16(vget_low_s16(h))), vcvtq_f32_s32(vmovl_high_s16(h))};
+}
+// Rounded to bfloat16, still as float32: the upper halves are the result, the lower ones are left over.
+DSCHAT_INLINE uint32x4_t rounded_bits(float32x4_t x) {
+  const uint32x4_t u = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t r = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  return vbslq_u32(vceqq_f32(x, x), r, vorrq_u32(u, vdupq_n_u32(0x400000)));
+}
+DSCHAT_INLINE Vec round_bf16(Vec x) {
+  const auto upper = [](float32x4_t q) {
+    return vreinterpretq_f32_u32(vandq_u32(rounded_bits(q), vdupq_n_u32(0xffff0000u)));
+  };
+  return quarters(upper, x);
+}
+DSCHAT_INLINE void store(float* p, Vec x) {
+  vst1q_f32(p, x.a), vst1q_f32(p + 4, x.b), vst1q_f32(p + 8, x.c), vst1q_f32(p + 12, x.d);
+}
+DSCHAT_INLINE void store(bf16* p, Vec x) {
+  const auto upper = [](float32x4_t l, float32x4_t h) {
+    return vuzp2q_u16(vreinterpretq_u16_u32(rounded_bits(l)), vreinterpretq_u16_u32(rounded_bits(h)));
+  };
+  uint16_t* to = reinterpret_cast<uint16_t*>(p);
+  vst1q_u16(to, upper(x.a, x.b)), vst1q_u16(to + 8, upper(x.c, x.d));
+}
+#define DSCHAT_QUARTERS(op) quarters([](float32x4_t p, float32x4_t q) { return op(p, q); }, x, y)
+DSCHAT_INLINE Vec operator+(Vec x, Vec y) { return DSCHAT_QUARTERS(vaddq_f32); }
+DSCHAT_INLINE Vec operator-(Vec x, Vec y) { return DSCHAT_QUARTERS(vsubq_f32); }
+DSCHAT_INLINE Vec operator*(Vec x, Vec y) { return DSCHAT_QUARTERS(vmulq_f32); }
+DSCHAT_INLINE Vec operator/(Vec x, Vec y) { return DSCHAT_QUARTERS(vdivq_f32); }
+#undef DSCHAT_QUARTERS
+DSCHAT_INLINE Vec fma(Vec x, Vec y, Vec z) {
+  return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c), vfmaq_f32(z.d, x.d, y.d)};
+}
+DSCHAT_INLINE Vec sqrt(Vec x) {
+  return quarters([](float32x4_t q) { return vsqrtq_f32(q); }, x);
+}
+// Not FMAX and FMIN, whose result is NaN when either lane is.
+DSCHAT_INLINE Vec max(Vec x, Vec y) {
+  return quarters([](float32x4_t p, float32x4_t q) { return vbslq_f32(vcgtq_f32(p, q), p, q); }, x, y);
+}
+DSCHAT_INLINE Vec min(Vec x, Vec y) {
+  return quarters([](float32x4_t p, float32x4_t q) { return vbslq_f32(vcltq_f32(p, q), p, q); }, x, y);
+}
+DSCHAT_INLINE Vec round_even(Vec x) {
+  return quarters([](float32x4_t q) { return vrndnq_f32(q); }, x);
+}
+DSCHAT_INLINE Vec abs(Vec x) {
+  return quarters([](float32x4_t q) { return vabsq_f32(q); }, x);
+}
+DSCHAT_INLINE Vec select_lt(Vec l, Vec r, Vec x, Vec y) {
+  const auto choose = [](float32x4_t lq, float32x4_t rq, float32x4_t xq, float32x4_t yq) {
+    return vbslq_f32(vcltq_f32(lq, rq), xq, yq);
+  };
+  return quarters(choose, l, r, x, y);
+}
+DSCHAT_INLINE Vec pow2i(Vec n) {
+  const auto power = [](float32x4_t q) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(q), vdupq_n_s32(127)), 23));
+  };
+  return quarters(power, n);
+}
+DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
+DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
+  const Vec pairs = load(reinterpret_cast<const float*>(p));
+  const auto first = [](float32x4_t q) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(q), 16)); };
+  const auto second = [](float32x4_t q) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(q), vdupq_n_u32(0xffff0000u)));
+  };
+  lo = quarters(first, pairs), hi = quarters(second, pairs);
+}
+#define DSCHAT_ISA_NAME "neon"
 
 #else
 // ----------------------------------------------------------------------------------------------- portable
@@ -250,22 +324,12 @@ DSCHAT_INLINE Vec load(const int8_t* p) {
   DSCHAT_EACH r.v[i] = float(p[i]);
   return r;
 }
-template <typename T> DSCHAT_INLINE Vec load(const T* p, int n) {
-  T t[kLanes] = {};
-  std::memcpy(t, p, size_t(n) * sizeof(T));
-  return load(t);
-}
 DSCHAT_INLINE void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof(x.v)); }
 DSCHAT_INLINE Vec round_bf16(Vec x) {
   DSCHAT_EACH x.v[i] = round_to<bf16>(x.v[i]);
   return x;
 }
 DSCHAT_INLINE void store(bf16* p, Vec x) { DSCHAT_EACH p[i] = to_bf16(x.v[i]); }
-template <typename T> DSCHAT_INLINE void store(T* p, Vec x, int n) {
-  T t[kLanes];
-  store(t, x);
-  std::memcpy(p, t, size_t(n) * sizeof(T));
-}
 DSCHAT_INLINE Vec operator+(Vec x, Vec y) { return {x.v + y.v}; }
 DSCHAT_INLINE Vec operator-(Vec x, Vec y) { return {x.v - y.v}; }
 DSCHAT_INLINE Vec operator*(Vec x, Vec y) { return {x.v * y.v}; }
@@ -301,16 +365,11 @@ DSCHAT_INLINE Vec abs(Vec x) {
 }
 DSCHAT_INLINE Vec select_lt(Vec l, Vec r, Vec x, Vec y) { return {l.v < r.v ? x.v : y.v}; }
 DSCHAT_INLINE Vec pow2i(Vec n) {
+  n = max(set1(-126.0f), n);  // what an integer cannot hold may not be converted
   Ints bits = (__builtin_convertvector(n.v, Ints) + 127) << 23;
   Vec r;
   std::memcpy(&r.v, &bits, sizeof(bits));
   return r;
-}
-// x 2^n for integral-valued lanes n <= 128, 0 for those far below. 2^128 is no float, so the power is split in two.
-DSCHAT_INLINE Vec ldexp(Vec x, Vec n) {
-  n = max(set1(-252.0f), n);  // what an integer cannot hold may not be converted
-  const Vec half = round_even(n * set1(0.5f));
-  return x * pow2i(half) * pow2i(n - half);
 }
 DSCHAT_INLINE void to_array(Vec x, float* out) { store(out, x); }
 DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
@@ -327,6 +386,25 @@ DSCHAT_INLINE void load_pair(const bf16* p, Vec& lo, Vec& hi) {
 // ------------------------------------------------------------------------------- what follows is ISA-free
 
 DSCHAT_INLINE Vec zero() { return set1(0.0f); }
+
+#if !defined(__AVX512F__)
+// The first n (0..16) lanes, as above.
+template <typename T> DSCHAT_INLINE Vec load(const T* p, int n) {
+  alignas(32) T t[kLanes] = {};
+  std::memcpy(t, p, size_t(n) * sizeof(T));
+  return load(t);
+}
+template <typename T> DSCHAT_INLINE void store(T* p, Vec x, int n) {
+  alignas(32) T t[kLanes];
+  store(t, x);
+  std::memcpy(p, t, size_t(n) * sizeof(T));
+}
+// x 2^n for integral-valued lanes with -126 <= n <= 128, anything below. 2^128 is no float, so the power is split in two.
+DSCHAT_INLINE Vec ldexp(Vec x, Vec n) {
+  const Vec half = round_even(n * set1(0.5f));
+  return x * pow2i(half) * pow2i(n - half);
+}
+#endif
 
 // The fixed tree of every lane reduction: halves are folded 16 -> 8 -> 4 -> 2 -> 1.
 DSCHAT_INLINE float reduce_add(Vec x) {

@@ -25,6 +25,7 @@ from dschat_kernels.hf_generate import check_one_dtype
 from dschat_kernels.kept_cache import KeptCache
 from dschat_kernels.limits import available_memory
 from dschat_kernels.models.spec import DecoderSpec, Unsupported
+from dschat_kernels.ops._common import lasting_tensors
 from dschat_kernels.patch import shared_decoder
 from dschat_kernels.plan import Decoder, RefreshStats
 from dschat_kernels.sharding import sharded_decoder
@@ -119,7 +120,7 @@ class HybridEngine:
         self._kept: KeptCache | None = None
         self._rolling_out = threading.Lock()
         """Held by the rollout that has what is kept between rollouts; another one at the same time has its own."""
-        self.decoder = self._make_decoder()
+        self.decoder, self._described = self._make_decoder(), self.spec
         embed: Any = self.spec.embed
         model_dtype = embed.weight.dtype
         if exact and self.decoder.dtype != model_dtype:
@@ -145,7 +146,6 @@ class HybridEngine:
             raise Unsupported(
                 f"{type(self.model).__name__} has no language head: generation needs a causal language model."
             )
-        self._described = self.spec
         how: dict[str, Any] = {
             "dtype": self._dtype, "backend": self._backend, "weights": self._weights, "kv_cache": self._kv_cache,
         }  # fmt: skip
@@ -171,6 +171,7 @@ class HybridEngine:
         if self._described is not self.spec or (self.decoder.dtype, self.decoder.device) != now:
             check_one_dtype(self.spec)
             self.decoder = self._make_decoder()
+            self._described = self.spec
         self._check_memory()
         start = time.perf_counter()
         stats = self.decoder.refresh()
@@ -193,7 +194,7 @@ class HybridEngine:
                 "free: take a smaller model, or load it as bfloat16."
             )
 
-    @torch.no_grad()
+    @lasting_tensors()
     def generate(
         self,
         input_ids: Tensor,
@@ -430,7 +431,7 @@ class HybridEngine:
 
     def ready(self, max_grad_norm: float | None = None) -> float:
         """The first half of `step`, which changes no weight: gradients put together, clipped, and their norm before
-        that (through DeepSpeed a bound on it)."""
+        that (through DeepSpeed's stages 1 to 3 a bound on it)."""
         return self.stepper.ready(max_grad_norm)
 
     def apply(self, skip: bool = False) -> None:

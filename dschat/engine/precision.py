@@ -119,10 +119,14 @@ class MasterOptimizer:
             if weight is not master and weight.grad is not None:
                 master.grad, weight.grad = weight.grad.float(), None
 
-    @torch.no_grad()
     def step(self) -> None:
         """The optimizer's step; the weights are the rounded masters."""
         self.base.step()
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Makes the weights the rounding of their masters."""
         for weight, master in self.pairs:
             if weight is not master:
                 weight.copy_(master)

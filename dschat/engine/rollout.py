@@ -437,8 +437,8 @@ def empty_completions(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Ten
 def _no_garbage_collection() -> Iterator[None]:
     """Steps make no reference cycles, and a search for some among a model's many objects takes as long as a step."""
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if enabled:

@@ -31,11 +31,14 @@ class Stepper:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients."""
-        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+        self._backward(loss if self.loss_scale is None else loss * self.loss_scale.value)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def ready(self, max_grad_norm: float | None = None) -> float:
         """Gradients put together and clipped to `max_grad_norm` (None: not); their norm before that, of all processes
-        (through DeepSpeed a bound on it). Nothing is changed before `apply`, which steps with them."""
+        (through DeepSpeed's stages 1 to 3 a bound on it). Nothing is changed before `apply`, which steps with them."""
         if self.optimizer is None:
             raise ValueError(
                 "the engine has no optimizer: give HybridEngine(model, optimizer=...) to call step()."
@@ -50,20 +53,29 @@ class Stepper:
                     p.grad.mul_(1.0 / self.loss_scale.value)
         parallel.sum_gradients(parameters)
         self.norm = clip([p for p in parameters if p.grad is not None], max_grad_norm)
-        self.overflow = (
-            self.loss_scale is not None and not self.loss_scale.exhausted and not math.isfinite(self.norm)
-        )
+        self._look_for_overflow()
         return self.norm
+
+    def _look_for_overflow(self) -> None:
+        scale = self.loss_scale
+        self.overflow = scale is not None and not scale.exhausted and not math.isfinite(self.norm)
 
     def apply(self, skip: bool = False) -> None:
         """Optimizer step and zero_grad. A norm that is nan or infinite steps nothing: the gradients are dropped, as
         with `skip` (another's gradients overflowed, and the two step together)."""
-        stepped = math.isfinite(self.norm) and not skip
-        if stepped:
-            self.optimizer.step()
+        if math.isfinite(self.norm) and not skip:
+            self._step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._rescale(skip)
+
+    def _step(self) -> None:
+        self.optimizer.step()
+
+    def _rescale(self, skip: bool) -> None:
+        """What a step, or one left out, does to the loss scale."""
         if self.loss_scale is not None:
-            self.loss_scale.update(not math.isfinite(self.norm), skipped=not stepped)
+            overflow = not math.isfinite(self.norm)
+            self.loss_scale.update(overflow, skipped=overflow or skip)
 
     def step(self, max_grad_norm: float | None = None) -> float:
         """`ready` and `apply`; returns the norm."""

@@ -30,8 +30,8 @@ from dschat_kernels.plan import Decoder
 from .. import parallel
 from .hybrid_engine import HybridEngine
 from .packed import PackedModel
-from .precision import LossScale, with_masters
-from .stepper import Stepper, check_max_grad_norm, clip
+from .precision import LossScale, MasterOptimizer, with_masters
+from .stepper import Stepper, check_max_grad_norm
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ class ZeroSettings:
             )
         return cls(stage, offload, config)
 
+    def require_wide_sums(self, path: str) -> None:
+        """Raises ValueError, one sentence, where the configuration wants gradients of float16 added up in less than
+        float32: a sum could overflow that `ZeroStepper.ready` has vouched for."""
+        types: Mapping[str, Any] = self.config.get("data_types", {})
+        wanted = {"communication_data_type": self.config.get("communication_data_type")}
+        wanted |= {f"data_types.{key}": types.get(key) for key in ("grad_accum_dtype", "param_dtype")}
+        for key, value in wanted.items():
+            if value not in (None, "fp32"):
+                raise ValueError(
+                    f"dtype is float16 and {path} has {key} {value}, but float16's gradients are added up in float32; "
+                    f"leave {key} out, or set it to fp32."
+                )
+
     def at(self, stage: int | None) -> ZeroSettings:
         """The same with another stage; None: the same."""
         return self if stage is None else ZeroSettings(stage, self.offload and stage > 0, self.config)
@@ -76,7 +89,7 @@ OURS = (
 REFUSED = {
     "optimizer": "give learning_rate, weight_decay and adam_beta1 as keys of the run",
     "scheduler": "give lr_schedule and warmup_steps as keys of the run",
-    "fp16": "use bfloat16 or float32, or train float16 without DeepSpeed",
+    "fp16": "give dtype, loss_scale and the other settings of float16 as keys of the run",
 }
 
 
@@ -111,10 +124,14 @@ def _without_auto(value: Any) -> Any:
 
 
 def deepspeed_config(settings: ZeroSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets. dtype: of the trained parameters; bfloat16 ones have float32 masters."""
+    """What `deepspeed.initialize` gets. dtype: of what the optimizer has; DeepSpeed's stages 1 to 3 make float32
+    masters of 16 bits. Of float16 it hears nothing: it then adds gradients up in float32, where a sum of finite ones is
+    finite, and unscales by what it is told."""
     config = {k: v for k, v in settings.config.items() if k != "bf16"}
     zero = {
         "overlap_comm": False,  # streams of other ranks' gradients would need bucket memory twice
+        # It would stand in the place of torch's linear for the rest of the process; a segment keeps no weights anyway.
+        "memory_efficient_linear": False,
         **config.pop("zero_optimization", {}),
         "stage": settings.stage,
         # Every parameter is gathered for its segment and let go: none is exempt.
@@ -211,8 +228,7 @@ def shard(module: nn.Module, dtype: torch.dtype, device: torch.device, host: boo
     whole when they are gathered, or in the host's memory. All processes must call."""
     ds = deepspeed(device)
     parallel.start(device, alone=True)
-    # Its memory-efficient linear would stand in the place of torch's for the rest of the process.
-    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}  # as deepspeed_config()
     if host:
         zero["offload_param"] = {"device": "cpu"}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
@@ -282,60 +298,87 @@ class _Loss(nn.Module):
         self.model = model
 
     def forward(self, loss: Tensor) -> Tensor:
-        return loss * parallel.world()  # DeepSpeed takes the mean over the processes, and the loss is a sum
+        return loss
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer."""
+    device = next(model.parameters()).device
+    ds = deepspeed(device)
+    parallel.start(device, alone=True)
+    dtype = optimizer.param_groups[0]["params"][0].dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, inner, *_ = ds.initialize(
+            model=_Loss(model), optimizer=optimizer, dist_init_required=False,
+            config=deepspeed_config(settings, dtype),
+        )  # fmt: skip
+    return engine, inner
+
+
+class WholeStepper(Stepper):
+    """`Stepper` through DeepSpeed's stage 0, where every process has everything: gradients are put together and masters
+    kept as without DeepSpeed, and its engine steps."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings,
+        loss_scale: LossScale | None = None,
+    ):  # fmt: skip
+        super().__init__(with_masters(optimizer), loss_scale)
+        self.engine, _ = _initialize(model, optimizer, settings)
+        self.engine.enable_backward_allreduce = False  # `ready` adds up, in float32
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(self.engine(loss))
+
+    def _step(self) -> None:
+        self.engine.step()
+        if isinstance(self.optimizer, MasterOptimizer):
+            self.optimizer.round()
 
 
 class ZeroStepper(Stepper):
-    """`Stepper` through DeepSpeed. `optimizer` has the interface of a torch optimizer's state: param_groups,
-    state_dict and load_state_dict, whole and in the order of the optimizer that was given."""
+    """`Stepper` through DeepSpeed's stages 1 to 3. `optimizer` has the interface of a torch optimizer's state:
+    param_groups, state_dict and load_state_dict, whole and in the order of the optimizer that was given.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings):
-        device = next(model.parameters()).device
-        ds = deepspeed(device)
-        parallel.start(device, alone=True)
-        self.settings, self.norm = settings, 0.0
+    With a loss scale every process's gradients are those of the scaled loss, as without DeepSpeed, which takes their
+    mean and then the rest of the scale out of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings,
+        loss_scale: LossScale | None = None,
+    ):  # fmt: skip
+        self.settings = settings
         self._limit: float | None = None
         self._backwards, self._bound = 0, 0.0
-        self._squares = torch.zeros((), dtype=torch.float64, device=device)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         if len({p.dtype for p in parameters}) > 1:
             # DeepSpeed shards weights of one dtype: a head of 16 bits beside a float32 adapter is its own master.
             for parameter in parameters:
                 parameter.data = parameter.data.float()
         for parameter in parameters:
             parameter.register_hook(self._look)
-        self.dtype = parameters[0].dtype
         own = ZeroOptimizer(self, optimizer)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.engine, self.inner, *_ = ds.initialize(
-                model=_Loss(model), optimizer=optimizer, dist_init_required=False,
-                config=deepspeed_config(settings, self.dtype),
-            )  # fmt: skip
+        self.engine, self.inner = _initialize(model, optimizer, settings)
         if settings.stage == 3:
             # The segments gather; hooks on the modules would gather a second time.
             self.inner.parameter_offload._remove_module_hooks()
-        if settings.stage == 0:
-            self._base().register_step_pre_hook(self._clip)
-        if masters := own.masters():
-            # DeepSpeed has stepped once, without gradients, to make the moments: no step of the run.
-            self._base().state.clear()
-            for i, master in masters.items():
-                master.data.copy_(own.parameters[i].detach())
-        super().__init__(None)
+        super().__init__(None, loss_scale)
         self.optimizer = own
 
-    def _base(self) -> Any:
-        """The torch optimizer that DeepSpeed steps."""
-        return getattr(self.inner, "optimizer", self.inner)
-
-    def _clip(self, optimizer: Any, *_: Any) -> None:
-        found = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.norm = clip(found, self._limit)
+    @property
+    def _scale(self) -> float:
+        """What the mean of the processes' gradients is too large by: the mean, as the loss is a sum."""
+        return (1.0 if self.loss_scale is None else self.loss_scale.value) / parallel.world()
 
     def backward(self, loss: Tensor) -> None:
         self._backwards += 1
-        handed = self.engine(loss)
+        self.inner.override_loss_scale(self._scale)
+        handed = self.engine(loss) * parallel.world()
         if self.settings.stage == 3 and self.inner.micro_step_id == 0:
             # DeepSpeed overwrites with the first gradient of a step and adds the others, counting backwards; a
             # weight that two segments share has two in the first.
@@ -360,34 +403,44 @@ class ZeroStepper(Stepper):
         if self._backwards:
             together = 2 * self._backwards * parallel.world()  # 2: a head that is the embedding too
             squares = together * parallel.total({"squares": float(self._squares)})["squares"]
-            self._bound = math.sqrt(squares) if squares < torch.finfo(torch.float32).max else math.nan
+            finite = squares < torch.finfo(torch.float32).max
+            self._bound = math.sqrt(squares) / (self._scale * parallel.world()) if finite else math.nan
         self.norm = self._bound
+        self._look_for_overflow()
         return self.norm
 
     def apply(self, skip: bool = False) -> None:
-        """DeepSpeed clips and steps, and leaves out a step whose gradients are not finite. Its stage 0 leaves out none
-        of a float32 model, which is not let that far."""
-        assert not skip, "nothing is skipped for another's sake without a loss scale"
+        """DeepSpeed clips and steps, or leaves the step out."""
         if not self._backwards:
             return
         self._backwards = 0
         self._squares.zero_()
-        if self.settings.stage == 0 and self.dtype == torch.float32 and not math.isfinite(self._bound):
-            for p in self.optimizer.parameters:
-                p.grad = None
-            return
-        if self.settings.stage:
+        if skip or not math.isfinite(self._bound):
+            self._leave_out()
+        else:
             self.inner.clip_grad = self._limit or 0.0
-        self.engine.step()
-        if getattr(self.inner, "overflow", False):
-            self.norm = math.nan
-        elif self.settings.stage:
-            self.norm = float(self.engine.get_global_grad_norm())
+            self.engine.step()
+            self.norm = math.nan if self.inner.overflow else float(self.engine.get_global_grad_norm())
+        self._rescale(skip)
+
+    def _leave_out(self) -> None:
+        """Drops the gradients. DeepSpeed does where their norm is not finite, in all the places where it keeps them:
+        so that is what its optimizer is told."""
+        name = "_get_norm_groups" if self.settings.stage == 3 else "scaled_global_norm"
+        norm = torch.tensor(math.inf, device=self._squares.device)
+        setattr(self.inner, name, lambda: [norm] if self.settings.stage == 3 else norm)
+        try:
+            self.engine.step()
+        finally:
+            delattr(self.inner, name)
+        if self.settings.stage < 3:
+            # With its optimizer's state in the CPU's memory it leaves float32 sums where they are, for the next step.
+            self.inner.averaged_gradients = dict.fromkeys(self.inner.averaged_gradients)
 
 
 class ZeroOptimizer:
-    """An optimizer's state as one process would hold it, put together from the shards and cut into them again: so a
-    checkpoint does not depend on the stage or the number of processes. Every process has to call."""
+    """An optimizer's state as one process would hold it, put together from the shards of stages 1 to 3 and cut into
+    them again: so a checkpoint does not depend on the stage or the number of processes. Every process has to call."""
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -398,17 +451,14 @@ class ZeroOptimizer:
         self.members = [[numbers[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.stepper._base().param_groups
-        return groups
+    def base(self) -> Any:
+        """The torch optimizer, of shards."""
+        return self.stepper.inner.optimizer
 
-    def masters(self) -> dict[int, Tensor]:
-        """Number of a parameter -> the float32 weights of it that stage 0 steps, where those of the model are not
-        float32; they are whole on every process."""
-        inner: Any = self.stepper.inner
-        if self.stepper.settings.stage or not hasattr(inner, "fp32_groups"):
-            return {}
-        return dict(enumerate(p for group in inner.fp32_groups for p in group))
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.base.param_groups
+        return groups
 
     def _flat(self) -> list[Tensor]:
         """The optimizer's own parameters: this process's part of float32 weights, several ones in a row."""
@@ -428,14 +478,7 @@ class ZeroOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """{"state": {index: {step, exp_avg, exp_avg_sq, and master where the weights are not float32}},
         "param_groups": ...}, on the CPU."""
-        base = self.stepper._base()
-        if self.stepper.settings.stage == 0:
-            out: dict[str, Any] = base.state_dict()
-            out["state"] = {i: dict(entry) for i, entry in out["state"].items()}
-            for i, master in self.masters().items():
-                if i in out["state"]:
-                    out["state"][i]["master"] = master.detach().clone()
-            return out
+        base = self.base
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         steps = [base.state[flat]["step"] for flat in self._flat() if base.state.get(flat)]
@@ -461,14 +504,7 @@ class ZeroOptimizer:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Puts back what `state_dict` gave, of whichever stage and number of processes; float32 masters are the
         weights where it holds none."""
-        base = self.stepper._base()
-        if self.stepper.settings.stage == 0:
-            entries = {int(i): dict(entry) for i, entry in saved["state"].items()}
-            masters = {i: entry.pop("master") for i, entry in entries.items() if "master" in entry}
-            base.load_state_dict({**saved, "state": entries})
-            for i, master in self.masters().items():
-                master.copy_(masters.get(i, self.parameters[i]))
-            return
+        base = self.base
         for group, values in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({k: v for k, v in values.items() if k != "params"})
         state = {int(k): v for k, v in saved["state"].items()}
@@ -507,6 +543,12 @@ class ZeroOptimizer:
             utils.safe_set_full_optimizer_state(parameter, value, name)
 
 
+def _stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings, loss_scale: LossScale | None
+) -> Stepper:
+    return (ZeroStepper if settings.stage else WholeStepper)(model, optimizer, settings, loss_scale)
+
+
 class ZeroEngine(HybridEngine):
     """`HybridEngine` through `deepspeed.initialize`.
 
@@ -514,18 +556,20 @@ class ZeroEngine(HybridEngine):
         model, optimizer: as given to HybridEngine; DeepSpeed takes both over. The optimizer is a torch one, and
             trains at least one parameter.
         settings: the ZeRO stage, offload, and a DeepSpeed configuration.
+        loss_scale: of float16.
 
     `generate` gives the tokens that one process gives; prompts are divided among the processes. `optimizer` is a
-    `ZeroOptimizer`. Other arguments and errors: as HybridEngine.
+    `ZeroOptimizer` (with stage 0 the one given, or a `MasterOptimizer`). Other arguments and errors: as HybridEngine.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings, **keywords: Any
-    ):
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: ZeroSettings,
+        loss_scale: LossScale | None = None, **keywords: Any,
+    ):  # fmt: skip
         self.settings = settings
         parallel.start(next(model.parameters()).device, alone=True)
         super().__init__(model, optimizer, **keywords)
-        self.stepper = ZeroStepper(model, optimizer, settings)
+        self.stepper = _stepper(model, optimizer, settings, loss_scale)
         self.optimizer = self.stepper.optimizer
         if settings.stage == 3:
             self.packed.segment = sharded_segment
@@ -547,7 +591,7 @@ def make_engine(
     """The engine of a stage, with masters of 16-bit weights: through DeepSpeed where `settings` are given."""
     if settings is None:
         return HybridEngine(model, optimizer, masters=True, loss_scale=loss_scale, **keywords)
-    return ZeroEngine(model, optimizer, settings, **keywords)
+    return ZeroEngine(model, optimizer, settings, loss_scale, **keywords)
 
 
 def make_stepper(
@@ -557,7 +601,7 @@ def make_stepper(
     """Backward and step of a model that does not generate (reward model, critic); `packed` is its forward."""
     if settings is None:
         return Stepper(with_masters(optimizer), loss_scale)
-    stepper = ZeroStepper(model, optimizer, settings)
+    stepper = _stepper(model, optimizer, settings, loss_scale)
     if settings.stage == 3:
         packed.segment = sharded_segment
     return stepper

@@ -138,12 +138,17 @@ def _vanishing(temporary: Path) -> Iterator[None]:
 
 def atomic_text(path: str | Path, text: str) -> None:
     """Write a file so that it holds either the old or the new text."""
+    atomic_bytes(path, text.encode())
+
+
+def atomic_bytes(path: str | Path, content: bytes) -> None:
+    """The same of bytes."""
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
     with writing(path), _vanishing(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(temporary, "wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.rename(temporary, path)

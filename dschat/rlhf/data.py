@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -94,6 +95,8 @@ class StreamedExamples(Sequence[Example]):
         )
 
 
+PIECE = 1000
+"""Rows that a worker takes at a time, at most; Ctrl-C waits for the pieces that are begun."""
 _forked: tuple[Encoding, Sequence[Record]] | None = None  # what the workers work on: they inherit it by fork
 
 
@@ -110,11 +113,13 @@ def _attempts(records: Sequence[Record], encoding: Encoding, workers: int) -> li
         return [encoding.attempt(r) for r in records]
     if "fork" not in multiprocessing.get_all_start_methods():
         raise DataError(f"data_workers is {workers}, but this system has no fork; set data_workers to 0")
-    size = -(-len(records) // (4 * workers))
+    size = min(PIECE, -(-len(records) // (4 * workers)))
     pieces = [range(i, min(i + size, len(records))) for i in range(0, len(records), size)]
     _forked = encoding, records
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        with ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+        ) as pool:  # Ctrl-C reaches them too; it is this process that answers
             return [outcome for piece in pool.map(_attempt_rows, pieces) for outcome in piece]
     finally:
         _forked = None

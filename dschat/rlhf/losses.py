@@ -402,10 +402,19 @@ def bradley_terry_loss(
     gap = chosen - rejected
     losses = -F.logsigmoid(gap if margin is None else gap - margin)
     loss = losses.sum() / (max(losses.numel(), 1) if normalizer is None else normalizer)
-    detached = gap.detach()
+    return loss, _of_pairs(chosen.detach(), rejected.detach())
+
+
+def _of_pairs(chosen: Tensor, rejected: Tensor) -> Metrics:
+    """What is told of the scores [B] of pairs."""
+    gap, both = chosen - rejected, torch.cat([chosen, rejected])
     # A tie counts half, so a model that gives every answer one score has accuracy 0.5 and not 0.
-    accuracy = (detached > 0).to(gap.dtype) + 0.5 * (detached == 0).to(gap.dtype)
-    return loss, {"accuracy": _mean(accuracy), "margin": _mean(detached)}
+    accuracy = (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+    lowest, highest = both.aminmax() if both.numel() else (_mean(both), _mean(both))
+    return {
+        "accuracy": _mean(accuracy), "margin": _mean(gap),
+        "min_reward": lowest, "mean_reward": _mean(both), "max_reward": highest,
+    }  # fmt: skip
 
 
 def per_token_pair_loss(
@@ -439,10 +448,7 @@ def per_token_pair_loss(
     counted = ((chosen_mask != 0) | (rejected_mask != 0)) & (columns >= start.unsqueeze(-1))
     losses = masked_mean(-F.logsigmoid(sides[0] - sides[1]), counted, dim=-1)
     loss = losses.sum() / (max(losses.numel(), 1) if normalizer is None else normalizer)
-    with torch.no_grad():
-        gap = sides[0][:, -1] - sides[1][:, -1]
-        accuracy = (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
-        return loss, {"accuracy": _mean(accuracy), "margin": _mean(gap)}
+    return loss, _of_pairs(sides[0][:, -1].detach(), sides[1][:, -1].detach())
 
 
 def _mean(x: Tensor) -> Tensor:

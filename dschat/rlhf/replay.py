@@ -244,7 +244,7 @@ def _rows(
         rows = range(len(examples))
         loss = dpo.accumulate(engine, reference, examples, rows, encoder.pad_id, config)["loss"]
     else:
-        loss, _ = sft.accumulate(engine, examples, encoder.pad_id, config)
+        loss = sft.accumulate(engine, examples, encoder.pad_id, config)["loss"]
     if bad := describe(torch.tensor([loss], device="cpu")):
         return out.stop("loss", bad)
     out.ok(f"loss {loss:.6g}")

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import ConfigError
 from . import evaluate, names
-from .checkpoint import atomic_text, read_json
+from .checkpoint import atomic_bytes, atomic_text, read_json
 from .metrics import read_lines, read_log
 
 STYLE = """<style>
@@ -190,11 +190,13 @@ def curves(runs: Sequence[RunFiles]) -> list[tuple[str, list[Curve]]]:
     drawn: dict[str, list[Curve]] = {}
     for run in runs:
         several = sum(other.stage == run.stage for other in runs) > 1
+        normed = run.settings.get("reward_norm", "none") != "none"
         for title, keys in PANELS.get(run.stage, []):
             for key, label in keys:
                 name = names.logged(run.stage, key)
                 points = [(line["step"], line[name]) for line in run.lines if line.get(name) is not None]
                 if points:
+                    label = f"{label}, of normed scores" if normed and key == "score/total" else label
                     label = f"{run.name}: {label}" if several else label
                     x, y = ([float(p[i]) for p in points] for i in range(2))
                     drawn.setdefault(title, []).append((label, x, y))
@@ -250,10 +252,10 @@ def plot(folder: str | Path, target: str | Path) -> Path | None:
     FigureCanvasAgg(figure)
     for i, (title, lines) in enumerate(drawn):
         _draw(_panel(figure, columns, rows, i), title, lines)
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    return target
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    atomic_bytes(target, picture.getvalue())
+    return Path(target)
 
 
 def _svg(number: int, title: str, lines: Sequence[Curve]) -> str:

@@ -7,6 +7,7 @@ them out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ from .run import (
     set_lr,
 )  # fmt: skip
 
+MEANS = ("accuracy", "margin", "mean_reward")
+EXTREMES = {"min_reward": -1.0, "max_reward": 1.0}
+"""What is logged of a step's pairs; an extreme is the largest with this sign."""
 NORMALISE_ON = 128  # training pairs whose scores give mean and deviation
 
 
@@ -67,18 +71,24 @@ def train(config: RewardConfig, *, model: Any = None, tokenizer: Any = None) -> 
             metrics.say(eval_stats.sentence("reward held-out data"))
         stepper.load_state(run.restore({"reward": model}, optimizers))
 
-        final = run.logged("loss", "accuracy", "eval/loss", "eval/accuracy", "eval/margin")
+        final = run.logged(
+            "loss", "accuracy", *(f"eval/{name}" for name in ("loss", *MEANS, *EXTREMES))
+        )  # fmt: skip
         for step in range(run.step, total):
             examples = [train_set[i] for i in schedule.indices(step)]
             with metrics.phase("update"):
-                values = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+                values = dict.fromkeys(("loss", *MEANS), 0.0)
+                extremes: dict[str, float] = {}
                 for piece, own in parallel.shares(examples, config.batch_size):
                     loss, found = pair_loss(scorer, piece, encoder.pad_id, config, len(examples))
                     stepper.backward(loss if own else loss * 0.0)
                     values["loss"] += float(loss.detach()) * own
-                    for name in ("accuracy", "margin"):
+                    for name in MEANS:
                         values[name] += float(found[name]) * own * len(piece) / len(examples)
-                values = parallel.total(values)
+                    for name, sign in EXTREMES.items() if own else ():
+                        extremes[name] = max(sign * float(found[name]), extremes.get(name, -math.inf))
+                values = parallel.total(values | extremes, largest=tuple(EXTREMES))
+                values |= {name: sign * values[name] for name, sign in EXTREMES.items()}
                 values["lr"] = learning_rate(config, config.learning_rate, step, total)
                 set_lr(stepper.optimizer, values["lr"])
                 values["grad_norm"] = stepper.step(config.max_grad_norm or None)
@@ -177,12 +187,12 @@ def all_scores(
 def evaluate(
     scorer: models.Scorer, examples: Sequence[data.Example], pad_id: int, config: RewardConfig
 ) -> dict[str, float]:
-    """Loss, accuracy and margin on held-out pairs."""
+    """Loss, accuracy, margin and scores of held-out pairs."""
     chosen, rejected = all_scores(scorer, examples, pad_id, config.batch_size)
     loss, metrics = losses.bradley_terry_loss(
         chosen, rejected, _margins(examples, config.margin, scorer.device)
     )
-    return {"loss": float(loss), "accuracy": float(metrics["accuracy"]), "margin": float(metrics["margin"])}
+    return {"loss": float(loss)} | {name: float(metrics[name]) for name in (*MEANS, *EXTREMES)}
 
 
 @torch.no_grad()

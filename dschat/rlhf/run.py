@@ -566,11 +566,6 @@ NO_HALF_KERNELS = (
 def rollout_dtype(config: StageConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
     """What generation runs in where it cannot run in the weights' dtype; None: in that. Raises ConfigError where the
     config needs the two to be one."""
-    if dtype == torch.float16 and (config.zero_stage is not None or config.deepspeed):
-        where = ", which refuses it on CPUs without float16 units" if device.type == "cpu" else ""
-        raise ConfigError(
-            f"dtype is float16 with DeepSpeed{where}; set dtype to bfloat16, or leave zero_stage and deepspeed out"
-        )
     if dtype != torch.float16 or device.type != "cpu":
         return None
     if getattr(config, "exact", False):
@@ -623,6 +618,8 @@ def zero_settings(config: StageConfig) -> ZeroSettings | None:
     """What a run asks DeepSpeed for; None: nothing. Raises ConfigError for settings that cannot work."""
     try:
         settings = ZeroSettings.read(config.zero_stage, config.offload, config.deepspeed)
+        if settings is not None and config.dtype == "float16":
+            settings.require_wide_sums(config.deepspeed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if settings is not None and isinstance(config, OnlineConfig):
@@ -650,7 +647,8 @@ def _module_state(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Ctrl-C, a full disk, and the loss of another process, end a run with one line that says how to go on."""
+    """Ctrl-C, a full disk, and the loss of another process, end a run with one line that says how to go on. Ctrl-C
+    stays a KeyboardInterrupt: whoever tries one setting after the other is stopped too."""
     try:
         yield
     except (KeyboardInterrupt, RuntimeError, checkpoint.WriteError) as error:
@@ -658,7 +656,8 @@ def interruptible(run: Run) -> Iterator[None]:
             raise
         newest = checkpoint.latest(run.checkpoints)
         where = f"after {newest.name}" if newest else "from the start"
-        what = str(error) if isinstance(error, checkpoint.WriteError) else "interrupted"
-        if isinstance(error, RuntimeError):
-            what = "another process of this run has ended or does not answer"
-        raise ConfigError(f"{what}; the same command goes on {where} ({os.fspath(run.folder)})") from None
+        go_on = f"the same command goes on {where} ({os.fspath(run.folder)})"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {go_on}") from None
+        lost = "another process of this run has ended or does not answer"
+        raise ConfigError(f"{lost if isinstance(error, RuntimeError) else error}; {go_on}") from None

@@ -61,21 +61,21 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             pieces = [[train_set[i] for i in batches[k]] for k in schedule.indices(step)]
             examples = [e for piece in pieces for e in piece]
             with metrics.phase("update"):
-                loss, tokens = accumulate(
+                values: dict[str, float] = accumulate(
                     engine, examples, encoder.pad_id, config, pieces if config.max_tokens_per_batch else None
                 )
                 lr = learning_rate(config, config.learning_rate, step, total)
                 set_lr(engine.optimizer, lr)
                 norm = engine.step(config.max_grad_norm or None)
             run.check_gradient(engine.stepper, step + 1, examples, {"policy": model})
-            values = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, **engine.stepper.numbers()}
+            values |= {"grad_norm": norm, "lr": lr, **engine.stepper.numbers()}
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(engine, eval_set, encoder.pad_id, config)
                 final["eval_loss"] = values["eval/loss"] = held_out
             metrics.log(step + 1, values, show=["loss", "eval/loss"])
             run.save(step + 1, {"policy": model}, optimizers, engine.stepper.state())
-            final["loss"] = loss
+            final["loss"] = values["loss"]
         run.restore_best({"policy": model})
         written = models.save_model(model, tokenizer, run.folder, config.merge_lora)
         final |= float16_result(engine.stepper)
@@ -112,22 +112,24 @@ def _batches(
 def accumulate(
     engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig,
     pieces: Sequence[Sequence[data.Example]] | None = None,
-) -> tuple[float, int]:  # fmt: skip
-    """Gradients of one step, a forward and backward for each of `pieces` (None: of `batch_size` rows); the loss is
-    over all of them, whatever the pieces.
+) -> dict[str, float]:  # fmt: skip
+    """Gradients of one step, a forward and backward for each of `pieces` (None: of `batch_size` rows).
+
+    Returns the loss, the mean entropy at the responses' tokens and how many these are, over all whatever the pieces.
     """
     if pieces is None:
         pieces = list(batching.chunks(examples, config.batch_size))
     tokens = sum(sum(e.learnt_of(0)) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
-    total = 0.0
+    found = {"loss": 0.0, "entropy": 0.0}
     for piece, own in (part for rows in pieces for part in parallel.shares(rows, len(rows))):
         batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
-        logp = engine.logprobs(batch, temperature=1.0)
+        logp, entropy = engine.logprobs(batch, temperature=1.0, entropy=True)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         engine.backward(loss if own else loss * 0.0)
-        total += float(loss.detach()) * own
-    return parallel.total({"loss": total})["loss"], tokens
+        found["loss"] += float(loss.detach()) * own
+        found["entropy"] += float((entropy.detach() * learnt).sum()) * own / max(tokens, 1)
+    return {**parallel.total(found), "tokens": tokens}
 
 
 @torch.no_grad()

@@ -118,6 +118,14 @@ def runs_on_cuda() -> bool:
     return _cuda_kernels.get() is not None
 
 
+@contextmanager
+def lasting_tensors() -> Iterator[None]:
+    """Within, no gradients, and no inference tensors even where the caller is in `torch.inference_mode`: what is made
+    can be kept, written to and trained with afterwards."""
+    with torch.inference_mode(False), torch.no_grad():  # the first alone would switch gradients on
+        yield
+
+
 _capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 
 

@@ -18,11 +18,14 @@ def rollout():
     return HybridEngine(worker.policy("full")).generate(*worker.prompts(), worker.SAMPLING)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("full", "full"), ("full-bf16", "full-bf16"), ("exact", "full")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((kind, kind) for kind in ("full", "full-bf16", "full-f16")), ("exact", "full")]
+)
 def test_log_probs_are_those_of_whole_weights(spawned, rollout, name, kind):
     """Bit for bit, also by packs."""
     with torch.no_grad():
-        alone = HybridEngine(worker.policy(kind), exact=name == "exact").logprobs(rollout)
+        dtype = worker.rollout_dtype(kind)
+        alone = HybridEngine(worker.policy(kind), exact=name == "exact", dtype=dtype).logprobs(rollout)
     assert torch.equal(spawned("frozen")[name], alone)
 
 

@@ -63,15 +63,7 @@ def test_a_death_ends_all_and_leaves_a_good_checkpoint(folder: Path):
     """The reward function kills its process in step 3: the other ends too, soon, with a sentence; nothing is left
     running; the newest checkpoint is whole, and one process goes on from it."""
     output = folder / "died"
-    keys = {
-        "model": worker.STORIES, "data": folder / "pairs.jsonl", "output_dir": output, "dtype": "float32",
-        "reward": "dying:reward", "max_new_tokens": 6, "max_prompt_length": 16, "prompts_per_step": 3,
-        "samples_per_prompt": 2, "batch_size": 4, "lora_r": 4, "max_steps": 3, "tensorboard": "false",
-        "progress": "false", "learning_rate": "1e-3",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "dschat", "launch", "--num_processes", "2", "grpo"]
-    for key, value in keys.items():
-        command += [f"--{key}", str(value)]
+    command = _grpo(folder, output, "dying:reward")
     environment = processes.environment(DIE_AT="3", DIED_MARK=str(output))
     start = time.monotonic()
     done = subprocess.run(
@@ -85,6 +77,52 @@ def test_a_death_ends_all_and_leaves_a_good_checkpoint(folder: Path):
     assert newest is not None and newest.name == "step-000002"
     checkpoint.load(newest)
     assert not (output / "result.json").exists()
+
+
+def _grpo(folder: Path, output: Path, reward: str) -> list[str]:
+    """Three steps of GRPO in two processes."""
+    keys = {
+        "model": worker.STORIES, "data": folder / "pairs.jsonl", "output_dir": output, "dtype": "float32",
+        "reward": reward, "max_new_tokens": 6, "max_prompt_length": 16, "prompts_per_step": 3,
+        "samples_per_prompt": 2, "batch_size": 4, "lora_r": 4, "max_steps": 3, "tensorboard": "false",
+        "progress": "false", "learning_rate": "1e-3",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "dschat", "launch", "--num_processes", "2", "grpo"]
+    for key, value in keys.items():
+        command += [f"--{key}", str(value)]
+    return command
+
+
+def test_ctrl_c_ends_all_with_one_sentence(folder: Path):
+    """In step 3, while one process scores and the other waits for it; as from a terminal all get it, and the launcher
+    passes it on besides."""
+    output = folder / "interrupted"
+    environment = processes.environment(DIE_AT="3", DIED_MARK=str(output))
+    with subprocess.Popen(
+        _grpo(folder, output, "dying:wait"), env=environment, cwd=processes.ROOT, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_in_a_terminal,
+    ) as launcher:  # fmt: skip
+        try:
+            until = time.monotonic() + processes.LIMIT
+            while not Path(f"{output}.asked").exists():
+                assert launcher.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            os.killpg(launcher.pid, signal.SIGINT)
+            start = time.monotonic()
+            _, said = launcher.communicate(timeout=processes.LIMIT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert time.monotonic() - start < 200, "it waited for a time limit"
+    lines = [line for line in said.splitlines() if not line.startswith("dschat: note: ")]
+    assert lines == [f"dschat: interrupted; the same command goes on after step-000002 ({output})"]
+    assert launcher.returncode == 130
+    assert not _left(output), "a process is left"
+    checkpoint.load(output / "checkpoints" / "step-000002")
+
+
+def _as_in_a_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 
 
 def test_deepspeeds_own_launcher_starts_a_run(folder: Path):

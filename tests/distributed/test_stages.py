@@ -31,6 +31,7 @@ CURVES = {
     "rloo": ("policy/loss", "score/total", "reward", "group/advantage_std", "grad_norm"),
     "ppo-mixed": ("loss/policy_avg", "unsup/loss", "loss/value_avg", "score/mean", "policy/grad_norm"),
     "ppo-shared": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "value/grad_norm"),
+    "ppo-f16": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "policy/grad_norm"),
     "ppo-frozen": ("loss/policy_avg", "loss/value_avg", "objective/kl", "score/mean", "policy/grad_norm"),
     "dpo-frozen": ("loss", "rewards/margins", "grad_norm", "eval/loss"),
 }
@@ -61,15 +62,16 @@ def many(spawned, folder):
 
 @pytest.mark.parametrize(("world", "name"), FEW)
 def test_curves_are_those_of_one_process(many, folder, world, name):
-    """Every number within 1e-3 of its size (and 1e-4): data order, whitening, group baselines, normalisation by the
-    whole batch and the rollouts' random streams do not depend on who computes a row."""
+    """Every number within 1e-3 of its size (and 1e-4), in float16 5e-2 and 5e-3: data order, whitening, group
+    baselines, normalisation by the whole batch and the rollouts' random streams do not depend on who computes a row."""
     found = read_lines(many(world, name) / "metrics.jsonl")
     alone = one(name, folder)
     assert len(found) == len(alone) == 3
+    times = 50 if "f16" in name else 1
     for a, b in zip(found, alone, strict=True):
         for key in CURVES[name]:
             if key in b:
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (key, a["step"])
+                assert a[key] == pytest.approx(b[key], rel=1e-3 * times, abs=1e-4 * times), (key, a["step"])
         for key in ("rollout/length", "completions/mean_length"):
             assert a.get(key) == b.get(key)
     assert any(key in alone[-1] for key in CURVES[name])
@@ -119,7 +121,7 @@ def test_a_run_goes_on_with_another_number_of_processes(many, folder, name):
     worker.run_stage(name, folder, "2", zero_stage=None)
     goes_on = read_lines(where / "metrics.jsonl")
     straight = one(name, folder)
-    key = "loss" if name == "sft-half" else "grad_norm"
+    key = "loss" if name.startswith("sft") else "grad_norm"
     assert [line["step"] for line in goes_on] == [1, 2, 3]
     assert goes_on[-1][key] == pytest.approx(straight[-1][key], rel=1e-3, abs=1e-5)
     for file, tensors in _models(folder / f"{name}-one").items():

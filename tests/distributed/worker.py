@@ -20,6 +20,7 @@ from dschat import config as C
 from dschat import parallel
 from dschat.engine import HybridEngine, SamplingConfig
 from dschat.engine.frozen import frozen_engine
+from dschat.engine.precision import LossScale
 from dschat.engine.sharing import Sharing
 from dschat.engine.zero import ZeroSettings, held, make_engine, whole
 from dschat.rlhf import models
@@ -32,10 +33,15 @@ KINDS = {  # name -> (dtype, LoRA, exact)
     "lora-exact": (torch.float32, True, True),
     "lora-bf16": (torch.bfloat16, True, False),
     "full-bf16": (torch.bfloat16, False, False),
+    "lora-f16": (torch.float16, True, False),
+    "full-f16": (torch.float16, False, False),
 }
 
 CASES = [
-    (k, s) for k in KINDS for s in range(4) if s > 1 or k in ("full", "lora") or (k, s) == ("lora-bf16", 1)
+    (k, s)
+    for k in KINDS
+    for s in range(4)
+    if s > 1 or k in ("full", "lora", "full-f16") or (k, s) == ("lora-bf16", 1)
 ]
 FOUR = [("full", 2), ("lora-bf16", 3)]
 """(kind, ZeRO stage) of the runs of four processes."""
@@ -63,6 +69,11 @@ def policy(kind: str) -> Any:
     return models.add_lora(model, 4, 8, ["all-linear"], "CAUSAL_LM", 0) if lora else model
 
 
+def rollout_dtype(kind: str) -> torch.dtype | None:
+    """As runs on the CPU have it."""
+    return torch.float32 if KINDS[kind][0] == torch.float16 else None
+
+
 def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2, **keywords: Any) -> HybridEngine:
     model = policy(kind)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -72,12 +83,21 @@ def engine(kind: str, settings: ZeroSettings | None, rate: float = 1e-2, **keywo
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
+    keywords["dtype"] = rollout_dtype(kind)
+    if KINDS[kind][0] == torch.float16:
+        keywords["loss_scale"] = LossScale(initial_scale_power=10, hysteresis=1)
     return make_engine(model, optimizer, settings, exact=KINDS[kind][2], **keywords)
 
 
 def rate(kind: str) -> float:
     """A learning rate that changes tokens in two steps, and no more."""
-    return 1e-3 if "bf16" in kind else 1e-2
+    return 1e-3 if "f16" in kind else 1e-2
+
+
+def anew(kind: str) -> bool:
+    """Whether every step has a rollout of its own. Rounded to 16 bits, weights (of an adapter: the gradients that
+    signs Adam steps by) differ by who computes a row, and other tokens would be drawn."""
+    return kind not in ("full-bf16", "lora-f16", "full-f16")
 
 
 def train(own: HybridEngine, steps: int, chunk: int = 4, anew: bool = True) -> dict[str, list[Any]]:
@@ -133,7 +153,7 @@ def zero(folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind, stage in CASES:
         own = engine(kind, ZeroSettings(stage), rate(kind))
-        result: dict[str, Any] = train(own, 2) | final(own)
+        result: dict[str, Any] = train(own, 2, anew=anew(kind)) | final(own)
         if kind in ("full", "lora"):
             result["state"] = own.optimizer.state_dict()
         result["left"] = gathered(own)
@@ -153,7 +173,7 @@ def four(folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind, stage in FOUR:
         own = engine(kind, ZeroSettings(stage), rate(kind))
-        out[f"{kind}/{stage}"] = train(own, 2) | final(own)
+        out[f"{kind}/{stage}"] = train(own, 2, anew=anew(kind)) | final(own)
     for kind, stage, size in TEAMS:
         settings = None if stage is None else ZeroSettings(stage)
         own = engine(kind, settings, rate(kind), inference_tp_size=size)
@@ -212,6 +232,70 @@ def queue(size: int) -> dict[str, Any]:
     return out | {"keys": left}
 
 
+def skips(folder: Path) -> dict[str, Any]:
+    """`skipping` with every stage, the second process the one that overflows; `summing`."""
+    return {
+        f"{kind}/{stage}/{offload}": skipping(kind, ZeroSettings(stage, offload), parallel.rank() == 1)
+        for kind, stage, offload in SKIPS
+    } | {f"sum/{stage}/{offload}": summing(ZeroSettings(stage, offload)) for stage, offload in SUMS}
+
+
+SKIPS = [
+    (kind, stage, offload)
+    for kind in ("lora-f16", "full-f16")
+    for stage, offload in ((0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True))
+]
+
+
+def skipping(kind: str, settings: ZeroSettings | None, bad: bool) -> list[dict[str, Any]]:
+    """By step of float16: an infinity in the second backward; one that is left out for another model's sake; one that
+    is made; numbers that only float16 cannot hold. bad: these are this process's."""
+    own = engine(kind, settings, 1e-3)
+    ids, mask = prompts()
+    rollout = own.generate(ids, mask, SAMPLING)
+    trained = [p for p in own.model.parameters() if p.requires_grad]
+    out = []
+    for factor, skip in ((float("inf"), False), (1.0, True), (1.0, False), (1e6, False)):
+        before = weights(trained)
+        for rows in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9]):
+            batch = rollout.select(rows[parallel.share(len(rows))])
+            loss = -(own.logprobs(batch) * batch.completion_mask).sum() / 100
+            own.backward(loss * (factor if bad and len(rows) > 4 else 1.0))
+        bound, overflow = own.ready(0.5), own.stepper.overflow
+        own.apply(skip)
+        same = all(torch.equal(a, b) for a, b in zip(before, weights(trained), strict=True))
+        steps = {float(entry["step"]) for entry in own.optimizer.state_dict()["state"].values()}
+        found = {"bound": bound, "overflow": overflow, "norm": own.stepper.norm, "same": same, "steps": steps}
+        out.append(found | own.stepper.numbers() | {"epoch": own.epoch, "left": gathered(own)})
+    return out
+
+
+SUMS = [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+
+
+def summing(settings: ZeroSettings | None) -> list[float]:
+    """Norms of one and of three backwards of all rows in each process, whose largest gradient in float16 is 50,000."""
+
+    def loss(own: HybridEngine) -> torch.Tensor:
+        return own.logprobs(own.generate(*prompts(), SAMPLING)).mean()
+
+    probe = engine("full-f16", None, 0.0)
+    probe.backward(loss(probe))
+    factor = 5e4 / max(float(p.grad.abs().max()) for p in probe.model.parameters() if p.grad is not None)
+    own = engine("full-f16", settings, 0.0)
+    out = []
+    for times in (1, 3):
+        for _ in range(times):
+            own.backward(loss(own) * factor)
+        out.append(own.step(1.0))
+    return out
+
+
+def weights(trained: list[Any]) -> list[torch.Tensor]:
+    with whole(trained):
+        return [p.detach().clone() for p in trained]
+
+
 def dies(folder: Path) -> dict[str, Any]:
     """Process DIES kills itself in the middle of a rollout; what the other then says is left in folder/DIES.txt."""
     victim = int(os.environ["DIES"])
@@ -254,12 +338,11 @@ def dies_scoring(folder: Path) -> dict[str, Any]:
 
 
 def product(folder: Path) -> dict[str, Any]:
-    """ZeRO stage x LoRA x dtype x accumulation. Weights in bfloat16 round to other ones when a gradient's last bit
-    differs, and draw other tokens: there all steps train on the first rollout."""
+    """ZeRO stage x LoRA x dtype x accumulation."""
     out = {}
     for kind, stage, chunk in PRODUCT:
         own = engine(kind, None if stage is None else ZeroSettings(stage), rate(kind))
-        out[f"{kind}/{stage}/{chunk}"] = train(own, 3, chunk, kind != "full-bf16")
+        out[f"{kind}/{stage}/{chunk}"] = train(own, 3, chunk, anew(kind))
     return out
 
 
@@ -311,8 +394,8 @@ def frozen(folder: Path) -> dict[str, Any]:
 
     rollout = HybridEngine(policy("full")).generate(*prompts(), SAMPLING)
     out: dict[str, Any] = {}
-    for kind in ("full", "full-bf16"):
-        own = frozen_engine(policy(kind), False, ZeroSettings(3))
+    for kind in ("full", "full-bf16", "full-f16"):
+        own = frozen_engine(policy(kind), False, ZeroSettings(3), dtype=rollout_dtype(kind))
         with torch.no_grad():
             out[kind] = own.logprobs(rollout)
     exact = frozen_engine(policy("full"), False, ZeroSettings(3), exact=True)
@@ -367,7 +450,10 @@ STAGES: dict[str, dict[str, Any]] = {
                    "critic_trunk": "policy", "critic_lora_r": 2, "ppo_epochs": 2},
     "ppo-frozen": {"zero_stage": 3, "lora_r": 0, "critic_update": "all", "offload_reward": True},
     "dpo-frozen": {"zero_stage": 3, "lora_r": 0, "cache_reference": False, "offload_reference": True},
+    "ppo-f16": {"zero_stage": 3, "lora_r": 4, "critic_update": "all", "critic_zero_stage": 2, "dtype": "float16",
+                "initial_scale_power": 8},
     "sft-half": {"zero_stage": 3, "lora_r": 0},
+    "sft-half-f16": {"zero_stage": 3, "lora_r": 0, "dtype": "float16", "initial_scale_power": 8},
     "grpo-half": {"lora_r": 4, "reward": ["worker:short"]},
     "grpo-half3": {"zero_stage": 3, "lora_r": 4, "reward": ["worker:short"], "ema_decay": 0.5},
 }  # fmt: skip

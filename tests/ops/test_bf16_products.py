@@ -83,7 +83,7 @@ def test_the_amx_instructions_compile(tmp_path: Path) -> None:
     source, made = tmp_path / "empty.cpp", tmp_path / "gemm_amx.o"
     source.write_text("")
     # Its own flags only: one that is wrong among the others must not look like an old compiler.
-    known = [*compiler.argv, *build._ISA_NEEDS["amx"][1], "-c", str(source), "-o", str(made)]
+    known = [*compiler.argv, *build._X86["amx"][1], "-c", str(source), "-o", str(made)]
     if subprocess.run(known, capture_output=True).returncode != 0:
         pytest.skip(f"{compiler.argv[0]} has no AMX")
     includes = [f"-I{amx.root}", f"-I{amx.root / 'cpu'}"]

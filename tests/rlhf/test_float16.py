@@ -12,6 +12,7 @@ from helpers_rlhf import Killed, numbers, same_weights
 
 from dschat import config as C
 from dschat.engine.stepper import Stepper
+from dschat.engine.zero import ZeroStepper, whole
 from dschat.rlhf import dpo, grpo, online, ppo, replay, report, reward, sft
 
 
@@ -38,9 +39,18 @@ def run(stage: str, base: dict, **more):
     return train(config, rewards=(short,)) if stage in ("grpo", "ppo") else train(config)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
-def test_every_stage_leaves_out_overflows_and_resumes(stage, base, tmp_path, kill_after):
+ZERO = {  # through DeepSpeed
+    "sft": {"zero_stage": 2, "offload": True},
+    "reward": {"zero_stage": 1},
+    "dpo": {"zero_stage": 0},
+    "ppo": {"zero_stage": 3, "critic_zero_stage": 2},
+}
+
+
+@pytest.mark.parametrize(("stage", "zero"), [(s, z) for s in ZERO for z in ({}, ZERO[s])])
+def test_every_stage_leaves_out_overflows_and_resumes(stage, zero, base, tmp_path, kill_after):
     """checklist 2.1 #25: killed after an overflow and resumed = straight, the scale and its count included."""
+    base |= zero
     result = run(stage, base)
     lines = numbers(base["output_dir"])
     key = "policy/" if stage == "ppo" else ""
@@ -78,36 +88,57 @@ def test_rollout_and_training_are_near(base):
 
 
 @pytest.mark.parametrize("who", ["policy", "value"])
-def test_actor_and_critic_leave_a_step_out_together(who, base, monkeypatch):
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {},
+        {"zero_stage": 0},
+        {"zero_stage": 1, "critic_zero_stage": 3},
+        {"zero_stage": 3, "critic_zero_stage": 2},
+    ],
+    ids=str,
+)
+def test_actor_and_critic_leave_a_step_out_together(zero, who, base, monkeypatch):
     """An overflow of one is a step that neither makes; only its own scale falls."""
     seen: list[tuple[float, float]] = []
-    original = online.Trainer._step
+    original = online.Trainer._step, online.Trainer.minibatch
+
+    def weights(self):
+        found = {n: list(m.parameters()) for n, m in self.modules().items()}
+        with whole([p for own in found.values() for p in own]):
+            return {n: [p.detach().clone() for p in own] for n, own in found.items()}
+
+    def minibatch(self, *args):
+        if not seen:
+            chosen = self.steppers()[who]
+            plain = chosen.backward
+            monkeypatch.setattr(chosen, "backward", lambda loss: plain(loss if seen else loss * torch.inf))
+        return original[1](self, *args)
 
     def step(self, *args):
-        chosen = self.steppers()[who]
-        if not seen:
-            for p in [w for w, _ in chosen.optimizer.pairs][:1]:
-                p.grad[:] = torch.inf
-        before = {n: [p.detach().clone() for p in m.parameters()] for n, m in self.modules().items()}
-        found = original(self, *args)
+        before = weights(self)
+        found = original[0](self, *args)
         if not seen:
             assert found == {}
-            for name, module in self.modules().items():
-                assert all(torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True))
+            for name, own in weights(self).items():
+                assert all(torch.equal(a, b) for a, b in zip(before[name], own, strict=True))
             assert not any(p.grad is not None for m in self.modules().values() for p in m.parameters())
         seen.append(tuple(s.loss_scale.value for s in self.steppers().values()))
         return found
 
+    monkeypatch.setattr(online.Trainer, "minibatch", minibatch)
     monkeypatch.setattr(online.Trainer, "_step", step)
-    run("ppo", base, max_steps=2, initial_scale_power=8)
+    run("ppo", base | zero, max_steps=2, initial_scale_power=8)
     fallen = {"policy": (128.0, 256.0), "value": (256.0, 128.0)}[who]
     assert seen[0] == fallen and set(seen) == {fallen}
     last = numbers(base["output_dir"])[-1]
     assert last["policy/skipped_steps"] == last["value/skipped_steps"] == 1
 
 
-def test_an_overflow_that_nothing_answers_stops_the_run(base, monkeypatch):
+@pytest.mark.parametrize("zero", [{}, {"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}], ids=str)
+def test_an_overflow_that_nothing_answers_stops_the_run(zero, base, monkeypatch):
     """At the smallest scale, and at a fixed one; the batch is kept, and replay computes it at that scale."""
+    base |= zero
     with pytest.raises(
         C.ConfigError,
         match=r"the gradient at loss scale 1.67772e\+07, which cannot fall, is (inf|nan) at step 1 of sft",
@@ -116,8 +147,12 @@ def test_an_overflow_that_nothing_answers_stops_the_run(base, monkeypatch):
     found = replay.replay(str(error.value).rpartition(" ")[2])
     assert found.where.startswith("gradient of policy."), found.lines
     base = {**base, "output_dir": base["output_dir"] + "2"}
-    original = Stepper.backward
-    monkeypatch.setattr(Stepper, "backward", lambda self, loss: original(self, loss * 1e12))
+    for cls in (Stepper, ZeroStepper):
+
+        def backward(self, loss, original=cls.backward):
+            original(self, loss * 1e12)
+
+        monkeypatch.setattr(cls, "backward", backward)
     with pytest.raises(
         C.ConfigError,
         match=r"value/grad_norm at loss scale 4, which cannot fall, is (inf|nan) at step 1 of ppo",
@@ -131,11 +166,13 @@ def test_an_overflow_that_nothing_answers_stops_the_run(base, monkeypatch):
     assert not found.where, found.lines
 
 
-def test_deepspeed_is_refused(base):
+def test_sums_in_16_bits_are_refused(base, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"communication_data_type": "fp16"}')
     with pytest.raises(
-        C.ConfigError, match="dtype is float16 with DeepSpeed, which refuses it on CPUs without"
+        C.ConfigError, match=r"ds.json has communication_data_type fp16, but float16's gradients are"
     ):
-        run("sft", base, zero_stage=2)
+        run("sft", base, zero_stage=2, deepspeed=str(file))
     assert not Path(base["output_dir"]).exists()
 
 

@@ -296,6 +296,9 @@ def test_bradley_terry_and_dpo():
     loss, metrics = L.bradley_terry_loss(c, r)
     assert float(loss) == pytest.approx(-sum(logsig(float(c[i] - r[i])) for i in range(6)) / 6, rel=1e-12)
     assert float(metrics["accuracy"]) == sum(bool(c[i] > r[i]) for i in range(6)) / 6
+    both = [*c.tolist(), *r.tolist()]
+    assert (metrics["min_reward"], metrics["max_reward"]) == (min(both), max(both))
+    assert float(metrics["mean_reward"]) == pytest.approx(sum(both) / 12, rel=1e-12)
     with_margin, _ = L.bradley_terry_loss(c, r, margin)
     assert float(with_margin) == pytest.approx(
         -sum(logsig(float(c[i] - r[i] - margin[i])) for i in range(6)) / 6, rel=1e-12

@@ -113,6 +113,15 @@ def test_page_of_several(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("norm", "label"), [("none", "total, less KL"), ("group", "total, less KL, of normed scores")]
+)
+def test_a_total_of_normed_scores_says_so(tmp_path, norm, label):
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "ppo", "config": {"reward_norm": norm}}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "objective/rlhf_reward": 0.5}\n')
+    assert report.curves(report.gather(tmp_path)) == [("PPO: score of the rollouts", [(label, [1.0], [0.5])])]
+
+
 def test_samples_where_nothing_was_held_out(tmp_path):
     with Metrics(tmp_path / "r", "ppo", 3, tensorboard=False, progress=False) as metrics:
         for step in (1, 2, 3):

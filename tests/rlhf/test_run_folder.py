@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dschat import config as C
-from dschat import config_base
+from dschat import config_base, config_text
+from dschat.cli import main
 from dschat.config import COMMANDS, ConfigError
-from dschat.rlhf import checkpoint, digests, grpo, metrics, models, ppo, reading, report, sft
+from dschat.engine import HybridEngine
+from dschat.rlhf import checkpoint, data, digests, grpo, metrics, models, ppo, reading, report, sft
 from dschat.rlhf import run as run_module
 from dschat.rlhf import train as pipeline
 
@@ -422,6 +425,20 @@ def no_result(real: Any, fd: int, error: Exception) -> None:
     real(fd)
 
 
+def test_a_picture_without_room(tmp_path, monkeypatch):
+    """The page of a run that has ended: the sentence of a full disk too, and no half of a picture."""
+    metrics.append_line(tmp_path / "metrics.jsonl", {"step": 1, "loss": 1.0})
+    (tmp_path / "run.json").write_text('{"stage": "sft"}')
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(checkpoint.WriteError, match=r"curves\.png cannot be written, the disk is full; free"):
+        report.write(tmp_path, "a run", [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
 def test_a_device_without_room(tmp_path):
     """As the kernel says it."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -546,3 +563,79 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(base, tmp_path):
     file.write_text(json.dumps(facts))
     refused(base, "holds a run with overlong 'drop', not 'cut'", overlong="cut")
     assert run(base, save_every=1)["steps"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------ Ctrl-C
+
+
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Ctrl-C as in a terminal; a background job inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """Ctrl-C before the `at`-th call of a function."""
+    real, calls = getattr(owner, name), []
+
+    def call(*args: Any, **kw: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **kw)
+
+    patch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (HybridEngine, "generate"),
+        (HybridEngine, "backward"),
+        (checkpoint, "save_file"),
+        (metrics.Metrics, "log"),
+    ],
+)
+def test_ctrl_c(base, tmp_path, monkeypatch, keyboard, capsys, owner, name):
+    """In the third step: one sentence, exit code 130, whole checkpoints and nothing half-written; the same command goes
+    on from there. Pressed again while it cleans up, it changes nothing: launchers pass on what all have got."""
+    (tmp_path / "mine.py").write_text(
+        "def f(completions, **_):\n    return [-len(c) / 10 for c in completions]\n"
+    )
+    keys = {**base, **SMALL["grpo"], "batch_size": 4, "max_steps": 3, "reward": [f"{tmp_path}/mine.py:f"]}
+    command = ["grpo", "--config", str(tmp_path / "c.yaml")]
+    (tmp_path / "c.yaml").write_text(config_text.dump(COMMANDS["grpo"](**keys)))
+    straight = str(tmp_path / "straight")
+    assert main([*command, "--output_dir", straight]) == 0
+    folder = Path(base["output_dir"])
+    with monkeypatch.context() as patch:
+        press(patch, owner, name, at=3)
+        press(patch, run_module.Run, "close", at=1)
+        capsys.readouterr()
+        assert main(command) == 130
+    assert capsys.readouterr().err == (
+        f"dschat: interrupted; the same command goes on after step-000002 ({folder})\n"
+    )
+    checkpoint.load(folder / "checkpoints" / "step-000002")
+    assert not list(folder.rglob(".tmp-*")) and not (folder / "result.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(command) == 0
+    assert numbers(folder) == numbers(straight)
+    assert same_weights(folder / "model", Path(straight) / "model")
+
+
+def test_ctrl_c_ends_whoever_started_runs(base, monkeypatch, keyboard):
+    """A KeyboardInterrupt as everywhere, so that a loop over settings does not take it for a bad one."""
+    press(monkeypatch, checkpoint, "save_file", at=1)
+    with pytest.raises(KeyboardInterrupt, match="interrupted; the same command goes on from the start"):
+        run(base)
+
+
+def test_workers_leave_ctrl_c_to_the_run(keyboard):
+    class Told:
+        def attempt(self, record: Any) -> Any:
+            return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    assert data._attempts(list(range(5)), Told(), 2) == [True] * 5

@@ -113,17 +113,17 @@ def test_filled_batches_take_the_steps_of_their_rows_alone(base, tmp_path, monke
     seen, original = [], sft.accumulate
 
     def spy(engine, examples, pad_id, config, pieces=None):
-        loss, tokens = original(engine, examples, pad_id, config, pieces)
+        found = original(engine, examples, pad_id, config, pieces)
         gradients = [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
         engine.model.zero_grad()
-        alone, _ = original(engine, examples, pad_id, config, [[e] for e in examples])
+        alone = original(engine, examples, pad_id, config, [[e] for e in examples])
         again = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        assert alone == pytest.approx(loss, rel=1e-5)
+        assert alone == pytest.approx(found, rel=1e-5)
         for one, other in zip(gradients, again, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
         assert pieces and all(sum(len(e.prompt_ids) + len(e.answers[0]) for e in p) <= 60 for p in pieces)
         seen.append([e.where for e in examples])
-        return loss, tokens
+        return found
 
     monkeypatch.setattr(sft, "accumulate", spy)
     result = run("sft", base, **keys, output_dir=str(tmp_path / "straight"))
@@ -208,6 +208,10 @@ def test_reward_learns_is_normalised_and_loads(base, tmp_path):
     result = run("reward", base, lora_r=4, learning_rate=1e-2, epochs=4, eval_data=base["data"])
     assert result["eval_accuracy"] == 1.0 and result["eval_loss"] < 0.3 and result["eval_pairs"] == 12
     assert 0 <= result["eval_longer_wins"] <= 1
+    for line in numbers(tmp_path / "run"):
+        assert line["min_reward"] < line["mean_reward"] < line["max_reward"] and line["margin"] <= (
+            line["max_reward"] - line["min_reward"]
+        )
     folder = tmp_path / "run" / "model"
     config = AutoModelForSequenceClassification.from_pretrained(folder).config
     assert (config.reward_mean, config.reward_std) == (result["reward_mean"], result["reward_std"])
@@ -217,6 +221,9 @@ def test_reward_learns_is_normalised_and_loads(base, tmp_path):
     chosen, rejected = reward.pair_scores(scorer, examples, 0)
     assert (chosen > rejected).all()
     both = torch.cat([chosen, rejected]).detach()
+    raw = both * result["reward_std"] + result["reward_mean"]
+    told = [result[f"eval_{name}_reward"] for name in ("min", "mean", "max")]
+    assert told == pytest.approx([float(x) for x in (raw.min(), raw.mean(), raw.max())], abs=1e-3)
     assert float(both.mean()) == pytest.approx(0, abs=1e-3) and float(
         both.std(correction=0)
     ) == pytest.approx(1, abs=1e-3)
