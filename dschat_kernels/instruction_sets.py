@@ -70,7 +70,8 @@ _ARM_FLAGS = {
 
 
 def _arm_flags() -> frozenset[str]:
-    """What an ARM CPU has of `_ARM_FLAGS`, as the system tells a process: /proc/cpuinfo may be an emulator's host's."""
+    """What an ARM CPU has of `_ARM_FLAGS`, as the system tells a process: /proc/cpuinfo may tell of another
+    CPU, where this one is made up by software."""
     try:
         libc = ctypes.CDLL(None)
         if sys.platform == "darwin":
