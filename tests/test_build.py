@@ -578,9 +578,8 @@ def test_max_jobs_is_respected(project: Project, monkeypatch: pytest.MonkeyPatch
 
 # ---------------------------------------------------------------------------------------- instruction sets
 
-AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
-
-
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 NEON = {"asimd", "asimddp"}
 LEVELS = {
     "x86_64": ("portable", "avx2", "avx512", "avx512_bf16", "amx"),
@@ -612,9 +611,8 @@ def test_flags_of_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = set(instruction_sets.flags("avx512"))
     assert {"-mavx512f", "-mfma", "-mf16c"} <= flags and "-mamx-bf16" not in flags
     assert instruction_sets.flags("neon") == ("-DDSCHAT_NEON", "-march=armv8.2-a+dotprod")
-    assert (
-        instruction_sets.flags("neon_bf16")[-1] == "-march=armv8.2-a+dotprod+bf16"
-    )  # of two the last counts
+    # Of two -march the last counts.
+    assert instruction_sets.flags("neon_bf16")[-1] == "-march=armv8.2-a+dotprod+bf16"
 
 
 def test_no_flag_lets_the_compiler_choose_the_rounding() -> None:
@@ -723,36 +721,34 @@ def test_compiler_accepts(project: Project, monkeypatch: pytest.MonkeyPatch) -> 
     assert not compiler.accepts(["-mno-such-instruction-set"])
 
 
-def test_forcing_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, "x86_64", {"avx2", "fma", "f16c", "avx512f"})
-    for level in ("portable", "avx2"):
+@pytest.mark.parametrize(
+    ("machine", "flags", "runs", "lacks", "missing", "foreign"),
+    [
+        ("x86_64", AVX2 | {"avx512f"}, "avx2", "avx512", "avx512bw, avx512vl, avx512dq", "sse9"),
+        ("aarch64", NEON, "neon", "neon_bf16", "bf16", "avx2"),
+    ],
+)
+def test_forcing_a_level(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    flags: set[str],
+    runs: str,
+    lacks: str,
+    missing: str,
+    foreign: str,
+) -> None:
+    on(monkeypatch, machine, flags)
+    for level in ("portable", runs):
         monkeypatch.setenv("DSCHAT_CPU_ISA", level)
         assert build.select_isa() == level
-    monkeypatch.setenv("DSCHAT_CPU_ISA", "avx512")
+    monkeypatch.setenv("DSCHAT_CPU_ISA", lacks)
     with pytest.raises(BuildError) as caught:
         build.select_isa()
     assert sentence_of(caught.value) == (
-        "DSCHAT_CPU_ISA is 'avx512', but this machine lacks avx512bw, avx512vl, avx512dq: "
-        "give one of portable, avx2, or unset it."
+        f"DSCHAT_CPU_ISA is {lacks!r}, but this machine lacks {missing}: give one of portable, {runs}, or unset it."
     )
-    monkeypatch.setenv("DSCHAT_CPU_ISA", "sse9")
-    with pytest.raises(BuildError, match="give one of portable, avx2, avx512, avx512_bf16, amx, or unset it"):
-        build.select_isa()
-
-
-def test_forcing_a_level_on_arm(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, "aarch64", NEON)
-    for level in ("portable", "neon"):
-        monkeypatch.setenv("DSCHAT_CPU_ISA", level)
-        assert build.select_isa() == level
-    monkeypatch.setenv("DSCHAT_CPU_ISA", "neon_bf16")
-    with pytest.raises(BuildError) as caught:
-        build.select_isa()
-    assert sentence_of(caught.value) == (
-        "DSCHAT_CPU_ISA is 'neon_bf16', but this machine lacks bf16: give one of portable, neon, or unset it."
-    )
-    monkeypatch.setenv("DSCHAT_CPU_ISA", "avx2")
-    with pytest.raises(BuildError, match="give one of portable, neon, neon_bf16, or unset it"):
+    monkeypatch.setenv("DSCHAT_CPU_ISA", foreign)
+    with pytest.raises(BuildError, match=f"give one of {', '.join(LEVELS[machine])}, or unset it"):
         build.select_isa()
 
 

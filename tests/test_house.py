@@ -106,9 +106,8 @@ def test_kernels_are_free_of_frameworks(path: Path) -> None:
             assert not re.match(r"pybind11/|Python\.h|bindings/", include), "only bindings see Python"
     text = path.read_text()
     code = re.sub(r"//.*", "", text)
-    code = code.replace(
-        '#pragma GCC optimize("no-schedule-insns")', ""
-    )  # moves instructions, and changes no value
+    # The one that moves instructions, and changes no value.
+    code = code.replace('#pragma GCC optimize("no-schedule-insns")', "")
     assert not re.search(r"#\s*pragma\s+(omp|GCC\s+optimize)|-?ffast-math", code)
 
 
