@@ -148,7 +148,7 @@ setup(
         "tensorboard>=2.20",
     ],
     extras_require={"deepspeed": deepspeed, "triton": triton, "serve": serve, "dev": dev},
-    entry_points={"console_scripts": ["dschat = dschat.cli:main"]},
+    entry_points={"console_scripts": ["dschat = dschat.cli:command"]},
     ext_modules=[Extension("dschat_kernels._native", sources=[])] if levels() else [],
     cmdclass={"build_ext": CompileKernels},
     classifiers=[

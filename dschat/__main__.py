@@ -1,8 +1,6 @@
 """`python -m dschat`, and what `deepspeed -m dschat` and `torchrun -m dschat` start."""
 
-import sys
-
-from .cli import main
+from .cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

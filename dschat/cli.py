@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from . import config as configs
 from . import config_text
@@ -24,7 +25,7 @@ from .config import Config, ConfigError
 EXIT_BAD_INPUT = 2
 EXIT_NOT_PASSED = 1
 EXIT_INTERRUPTED = 130
-PRESS = 0.5
+PRESS = 2.0
 """Seconds within which Ctrl-C counts once: a launcher passes on what the terminal has sent to all processes."""
 OPTIONAL = {
     "datasets": "hub data sets",
@@ -39,16 +40,24 @@ OPTIONAL = {
 }
 
 
+def command() -> NoReturn:
+    """A process that is a command, from its arguments to its exit code; what Python does at its end is part of it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _Presses())
+    sys.exit(main())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
-    with warnings.catch_warnings(), _one_press():
+    with warnings.catch_warnings(), _one_press() as presses:
         warnings.showwarning = _show_warning
         try:
             return _run(words)
         except KeyboardInterrupt as stop:
+            presses.answered = True
             print(f"dschat: {stop}" if stop.args else "dschat: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except Exception as error:
@@ -64,24 +73,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_BAD_INPUT
 
 
-@contextlib.contextmanager
-def _one_press() -> Iterator[None]:
-    """Inside, a Ctrl-C that comes twice is one, so that the second does not hit what the first lets be cleaned up."""
-    before = signal.getsignal(signal.SIGINT)
-    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    last = -PRESS
+class _Presses:
+    """Handles Ctrl-C: one that comes twice is one, so that the second does not hit what the first lets be cleaned up.
+    Once the command has ended for it, a later one ends the process at once."""
 
-    def stop(number: int, frame: Any) -> None:
-        nonlocal last
+    def __init__(self) -> None:
+        self.last = -PRESS
+        self.answered = False
+
+    def __call__(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        if now - last > PRESS:
-            last = now
-            raise KeyboardInterrupt
+        if now - self.last <= PRESS:
+            return
+        if self.answered:
+            os._exit(EXIT_INTERRUPTED)
+        self.last = now
+        raise KeyboardInterrupt
 
+
+@contextlib.contextmanager
+def _one_press() -> Iterator[_Presses]:
+    """Inside, Ctrl-C is handled so, unless the caller handles it already."""
+    before = signal.getsignal(signal.SIGINT)
+    presses = before if isinstance(before, _Presses) else _Presses()
+    main_thread = threading.current_thread() is threading.main_thread()
+    ours = before is signal.default_int_handler and main_thread
     if ours:
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, presses)
     try:
-        yield
+        yield presses
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
@@ -172,7 +192,6 @@ def _load(config: Any) -> tuple[Any, Any]:
 
 def doctor(config: Any) -> None:
     import importlib.util
-    import os
 
     import torch
 
@@ -335,8 +354,6 @@ def _stage(config: Any) -> None:
 
 
 def train(config: configs.TrainConfig) -> None:
-    import os
-
     from .rlhf import train as pipeline
 
     results = pipeline.train(config)
@@ -370,8 +387,6 @@ def plan(config: configs.PlanConfig) -> None:
 
 
 def report(config: configs.ReportConfig) -> None:
-    import os
-
     from .rlhf import headline
     from .rlhf import report as pages
 
@@ -441,7 +456,7 @@ BODIES: dict[str, Callable[[Any], int | None]] = {
     "serve": serve,
 }
 
-__all__ = ["BODIES", "Config", "main", "overview"]
+__all__ = ["BODIES", "Config", "command", "main", "overview"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

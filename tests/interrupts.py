@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ CLEANING = ("_no_garbage_collection", "_kept_for_rollout")
 """Python lets no signal in between the end of a `try` and the first call of its `finally`, but a tracer would."""
 Line = tuple[str, int, str]
 """File, number, function."""
+
+
+def as_in_a_terminal() -> None:
+    """For a process to start with: a background job inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _traced(work: Callable[[], Any], see: Callable[[Line], None]) -> None:

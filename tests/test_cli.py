@@ -17,6 +17,7 @@ import yaml
 from dschat import config as configs
 from dschat import config_base, config_text
 from dschat.cli import BODIES, main, parse_workload
+from tests.interrupts import as_in_a_terminal
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "tests" / "data" / "stories260k")
@@ -344,3 +345,39 @@ def test_installed_entry_point_starts_fast():
     """`dschat` alone must not load torch: the help is there at once."""
     code = "import sys; from dschat.cli import main; main([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+PRESSED_AT_THE_END = """
+import atexit, os, signal, sys, time
+import dschat.cli as cli
+
+late = sys.argv.pop() == "late"
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)  # a handler runs between two lines
+
+@atexit.register
+def end():
+    press()
+    print("cleaned up", flush=True)
+    if late:
+        time.sleep(cli.PRESS)
+        press()
+        print("still here", flush=True)
+
+cli.BODIES["doctor"] = lambda config: press()
+cli.command()
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_while_an_interrupted_command_ends(late: bool):
+    """The same press again, as a launcher passes it on, reaches what Python does at exit: nothing is cut off and
+    nothing more is said. A later one, of someone who does not want to wait, ends the process at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRESSED_AT_THE_END, "doctor", "late" if late else "soon"], capture_output=True,
+        text=True, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=120, preexec_fn=as_in_a_terminal,
+    )  # fmt: skip
+    assert (done.stderr, done.returncode) == ("dschat: interrupted\n", 130)
+    assert done.stdout == "cleaned up\n"

@@ -21,6 +21,7 @@ import worker
 from dschat import launch, parallel
 from dschat.config import ConfigError
 from dschat.rlhf import checkpoint
+from tests.interrupts import as_in_a_terminal
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_ctrl_c_ends_all_with_one_sentence(folder: Path):
     environment = processes.environment(DIE_AT="3", DIED_MARK=str(output))
     with subprocess.Popen(
         _grpo(folder, output, "dying:wait"), env=environment, cwd=processes.ROOT, stderr=subprocess.PIPE, text=True,
-        stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_in_a_terminal,
+        stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=as_in_a_terminal,
     ) as launcher:  # fmt: skip
         try:
             until = time.monotonic() + processes.LIMIT
@@ -119,10 +120,6 @@ def test_ctrl_c_ends_all_with_one_sentence(folder: Path):
     assert launcher.returncode == 130
     assert not _left(output), "a process is left"
     checkpoint.load(output / "checkpoints" / "step-000002")
-
-
-def _as_in_a_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 
 
 def test_deepspeeds_own_launcher_starts_a_run(folder: Path):
