@@ -27,6 +27,7 @@ struct Event {
 
 struct Byte {
   Event write, read;      // the last of each in this launch; block -1: none
+  const void* writer = nullptr;  // code of `write`
   bool several = false;   // more threads than `read` have read since the last write or barrier
   bool strangers = false; // ... of other warps or blocks
   bool was_read = false, was_written = false;  // in this launch
@@ -72,6 +73,16 @@ bool ordered(const Event& e, bool global) {
   return e.thread / kWarp == self / kWarp && clocks[self][e.thread % kWarp] >= e.clock;
 }
 
+// Translated PTX says the line in place of an address.
+bool is_ptx_line(const void* code) { return reinterpret_cast<uintptr_t>(code) < 1u << 24; }
+
+// Whether the last write is another lane's of the same instruction: Triton lets all lanes that have a value store it, and
+// the hardware lets one of them. In source it is a race, as nothing says that the values are the same.
+bool same_store(const Byte& b, const void* code) {
+  return is_ptx_line(code) && b.writer == code && b.write.block == block_number() && b.write.epoch == epoch &&
+         b.write.thread / kWarp == thread_number() / kWarp;
+}
+
 // Of several readers only the last is known by name: all of the warp must be behind its clock.
 bool all_ordered(const Byte& b, bool global) {
   if (!ordered(b.read, global)) return false;
@@ -84,6 +95,7 @@ bool all_ordered(const Byte& b, bool global) {
 std::string place(const void* code) {
   Dl_info info;
   char text[64];
+  if (is_ptx_line(code)) return "line " + std::to_string(reinterpret_cast<uintptr_t>(code)) + " of the PTX";
   if (!dladdr(code, &info)) return "?";
   std::snprintf(text, sizeof(text), "code +0x%zx", size_t(static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase)));
   return text;
@@ -93,7 +105,8 @@ std::string place(const void* code) {
 bool check_byte(Byte& b, int kind, bool global, const std::string& name, size_t offset, const void* code) {
   const Event now{block_number(), thread_number(), epoch, clocks[thread_number()][lane()]};
   const char* what = kind == kWrite ? "write to" : "read of";
-  if (b.write.block >= 0 && !ordered(b.write, global)) {
+  const bool one_store = kind == kWrite && same_store(b, code);
+  if (b.write.block >= 0 && !one_store && !ordered(b.write, global)) {
     fail("race: %s %s+%zu and a write by thread %d of block %d, which nothing orders (%s)", what, name.c_str(), offset,
          b.write.thread, b.write.block, place(code).c_str());
     return false;
@@ -105,6 +118,7 @@ bool check_byte(Byte& b, int kind, bool global, const std::string& name, size_t 
       return false;
     }
     b.write = now;
+    b.writer = code;
     b.read = {};
     b.several = b.strangers = false;
     b.initialised = true;

@@ -436,12 +436,12 @@ void finish_matrix(void** arguments, unsigned) {
   }
 }
 
-void move_matrix(uint32_t* registers, char* row, int count, bool transposed, bool storing) {
+void move_matrix(uint32_t* registers, char* row, int count, bool transposed, bool storing, const void* code) {
   const char* name = storing ? "stmatrix" : "ldmatrix";
   if (lane() < 8 * count) {
     if (reinterpret_cast<uintptr_t>(row) % 16) stop("%s: a row is not at a multiple of 16 bytes", name);
     if (row < shared || row + 16 > shared + sizeof(shared)) stop("%s: a row is not in shared memory", name);
-    checker::access(row, 16, storing ? checker::kWrite : checker::kRead, __builtin_return_address(0));
+    checker::access(row, 16, storing ? checker::kWrite : checker::kRead, code);
   }
   MatrixArguments x{registers, row, count, transposed, storing};
   collective(0xffffffffu, name, transposed, &x, finish_matrix);
@@ -455,13 +455,14 @@ void mma(Element type, int depth, float* d, const uint32_t* a, const uint32_t* b
 }
 
 void load_matrix(uint32_t* registers, const void* row, int count, bool transposed) {
-  move_matrix(registers, const_cast<char*>(static_cast<const char*>(row)), count, transposed, false);
+  move_matrix(registers, const_cast<char*>(static_cast<const char*>(row)), count, transposed, false,
+              __builtin_return_address(0));
 }
 
 void store_matrix(const uint32_t* registers, void* row, int count, bool transposed) {
   uint32_t copy[4];
   std::copy(registers, registers + count, copy);
-  move_matrix(copy, static_cast<char*>(row), count, transposed, true);
+  move_matrix(copy, static_cast<char*>(row), count, transposed, true, __builtin_return_address(0));
 }
 
 }  // namespace emulation

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -116,7 +116,7 @@ def emulated_cuda(order: Order = Order.ASCENDING, seed: int = 0) -> Iterator[Mod
         yield module
 
 
-class _Recorder:
+class Recorder:
     """Knows the memory of every tensor whose address a kernel may get, and whether torch has written there yet."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -139,6 +139,12 @@ class _Recorder:
         """The beginning of the memory that an address lies in."""
         inside = (p for p, storage in self.storages.items() if p <= address < p + storage.nbytes())
         return next(inside, None)
+
+    def tell(self, module: ModuleType, writable: Container[int | None] | None = None) -> None:
+        """Tells the checking build what memory there is; only what begins at `writable` may be written, if given."""
+        for place, storage in self.storages.items():
+            read_only = writable is not None and place not in writable
+            module.add_buffer(place, storage.nbytes(), "tensor", place not in self.fresh, read_only)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -165,7 +171,7 @@ class _CheckedKernels(CudaKernels):
     """Tells the checking build before every launch what memory there is, and that only what the launcher takes through
     pointers to what is not const may be written."""
 
-    def __init__(self, module: ModuleType, recorder: _Recorder) -> None:
+    def __init__(self, module: ModuleType, recorder: Recorder) -> None:
         super().__init__(module, 0)
         self.recorder = recorder
         self.traffic: list[tuple[str, dict[str, int]]] = []  # by launcher
@@ -177,9 +183,7 @@ class _CheckedKernels(CudaKernels):
             self.module.pointers[function.__name__], arguments, strict=False
         )  # the stream is no memory
         writable = {self.recorder.place(address) for letter, address in pointers if letter == "w"}
-        for place, storage in self.recorder.storages.items():
-            written = place not in self.recorder.fresh
-            self.module.add_buffer(place, storage.nbytes(), "tensor", written, place not in writable)
+        self.recorder.tell(self.module, writable)
         super()._launch(function, *arguments)
         name = function.__name__
         self.traffic.append((name, self.module.traffic()))
@@ -195,7 +199,7 @@ def checked_cuda(
     module = emulated_module(checking=True)
     module.reset()
     module.set_order(order.value, seed)
-    recorder = _Recorder(tensors)
+    recorder = Recorder(tensors)
     checked = _CheckedKernels(module, recorder)
     with recorder.recording(), replacing(checked):
         yield checked

@@ -11,13 +11,24 @@ import functools
 import re
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from emulated import CSRC, HEADERS, RUNTIME, EmulatedBuild, Order, isa, names, replacing
+from emulated import (
+    CSRC,
+    HEADERS,
+    RUNTIME,
+    EmulatedBuild,
+    Order,
+    Recorder,
+    emulated_module,
+    isa,
+    names,
+    replacing,
+)
 
 from dschat_kernels import build, instruction_sets
 from dschat_kernels.cuda import CudaKernels
@@ -180,14 +191,17 @@ def _packed(entry: Entry, values: list[Any]) -> bytes:
 
 
 @functools.cache
-def _translated(ptx: str, name: str) -> tuple[Entry, str]:
-    entry = translate(ptx, name)
-    return entry, str(library(entry))
+def _translated(ptx: str, name: str) -> Entry:
+    return translate(ptx, name)
+
+
+Launcher = Callable[[Callable[..., Any], Entry, list[Any], list[int], int, int], None]
+"""(kernel, its code, values of parameters, grid, threads, bytes of dynamic shared memory)"""
 
 
 @contextlib.contextmanager
-def compiled_triton(arch: str = "sm_80", order: Order = Order.RANDOM, seed: int = 1) -> Iterator[set[str]]:
-    """`backend="triton"` takes CPU tensors within and runs what Triton compiled; gives the kernels that ran."""
+def _triton_launches(arch: str, launch: Launcher) -> Iterator[None]:
+    """`backend="triton"` takes CPU tensors within and hands what Triton compiled to `launch`."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -195,27 +209,62 @@ def compiled_triton(arch: str = "sm_80", order: Order = Order.RANDOM, seed: int 
     from benchmarks.gpu_static import source
     from dschat_kernels.triton import _launch
 
-    module, ran = compiled_module(), set()
-    module.set_order(order.value, seed)
-
     def run(this: _launch.Launch) -> None:
         options = {"num_warps": this.config.num_warps, "num_stages": this.config.num_stages,
                    "enable_fp_fusion": this.config.fp_fusion}  # fmt: skip
         what = source(this)
         kernel = triton.compile(what, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
         [name] = entry_texts(kernel.asm["ptx"])
-        entry, path = _translated(kernel.asm["ptx"], name)
         values = {**this.arguments, **this.config.blocks}
         given = [values[p] for p, type_ in what.signature.items() if type_ != "constexpr"]
         grid = [*this.grid, 1, 1][:3]
-        module.launch_library(
-            path, grid, [32 * this.config.num_warps, 1, 1], kernel.metadata.shared, _packed(entry, given)
-        )
-        ran.add(this.kernel.fn.__name__)
+        threads = 32 * this.config.num_warps
+        entry = _translated(kernel.asm["ptx"], name)
+        launch(this.kernel.fn, entry, given, grid, threads, kernel.metadata.shared)
 
     held = _launch.run, backend.DEVICES
     _launch.run, backend.DEVICES = run, {*backend.DEVICES, "cpu"}
     try:
-        yield ran
+        yield
     finally:
         _launch.run, backend.DEVICES = held
+
+
+@contextlib.contextmanager
+def compiled_triton(arch: str = "sm_80", order: Order = Order.RANDOM, seed: int = 1) -> Iterator[set[str]]:
+    """`backend="triton"` takes CPU tensors within and runs what Triton compiled; gives the kernels that ran."""
+    module, ran = compiled_module(), set()
+    module.set_order(order.value, seed)
+
+    def launch(
+        kernel: Callable[..., Any], entry: Entry, given: list[Any], grid: list[int], threads: int, shared: int
+    ) -> None:
+        module.launch_library(str(library(entry)), grid, [threads, 1, 1], shared, _packed(entry, given))
+        ran.add(kernel.__name__)
+
+    with _triton_launches(arch, launch):
+        yield ran
+
+
+@contextlib.contextmanager
+def counted_triton(arch: str = "sm_80") -> Iterator[list[tuple[str, dict[str, int]]]]:
+    """`compiled_triton` in the checking build, which sees what the compiled code does with memory: a race, an access to
+    anything but tensors, or a read of what nothing has written, is an error of the op. Gives each launch's kernel and
+    what it moved."""
+    module, recorder = emulated_module(checking=True), Recorder(())
+    counted: list[tuple[str, dict[str, int]]] = []
+    module.reset()
+    module.set_order(Order.ASCENDING.value, 0)
+
+    def launch(
+        kernel: Callable[..., Any], entry: Entry, given: list[Any], grid: list[int], threads: int, shared: int
+    ) -> None:
+        parameters = _packed(entry, given)  # asks for the tensors' places, by which the recorder knows them
+        recorder.tell(module)
+        module.reset_traffic()
+        module.launch_library(str(library(entry)), grid, [threads, 1, 1], shared, parameters)
+        stem = kernel.__module__.rpartition(".")[2]
+        counted.append((f"{stem}: {kernel.__name__}", module.traffic()))
+
+    with recorder.recording(), _triton_launches(arch, launch):
+        yield counted
