@@ -66,7 +66,9 @@ From the strongest to the weakest:
   uninitialised and misaligned memory. It counts, of every CUDA kernel in bfloat16 and float32, the bytes moved (at most
   1.05 times the least of its tiling), the share of sectors used (90 % but for the kernels that
   `tests/cuda/test_traffic.py` names with the reason) and the passes of bank conflicts; `tests/cuda/traffic.json` has
-  them, and a test fails where one is worse.
+  them, and a test fails where one is worse. The same build counts what Triton's compiled code for sm_80 does, so far
+  of the kernels in `tests/triton_kernels/traffic.json`, by the same bounds; `tests/triton_kernels/test_traffic.py`
+  names the kernels that are missing.
 - **Compiled**: no spills, and registers, shared memory, occupancy, 128-bit accesses and matrix instructions no worse
   than the checked-in tables. wgmma, which Triton uses on sm_90, ran on the GPU only, in earlier versions; tcgen05
   (sm_100) is compiled only.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from resources import TABLE as RESOURCES
-from traffic import DTYPES, TABLE, least, measure, row
+from traffic import DTYPES, TABLE, least, measure, problems, row
 
 TRAFFIC: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text())
 MOST_MOVED, LEAST_EFFICIENCY = 1.05, 90
@@ -38,24 +38,6 @@ BELOW = {
     "attention_backward: key_gradients": _LANE_ROWS,
 }
 """The kernels with rows below LEAST_EFFICIENCY, and why."""
-
-
-def problems(kernel: str, rows: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> list[str]:
-    """What a kernel does worse than the table; a little is left for compilers that order loads differently."""
-    wrong = []
-    for case in rows.keys() | expected.keys():
-        if case not in rows or case not in expected:
-            wrong.append(f"{kernel} in {case} came or went: run python -m tests.cuda.traffic")
-            continue
-        found, before = rows[case], expected[case]
-        if found["least"] != before["least"]:
-            wrong.append(f"{kernel} in {case} has another formula: run python -m tests.cuda.traffic")
-        worse = [name for name in ("moved", "once", "asked") if found[name] > before[name] + 0.005]
-        worse += ["efficiency"] * (found["efficiency"] < before["efficiency"] - 0.5)
-        worse += [name for name in ("ways", "worst") if found[name] > before[name]]
-        if worse:
-            wrong.append(f"{kernel} in {case} is worse in {worse}: {found}, was {before}")
-    return wrong
 
 
 @functools.cache

@@ -355,6 +355,26 @@ def row(formula: str, sizes: dict[str, int], counts: dict[str, int]) -> dict[str
     }
 
 
+def problems(kernel: str, rows: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> list[str]:
+    """What a kernel does worse than the table; a little is left for compilers that order loads differently."""
+    wrong = []
+    for case in rows.keys() | expected.keys():
+        if case not in rows or case not in expected:
+            wrong.append(f"{kernel} in {case} came or went in the table: run the command that writes it")
+            continue
+        found, before = rows[case], expected[case]
+        if found["least"] != before["least"]:
+            wrong.append(
+                f"{kernel} in {case} has another formula in the table: run the command that writes it"
+            )
+        worse = [name for name in ("moved", "once", "asked") if found[name] > before[name] + 0.005]
+        worse += ["efficiency"] * (found["efficiency"] < before["efficiency"] - 0.5)
+        worse += [name for name in ("ways", "worst") if found[name] > before[name]]
+        if worse:
+            wrong.append(f"{kernel} in {case} is worse in {worse}: {found}, was {before}")
+    return wrong
+
+
 def place(case: str, row: dict[str, Any]) -> str:
     """What a row is called under its kernel."""
     return f"{case}, {' '.join(f'{name}={value}' for name, value in row['sizes'].items())}"
