@@ -27,6 +27,10 @@ EXIT_NOT_PASSED = 1
 EXIT_INTERRUPTED = 130
 PRESS = 2.0
 """Seconds within which Ctrl-C counts once: a launcher passes on what the terminal has sent to all processes."""
+SHAPES_KEPT = 64
+"""For how many shapes PyTorch keeps compiled matrix products, in each of its two caches, unless the environment says
+(it is read at the first product). By itself it keeps 1024, which packed rows, of another length every step, fill with
+hundreds of megabytes that are hardly used again; a step of a model has some twenty shapes, the same in every layer."""
 OPTIONAL = {
     "datasets": "hub data sets",
     "pyarrow": "parquet files",
@@ -44,6 +48,8 @@ def command() -> NoReturn:
     """A process that is a command, from its arguments to its exit code; what Python does at its end is part of it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _Presses())
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(SHAPES_KEPT))
     sys.exit(main())
 
 

@@ -381,3 +381,41 @@ def test_ctrl_c_while_an_interrupted_command_ends(late: bool):
     )  # fmt: skip
     assert (done.stderr, done.returncode) == ("dschat: interrupted\n", 130)
     assert done.stdout == "cleaned up\n"
+
+
+MANY_LENGTHS = """
+import ctypes, os
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import dschat.cli as cli
+from dschat import HybridEngine, SamplingConfig
+
+def resident():
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free counts for nothing
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+def train(config):
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).to(torch.bfloat16)
+    engine = HybridEngine(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    for step in range(151):
+        rollout = engine.generate(torch.arange(2, 36 + step)[None], None, SamplingConfig(max_new_tokens=1, n=2))
+        engine.backward(engine.logprobs(rollout).sum())
+        engine.step()
+        if step in (30, 150):
+            print(resident(), flush=True)
+
+cli.BODIES["doctor"] = train
+cli.command()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc and glibc")
+def test_memory_does_not_grow_with_every_length() -> None:
+    """PyTorch keeps the products of a thousand shapes compiled, of which a run has others every step."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_LENGTHS, "doctor"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    before, after = (int(line) for line in done.stdout.splitlines())
+    assert after - before < 60, "MiB"

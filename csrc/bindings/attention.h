@@ -21,7 +21,7 @@ template <typename T> T* pointer(uintptr_t address) { return reinterpret_cast<T*
 inline TokenLogprobsArgs logprobs_args(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias,
                                        uintptr_t targets, int64_t tokens, int64_t hidden_size, int64_t vocab,
                                        float temperature, float softcap, uintptr_t logprob, uintptr_t lse,
-                                       uintptr_t entropy) {
+                                       uintptr_t entropy, uintptr_t gap) {
   TokenLogprobsArgs a;
   a.hidden = pointer<void>(hidden);
   a.hidden_stride = hidden_stride;
@@ -36,6 +36,7 @@ inline TokenLogprobsArgs logprobs_args(uintptr_t hidden, int64_t hidden_stride, 
   a.logprob = pointer<float>(logprob);
   a.lse = pointer<float>(lse);
   a.entropy = pointer<float>(entropy);
+  a.gap = pointer<float>(gap);
   return a;
 }
 
@@ -156,9 +157,9 @@ inline void bind_attention(pybind11::module_& m) {
       "token_logprobs",
       [](int type, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias, uintptr_t targets,
          int64_t tokens, int64_t hidden_size, int64_t vocab, float temperature, float softcap, uintptr_t logprob,
-         uintptr_t lse, uintptr_t entropy) {
+         uintptr_t lse, uintptr_t entropy, uintptr_t gap) {
         TokenLogprobsArgs a = logprobs_args(hidden, hidden_stride, weight, bias, targets, tokens, hidden_size, vocab,
-                                            temperature, softcap, logprob, lse, entropy);
+                                            temperature, softcap, logprob, lse, entropy, gap);
         const std::unique_ptr<float[]> partials(new float[size_t(token_logprobs_partials(tokens, vocab))]);
         a.partials = partials.get();
         parallel([&](const Team& team) { token_logprobs(team, DType(type), a); });
@@ -171,11 +172,11 @@ inline void bind_attention(pybind11::module_& m) {
       "token_logprobs_gradient",
       [](int type, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t bias, uintptr_t targets,
          int64_t tokens, int64_t hidden_size, int64_t vocab, float temperature, float softcap, uintptr_t logprob,
-         uintptr_t lse, uintptr_t entropy, uintptr_t gradient, uintptr_t panels) {
+         uintptr_t lse, uintptr_t entropy, uintptr_t gap, uintptr_t gradient, uintptr_t panels) {
         TokenLogprobsGradientArgs a;
         static_cast<TokenLogprobsArgs&>(a) =
             logprobs_args(hidden, hidden_stride, weight, bias, targets, tokens, hidden_size, vocab, temperature,
-                          softcap, logprob, lse, entropy);
+                          softcap, logprob, lse, entropy, gap);
         a.gradient = pointer<float>(gradient);
         a.panels = pointer<void>(panels);
         const std::unique_ptr<float[]> partials(new float[size_t(token_logprobs_gradient_partials(tokens, vocab))]);

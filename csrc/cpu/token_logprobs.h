@@ -1,8 +1,9 @@
-// Log-probabilities (and entropies) of given tokens from hidden states and the head, without a [T, V] tensor.
+// Log-probabilities, entropies and gaps to the largest of given tokens from hidden states and the head, without a [T, V]
+// tensor.
 //
 //   logit = sum_k hidden[k] * weight[v, k]  by fma over k = 0..H-1 in float32 (the order of linear()), + bias[v];
 //   logit = softcap * tanh(logit / softcap);  z = logit * inverse_temperature(temperature);
-//   then the chunk rule of logsumexp.h.
+//   then the chunk rule of logsumexp.h;  gap = max z - z[target], which is 0 where these are equal and nowhere else.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@ struct TokenLogprobsArgs {
   float* logprob = nullptr;  // [T]
   float* lse = nullptr;      // [T] log of the sum of exp(z); null: not wanted
   float* entropy = nullptr;  // [T]; null: not wanted
+  float* gap = nullptr;      // [T]; NaN where the log-prob is NaN
   float* partials = nullptr;  // token_logprobs_partials(T, V) floats, shared by the team
 };
 

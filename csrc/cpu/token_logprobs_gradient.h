@@ -6,7 +6,7 @@
 // The sum is taken chunk by chunk while a chunk's logits are there, with exp(z - m_c) rounded to the dtype of the weight, and
 // scaled whenever the maximum so far rises: two products with the head instead of the three of a forward and a backward that
 // computes the logits anew. The target stays out of the sum: 1 - p would lose to the rounding of p where p is near 1.
-// logprob, lse and entropy have the bits of token_logprobs.
+// logprob, lse, entropy and gap have the bits of token_logprobs.
 #pragma once
 
 #include "token_logprobs.h"

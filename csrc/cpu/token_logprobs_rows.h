@@ -74,7 +74,9 @@ inline void fold_partials(const TokenLogprobsArgs& a, int64_t r) {
     }
     weighted = weighted + (partial[2] + partial[1] * shift) * exp_scalar(shift);
   }
-  a.logprob[r] = total.log_prob(a.partials[a.T * chunks * 3 + r]);
+  const float z = a.partials[a.T * chunks * 3 + r];
+  a.logprob[r] = total.log_prob(z);
+  a.gap[r] = total.has_nan() ? total.sum : total.max - z;
   if (a.lse) a.lse[r] = total.value();
   if (a.entropy) a.entropy[r] = std::log(total.sum) - weighted / total.sum;
 }

@@ -80,22 +80,26 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   if (target >= 0 && target < n) target_z[row] = logits[thread * kLogitPitch + target];
 }
 
+// target_z becomes the gap of the largest z to it: 0 where they are equal and nowhere else, NaN where the log-prob is NaN.
 __global__ void __launch_bounds__(kGemmThreads)
-    fold_chunks(ChunkSums chunks, const float* target_z, int64_t rows, int64_t count, float* logprob, float* lse,
+    fold_chunks(ChunkSums chunks, float* target_z, int64_t rows, int64_t count, float* logprob, float* lse,
                 float* entropy) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   LogSumExp total;
 #pragma unroll 4
   for (int64_t c = 0; c < count; ++c) total.fold(chunks.load(c, row));
-  logprob[row] = total.log_prob(target_z[row]);
+  const float z = target_z[row];
+  logprob[row] = total.log_prob(z);
   lse[row] = total.value();
   if (entropy) entropy[row] = total.entropy();
+  target_z[row] = total.has_nan() ? total.sum : total.max - z;
 }
 
 }  // namespace
 
-// scratch: rows * (3 ceil(vocab / kVocabChunk) + 1) numbers.
+// scratch: rows * (3 ceil(vocab / kVocabChunk) + 1) numbers, of which the last `rows` are left as the gaps. (An argument of
+// their own would change launch.h, see linear_int8.h.)
 extern "C" int launch_token_logprobs(int type, const void* hidden, int64_t hidden_stride, const void* weight,
                                      const float* bias, const int64_t* targets, int64_t rows, int64_t size,
                                      int64_t vocab, float temperature, float softcap, float* logprob, float* lse,

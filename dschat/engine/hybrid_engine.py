@@ -366,14 +366,16 @@ class HybridEngine:
         *,
         temperature: float | None = None,
         entropy: bool = False,
+        gap: bool = False,
         exact: bool | None = None,
     ) -> Any:
         """Log-probs of the completion tokens under the present weights, with gradient: float32 [rows, C], 0
         where masked.
 
-        temperature: default that of the rollout. entropy: returns (logprobs, entropies), both [rows, C].
-        exact: default the engine's. Padding is not computed, and only the completions' positions reach the
-        head.
+        temperature: default that of the rollout. entropy, gap: returns (logprobs, entropies, gaps), of
+        the last two what is asked for, all [rows, C]; a gap is 0 exactly where no token is likelier, and without
+        gradient. exact: default the engine's. Padding is not computed, and only the completions' positions reach
+        the head.
         """
         exact = self.exact if exact is None else exact
         if temperature is None:
@@ -392,10 +394,10 @@ class HybridEngine:
             decoder = self.decoder
         rows, select, targets, places = completion_rows(rollout)
         result = self.packed.token_logprobs(
-            rows, select, targets, temperature=temperature, entropy=entropy, exact=decoder
+            rows, select, targets, temperature=temperature, entropy=entropy, gap=gap, exact=decoder
         )  # fmt: skip
         shape = rollout.completion_ids.shape
-        if entropy:
+        if entropy or gap:
             return tuple(scatter(part, places, shape) for part in result)
         return scatter(result, places, shape)
 

@@ -165,18 +165,20 @@ class PackedModel:
         *,
         temperature: float,
         entropy: bool = False,
+        gap: bool = False,
         exact: Decoder | None = None,
     ) -> Any:
         """Log-prob of targets[i] after the packed token select[i]; only those rows reach the head.
 
-        float32 [len(select)]; with `entropy` a pair of these.
+        float32 [len(select)]; with `entropy` or `gap` a tuple of these, as the op gives them.
         """
 
         def head(hidden: Tensor) -> Any:
             weight, bias = self.head_weight(exact)
             return token_logprobs(
                 hidden, weight, targets, temperature=temperature, bias=bias,
-                logit_softcap=self.spec.logit_softcap, return_entropy=entropy, backend=self.backend,
+                logit_softcap=self.spec.logit_softcap, return_entropy=entropy, return_gap=gap,
+                backend=self.backend,
             )  # fmt: skip
 
         modules = [] if self.spec.lm_head is None else [self.spec.lm_head.module]

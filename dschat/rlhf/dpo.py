@@ -81,7 +81,9 @@ def train(config: DPOConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             reference.prepare(run.folder, {"train": train_set, "eval": eval_set})
         engine.stepper.load_state(run.restore({"policy": policy}, optimizers))
 
-        final = run.logged("loss", "accuracy", "eval/loss", "eval/accuracy", "eval/margin")
+        final = run.logged(
+            "loss", "accuracy", *(f"eval/{k}" for k in ("loss", "accuracy", "margin", "mean_token_accuracy"))
+        )  # fmt: skip
         for step in range(run.step, total):
             rows = schedule.indices(step)
             with metrics.phase("update"):
@@ -123,11 +125,19 @@ def pair_logprobs(
 
     mean: over the assistant's tokens of an answer (IPO); else their sum.
     """
+    return _pair_logprobs(engine, examples, pad_id, mean)[:2]
+
+
+def _pair_logprobs(
+    engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, mean: bool
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """`pair_logprobs`, and of the chosen answers' tokens how many there are and how many are the likeliest."""
     batch, learnt = batching.answer_batch(examples, (0, 1), pad_id, engine.device)
-    logp = engine.logprobs(batch, temperature=1.0)
+    logp, gap = engine.logprobs(batch, temperature=1.0, gap=True)
     reduce = losses.masked_mean if mean else losses.masked_sum
-    rows = reduce(logp, learnt, dim=-1)
-    return rows[: len(examples)], rows[len(examples) :]
+    rows, chosen = reduce(logp, learnt, dim=-1), slice(len(examples))
+    right = int(losses.right_tokens(gap[chosen], learnt[chosen]))
+    return rows[chosen], rows[len(examples) :], {"right": right, "tokens": int(learnt[chosen].sum())}
 
 
 class Reference:
@@ -205,13 +215,20 @@ def _digest(sets: dict[str, Sequence[data.Example]], mean: bool) -> str:
 def _piece_loss(
     engine: HybridEngine, reference: Reference, name: str, rows: Sequence[int],
     examples: Sequence[data.Example], pad_id: int, config: DPOConfig, normalizer: int,
-) -> tuple[Tensor, losses.Metrics]:  # fmt: skip
-    chosen, rejected = pair_logprobs(engine, examples, pad_id, reference.mean)
+) -> tuple[Tensor, losses.Metrics, dict[str, int]]:  # fmt: skip
+    chosen, rejected, counts = _pair_logprobs(engine, examples, pad_id, reference.mean)
     ref_chosen, ref_rejected = reference.pairs(name, rows, examples)
-    return losses.dpo_loss(
+    loss, found = losses.dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, config.beta, label_smoothing=config.label_smoothing,
         kind=config.loss, normalizer=normalizer,
     )  # fmt: skip
+    return loss, found, counts
+
+
+def _token_accuracy(values: dict[str, float]) -> dict[str, float]:
+    """Numbers of all pieces, with the share of the chosen answers' tokens that are the likeliest in place of counts."""
+    right, tokens = values.pop("right"), values.pop("tokens")
+    return {**values, "mean_token_accuracy": right / max(tokens, 1)}
 
 
 def accumulate(
@@ -220,17 +237,19 @@ def accumulate(
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one step, `batch_size` pairs at a time; the loss is the mean over all of them."""
     numbers = ("accuracy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-    values = dict.fromkeys(("loss", *numbers), 0.0)
+    values = dict.fromkeys(("loss", *numbers, "right", "tokens"), 0.0)
     for piece, own in parallel.shares(rows, config.batch_size):
         examples = [train_set[i] for i in piece]
-        loss, found = _piece_loss(
+        loss, found, counts = _piece_loss(
             engine, reference, "train", piece, examples, pad_id, config, normalizer=len(rows)
         )
         engine.backward(loss if own else loss * 0.0)
         values["loss"] += float(loss.detach()) * own
         for key, value in found.items():
             values[key] += float(value) * own * len(piece) / len(rows)
-    values = parallel.total(values)
+        for key, count in counts.items():
+            values[key] += count * own
+    values = _token_accuracy(parallel.total(values))
     values["margin"] = values["rewards/chosen"] - values["rewards/rejected"]
     return values
 
@@ -240,15 +259,17 @@ def evaluate(
     engine: HybridEngine, reference: Reference, examples: Sequence[data.Example], pad_id: int,
     config: DPOConfig,
 ) -> dict[str, float]:  # fmt: skip
-    """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
-    out = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+    """Loss, accuracy and margin of the implicit rewards on held-out pairs, and the chosen answers' token accuracy."""
+    out = dict.fromkeys(("loss", "accuracy", "margin", "right", "tokens"), 0.0)
     for rows, own in parallel.shares(range(len(examples)), config.batch_size):
         piece = [examples[i] for i in rows]
-        loss, found = _piece_loss(
+        loss, found, counts = _piece_loss(
             engine, reference, "eval", rows, piece, pad_id, config, normalizer=len(examples)
         )
         share = own * len(piece) / len(examples)
         out["loss"] += float(loss) * own
         out["accuracy"] += float(found["accuracy"]) * share
         out["margin"] += float(found["rewards/chosen"] - found["rewards/rejected"]) * share
-    return parallel.total(out)
+        for key, count in counts.items():
+            out[key] += count * own
+    return _token_accuracy(parallel.total(out))

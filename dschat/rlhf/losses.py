@@ -375,6 +375,11 @@ def entropy_bonus(
     return aggregate(entropy, mask, aggregation, normalizer)
 
 
+def right_tokens(gap: Tensor, mask: Tensor) -> Tensor:
+    """How many tokens where `mask` are the likeliest of the vocabulary, ties included, by how far below it they are."""
+    return ((gap == 0) & _check(gap, mask, "gap")).sum()
+
+
 def nll_loss(
     logp: Tensor,
     mask: Tensor,

@@ -60,7 +60,16 @@ def _online(name: str) -> Panels:
 
 # What is drawn for each stage, by the trainers' names.
 PANELS: dict[str, Panels] = {
-    "sft": [("SFT: loss", [("loss", "training"), ("eval/loss", "held-out")])],
+    "sft": [
+        ("SFT: loss", [("loss", "training"), ("eval/loss", "held-out")]),
+        (
+            "SFT: share of tokens that are the likeliest",
+            [
+                ("mean_token_accuracy", "training"),
+                ("eval/mean_token_accuracy", "held-out"),
+            ],
+        ),
+    ],
     "reward": _pairs("Reward model"),
     "dpo": [
         *_pairs("DPO"),

@@ -56,7 +56,7 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
         optimizers = {"policy": engine.optimizer}
         engine.stepper.load_state(run.restore({"policy": model}, optimizers))
 
-        final = run.logged("loss", "eval/loss")
+        final = run.logged("loss", "eval/loss", "eval/mean_token_accuracy")
         for step in range(run.step, total):
             pieces = [[train_set[i] for i in batches[k]] for k in schedule.indices(step)]
             examples = [e for piece in pieces for e in piece]
@@ -72,7 +72,8 @@ def train(config: SFTConfig, *, model: Any = None, tokenizer: Any = None) -> dic
             if eval_set and run.eval_due(step + 1, total):
                 with metrics.phase("eval"):
                     held_out = evaluate(engine, eval_set, encoder.pad_id, config)
-                final["eval_loss"] = values["eval/loss"] = held_out
+                values |= {f"eval/{k}": v for k, v in held_out.items()}
+                final |= {f"eval_{k}": v for k, v in held_out.items()}
             metrics.log(step + 1, values, show=["loss", "eval/loss"])
             run.save(step + 1, {"policy": model}, optimizers, engine.stepper.state())
             final["loss"] = values["loss"]
@@ -115,32 +116,38 @@ def accumulate(
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one step, a forward and backward for each of `pieces` (None: of `batch_size` rows).
 
-    Returns the loss, the mean entropy at the responses' tokens and how many these are, over all whatever the pieces.
+    Returns the loss, how many the responses' tokens are, their mean entropy and the share of them that are the
+    likeliest, over all whatever the pieces.
     """
     if pieces is None:
         pieces = list(batching.chunks(examples, config.batch_size))
     tokens = sum(sum(e.learnt_of(0)) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
-    found = {"loss": 0.0, "entropy": 0.0}
+    found = dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), 0.0)
     for piece, own in (part for rows in pieces for part in parallel.shares(rows, len(rows))):
         batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
-        logp, entropy = engine.logprobs(batch, temperature=1.0, entropy=True)
+        logp, entropy, gap = engine.logprobs(batch, temperature=1.0, entropy=True, gap=True)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
         engine.backward(loss if own else loss * 0.0)
         found["loss"] += float(loss.detach()) * own
         found["entropy"] += float((entropy.detach() * learnt).sum()) * own / max(tokens, 1)
+        found["mean_token_accuracy"] += float(losses.right_tokens(gap, learnt)) * own / max(tokens, 1)
     return {**parallel.total(found), "tokens": tokens}
 
 
 @torch.no_grad()
-def evaluate(engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig) -> float:
-    """Mean loss of held-out responses, aggregated as in training."""
+def evaluate(
+    engine: HybridEngine, examples: Sequence[data.Example], pad_id: int, config: SFTConfig
+) -> dict[str, float]:
+    """Mean loss of held-out responses, aggregated as in training, and the share of their tokens that are the likeliest
+    ones."""
     tokens = sum(sum(e.learnt_of(0)) for e in examples)
     count = tokens if config.aggregation == "token" else len(examples)
-    total = 0.0
+    found = {"loss": 0.0, "mean_token_accuracy": 0.0}
     for piece, own in parallel.shares(examples, config.batch_size):
         batch, learnt = batching.answer_batch(piece, (0,), pad_id, engine.device)
-        logp = engine.logprobs(batch, temperature=1.0)
+        logp, gap = engine.logprobs(batch, temperature=1.0, gap=True)
         loss, _ = losses.nll_loss(logp, learnt, aggregation=config.aggregation, normalizer=count)
-        total += float(loss) * own
-    return parallel.total({"loss": total})["loss"]
+        found["loss"] += float(loss) * own
+        found["mean_token_accuracy"] += float(losses.right_tokens(gap, learnt)) * own / max(tokens, 1)
+    return parallel.total(found)

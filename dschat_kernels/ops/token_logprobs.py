@@ -1,9 +1,14 @@
-"""Log-probabilities (and entropies) of given tokens from hidden states and the head, without a [T, V] tensor.
+"""Log-probabilities, entropies and gaps of given tokens from hidden states and the head, without a [T, V] tensor.
 
     logit = hidden . weight_v + bias_v                       float32, summed over the hidden size in order
     logit = softcap * tanh(logit / softcap)                  where logit_softcap is given (Gemma 2)
     z     = logit * (1 / temperature)
     logprob[t] = z[target_t] - logsumexp(z)         entropy[t] = logsumexp(z) - sum_v softmax(z)_v z_v
+    gap[t]     = max_v z_v - z[target_t]
+
+A gap costs nothing: the logsumexp has the largest z. It is the difference of two of a row's float32 z, so that it is
+0 where the target has the largest z or ties with it (an argmax takes the first of a tie) and nowhere else. The
+difference of two log-probs would not do: taking the logsumexp from neighbours rounds them to one number.
 
 The cpu backend walks over the vocabulary in chunks of 1024 and folds them by the rule of
 csrc/cpu/logsumexp.h; its logits have the bits of `linear` and its log-probabilities those of `sample`, so
@@ -61,6 +66,7 @@ def token_logprobs(
     bias: Tensor | None = ...,
     logit_softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
+    return_gap: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -73,6 +79,7 @@ def token_logprobs(
     bias: Tensor | None = ...,
     logit_softcap: float | None = ...,
     return_entropy: Literal[True],
+    return_gap: Literal[False] = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -85,8 +92,22 @@ def token_logprobs(
     bias: Tensor | None = ...,
     logit_softcap: float | None = ...,
     return_entropy: bool,
+    return_gap: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = ...,
+    bias: Tensor | None = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: bool = ...,
+    return_gap: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def token_logprobs(
@@ -98,12 +119,15 @@ def token_logprobs(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    return_gap: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of targets [T] under the head weight [V, H] (bias [V]) at hidden [T, H]. -> float32 [T]
 
-    With return_entropy also the entropy of every row's distribution, float32 [T]. (float64 in: float64 out,
-    by the reference.) Differentiable in hidden, weight and bias. weight has the dtype of hidden.
+    With return_entropy also the entropy of every row's distribution, float32 [T], and with return_gap last how far
+    every target is below the likeliest token, float32 [T]: 0 exactly where no token is likelier, NaN where the
+    log-prob is. (float64 in: float64 out, by the reference.) Differentiable in hidden, weight and bias, but for the
+    gaps. weight has the dtype of hidden.
 
     Raises ValueError or TypeError for wrong shapes, dtypes and devices, a target outside 0 .. V - 1, and a
     temperature that is not positive.
@@ -171,15 +195,20 @@ def token_logprobs(
             bias=bias,
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
+            return_gap=return_gap,
         )
     name = "token_logprobs"
     if backend == "cpu" and _only_hidden_has_gradient(hidden, weight, bias):
         name = "token_logprobs_gradient"
     call = implementation(name, backend, hidden, weight, bias)
-    logprob, _, entropy, *_ = call(
+    logprob, _, entropy, gap, *_ = call(
         hidden, weight, targets, bias, float(temperature), logit_softcap, return_entropy
     )
-    return (logprob, entropy) if return_entropy else logprob
+    return _one_or_all([logprob] + [entropy] * return_entropy + [gap] * return_gap)
+
+
+def _one_or_all(found: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def _only_hidden_has_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -196,7 +225,8 @@ def token_logprobs_reference(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_gap: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """The specification, in plain PyTorch (with a [T, V] tensor)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(wide) @ weight.to(wide).t()
@@ -204,20 +234,27 @@ def token_logprobs_reference(
         logits = logits + bias.to(wide)
     if logit_softcap:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    log_p = (logits / temperature).log_softmax(-1)
-    logprob = log_p.gather(1, targets.long()[:, None])[:, 0]
-    return (logprob, -(log_p.exp() * log_p).sum(-1)) if return_entropy else logprob
+    z, at = logits / temperature, targets.long()[:, None]
+    log_p = z.log_softmax(-1)
+    found = [log_p.gather(1, at)[:, 0]]
+    if return_entropy:
+        found.append(-(log_p.exp() * log_p).sum(-1))
+    if return_gap:
+        gap = z.detach().amax(-1) - z.detach().gather(1, at)[:, 0]
+        found.append(gap.masked_fill(found[0].isnan(), float("nan")))
+    return _one_or_all(found)
 
 
 # --------------------------------------------------------------------------------------- torch.library
 
 LIBRARY.define(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
-    "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy)"
+    "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy, Tensor gap)"
 )
 LIBRARY.define(
     "token_logprobs_gradient(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
-    "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy, Tensor gradient)"
+    "float? logit_softcap, bool with_entropy) -> (Tensor logprob, Tensor lse, Tensor entropy, Tensor gap, "
+    "Tensor gradient)"
 )
 LIBRARY.define(
     "token_logprobs_backward(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor "
@@ -235,24 +272,26 @@ def _forward_cpu(
     temperature: float,
     logit_softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, stride = as_rows(hidden)
     weight, targets = weight.contiguous(), targets.to(torch.int64).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     tokens, size = hidden.shape
-    logprob, lse, entropy = _forward_fake(
+    logprob, lse, entropy, gap = _forward_fake(
         hidden, weight, targets, bias, temperature, logit_softcap, with_entropy
     )
-    scratch = []  # cuda: three numbers a row and chunk of the vocabulary, one a row
-    if runs_on_cuda():
+    last = gap
+    if runs_on_cuda():  # scratch: three numbers a row and chunk of the vocabulary, and then the gaps
         chunks = -(-weight.shape[0] // kernels().vocab_chunk)
-        scratch.append(torch.empty(tokens * (3 * chunks + 1), dtype=torch.float32, device=hidden.device))
+        last = torch.empty(tokens * (3 * chunks + 1), dtype=torch.float32, device=hidden.device)
     kernels().token_logprobs(
         DTYPES[hidden.dtype], ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size,
         weight.shape[0], temperature, logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if
-        with_entropy else 0, *map(ptr, scratch),
+        with_entropy else 0, ptr(last),
     )  # fmt: skip
-    return logprob, lse, entropy
+    if last is not gap:
+        gap.copy_(last[len(last) - tokens :])
+    return logprob, lse, entropy, gap
 
 
 def _forward_fake(
@@ -263,13 +302,13 @@ def _forward_fake(
     temperature: float,
     logit_softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = hidden.shape[0]
-    logprob, lse, entropy = (
+    logprob, lse, entropy, gap = (
         torch.empty(n, dtype=torch.float32, device=hidden.device)
-        for n in (tokens, tokens, tokens if with_entropy else 0)
+        for n in (tokens, tokens, tokens if with_entropy else 0, tokens)
     )
-    return logprob, lse, entropy
+    return logprob, lse, entropy, gap
 
 
 def _gradient_cpu(
@@ -280,13 +319,13 @@ def _gradient_cpu(
     temperature: float,
     logit_softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_forward_cpu`, and d logprob / d hidden, float32 [T, H]: csrc/cpu/token_logprobs_gradient.h."""
     rows, stride = as_rows(hidden)
     weight, targets = weight.contiguous(), targets.to(torch.int64).contiguous()
     bias = widen(bias)
     tokens, size = hidden.shape
-    logprob, lse, entropy, gradient = _gradient_fake(
+    logprob, lse, entropy, gap, gradient = _gradient_fake(
         hidden, weight, targets, bias, temperature, logit_softcap, with_entropy
     )
     dtype = DTYPES[hidden.dtype]
@@ -295,12 +334,13 @@ def _gradient_cpu(
     )
     kernels().token_logprobs_gradient(
         dtype, ptr(rows), stride, ptr(weight), ptr(bias), ptr(targets), tokens, size, weight.shape[0], temperature,
-        logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if with_entropy else 0, ptr(gradient), ptr(panels),
+        logit_softcap or 0.0, ptr(logprob), ptr(lse), ptr(entropy) if with_entropy else 0, ptr(gap),
+        ptr(gradient), ptr(panels),
     )  # fmt: skip
-    return logprob, lse, entropy, gradient
+    return logprob, lse, entropy, gap, gradient
 
 
-def _gradient_fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradient_fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return *_forward_fake(hidden, *others), torch.empty(
         hidden.shape, dtype=torch.float32, device=hidden.device
     )
@@ -446,14 +486,14 @@ def _backward_fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets, bias, ctx.temperature, ctx.logit_softcap, ctx.with_entropy = inputs
-    _, lse, entropy = output
-    ctx.mark_non_differentiable(lse)
+    _, lse, entropy, gap = output
+    ctx.mark_non_differentiable(lse, gap)
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
 
 
-def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
+def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     grads = ctx.ops.token_logprobs_backward(
@@ -473,10 +513,12 @@ def _grad(ctx: Any, dlogprob: Tensor, _: Tensor, dentropy: Tensor) -> tuple[Tens
     return dh, dw, None, db, None, None, None
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save_gradient(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+) -> None:
     hidden, weight, targets, bias, ctx.temperature, ctx.logit_softcap, with_entropy = inputs
-    _, lse, entropy, gradient = output
-    ctx.mark_non_differentiable(lse, gradient)
+    _, lse, entropy, gap, gradient = output
+    ctx.mark_non_differentiable(lse, gap, gradient)
     ctx.set_materialize_grads(False)  # None, not zeros, for entropies that are only looked at
     ctx.dtype = hidden.dtype
     again = (hidden, weight, targets, bias, lse, entropy) if with_entropy else ()
@@ -484,7 +526,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _scale_gradient(
-    ctx: Any, dlogprob: Tensor | None, _: Any, dentropy: Tensor | None, __: Any
+    ctx: Any, dlogprob: Tensor | None, _: Any, dentropy: Tensor | None, *__: Any
 ) -> tuple[Tensor | None, ...]:
     gradient, *again = ctx.saved_tensors
     if dentropy is not None and again:

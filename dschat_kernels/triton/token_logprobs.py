@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of given tokens; the formulas are in dschat_kernels/ops/token_logprobs.py.
+"""Log-probabilities, entropies and gaps of given tokens; the formulas are in dschat_kernels/ops/token_logprobs.py.
 
 Logits are computed a block of rows at a time by the kernel of `linear`, and reduced by the rule of _logsumexp: they
 have the bits of the rollout's, and no tensor of all rows and the vocabulary exists. The backward recomputes blocks of
@@ -32,6 +32,7 @@ def _logprobs(
     logprob,
     lse_out,
     entropy,
+    gap,
     row_m,
     row_l,
     row_w,
@@ -42,12 +43,15 @@ def _logprobs(
 ):
     row = tl.program_id(0).to(tl.int64)
     l = tl.load(row_l + row)
-    lse = tl.load(row_m + row) + tl.log(l)
+    m = tl.load(row_m + row)
+    lse = m + tl.log(l)
     z = tl.load(logits + row * vocab + tl.load(targets + row))
     if softcap is not None:
         z = softcapped(z, softcap)
-    tl.store(logprob + row, z * inverse - lse)
+    z = z * inverse
+    tl.store(logprob + row, z - lse)
     tl.store(lse_out + row, lse)
+    tl.store(gap + row, tl.where(l == l, m - z, l))
     if ENTROPY:
         tl.store(entropy + row, tl.log(l) + tl.load(row_w + row) / l)
 
@@ -87,11 +91,11 @@ def token_logprobs(
     temperature: float,
     logit_softcap: float | None,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (tokens, size), vocab, device = hidden.shape, weight.shape[0], hidden.device
     rows, _ = as_rows(hidden)
     weight, targets = weight.detach().contiguous(), targets.to(torch.int64).contiguous()
-    logprob, lse = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(2))
+    logprob, lse, gap = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(3))
     entropy = torch.empty(tokens if with_entropy else 0, dtype=torch.float32, device=device)
     step = max(1, LOGITS_BYTES // (4 * vocab))
     for begin in range(0, tokens, step):
@@ -102,12 +106,13 @@ def token_logprobs(
             _logprobs, (len(logits),),
             {
                 "logits": logits, "targets": targets[block], "logprob": logprob[block], "lse_out": lse[block],
-                "entropy": entropy[block] if with_entropy else None, "row_m": sums.m, "row_l": sums.l, "row_w": sums.w,
+                "entropy": entropy[block] if with_entropy else None, "gap": gap[block],
+                "row_m": sums.m, "row_l": sums.l, "row_w": sums.w,
                 "vocab": vocab, "inverse": _inverse(temperature), "softcap": logit_softcap, "ENTROPY": with_entropy,
             },
             Config(num_warps=1, num_stages=1, fp_fusion=False),  # as row_sums, and sample
         )  # fmt: skip
-    return logprob, lse, entropy
+    return logprob, lse, entropy, gap
 
 
 def _inverse(temperature: float) -> float:

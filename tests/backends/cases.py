@@ -502,7 +502,7 @@ def sample_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
 
 @case
 def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
-    """With entropy and gradients; and the log-probs of linear and sample, bit for bit."""
+    """With entropy, gaps and gradients; and the log-probs of linear and sample, bit for bit."""
     problems = (
         ((3, 17, 1050), (2, 8, 7), (1, 1, 1), (0, 4, 5), (70, 33, 257)) if thorough else ((3, 17, 1050),)
     )
@@ -523,7 +523,9 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
                 output_size=8.0 if dtype == torch.float32 and backend == "cuda" else 0.0,
                 **options,
             )  # fmt: skip
+            _close_gaps(backend, inputs, options)
     _frozen_or_without_bias(backend, dtype)
+    _gaps_of_near_logits(backend, dtype)
     if backend == "reference":
         return
     part = _part(1100, 24, dtype)  # chunks of 256 or 1024
@@ -536,6 +538,52 @@ def token_logprobs_(backend: str, dtype: torch.dtype, thorough: bool) -> None:
             hidden[rows], part.weight, picked[rows], bias=part.bias, temperature=0.8, backend=backend
         )
         assert same_bits(ours, expected[rows])
+    z = logits * (1.0 / torch.tensor(0.8))
+    for targets in (picked, z.argmax(1), z.argmin(1)):
+        found = token_logprobs.token_logprobs(
+            hidden, part.weight, targets, bias=part.bias, temperature=0.8, return_gap=True, backend=backend
+        )
+        assert same_bits(found[1], z.amax(1) - z.gather(1, targets[:, None])[:, 0])
+
+
+def _close_gaps(backend: str, inputs: dict[str, Tensor], options: dict[str, float]) -> None:
+    """Of every second row's likeliest token, and of others: 0 where float64's gap is, and nowhere else. The log-probs
+    beside them have the bits of those alone."""
+    op, reference = (
+        partial(token_logprobs.token_logprobs, backend=backend),
+        token_logprobs.token_logprobs_reference,
+    )
+    rows, vocab = inputs["hidden"].shape[0], inputs["weight"].shape[0]
+    wide = {name: t.double() for name, t in inputs.items()}
+    z = wide["hidden"] @ wide["weight"].t() + wide["bias"]
+    targets = torch.where(torch.arange(rows) % 2 == 0, z.argmax(1), torch.randint(0, vocab, (rows,)))
+    logprob, ours = op(**inputs, targets=targets, return_gap=True, **options)
+    _, own = reference(**inputs, targets=targets, return_gap=True, **options)
+    _, exact = reference(**wide, targets=targets, return_gap=True, **options)
+    assert_close_to_fp64(ours, exact, own, size=8.0)
+    clear = (exact == 0) | (exact > 1e-4)
+    assert torch.equal((ours == 0)[clear], (exact == 0)[clear])
+    assert same_bits(logprob, op(**inputs, targets=targets, **options))
+
+
+def _gaps_of_near_logits(backend: str, dtype: torch.dtype) -> None:
+    """Where the logits are the bias: ties, in whatever chunks, have gap 0, the number below has not, even where both
+    have one log-prob, and a forbidden token's is infinite."""
+    hidden, weight, bias = (
+        torch.zeros(5, 24, dtype=dtype),
+        draw(1100, 24, dtype=dtype),
+        torch.randn(1100) * 0.1,
+    )
+    largest = torch.tensor(0.3)
+    below = torch.nextafter(largest, torch.tensor(0.0))
+    bias = bias.clamp(max=0.29)
+    bias[3] = bias[1099] = largest
+    bias[700], bias[40] = below, float("-inf")
+    targets = torch.tensor([3, 1099, 700, 40, 0])
+    logprob, gap = token_logprobs.token_logprobs(
+        hidden, weight, targets, bias=bias, return_gap=True, backend=backend
+    )
+    assert gap.tolist() == (largest - bias[targets]).tolist() and logprob[0] == logprob[2]
 
 
 def _frozen_or_without_bias(backend: str, dtype: torch.dtype) -> None:

@@ -140,8 +140,8 @@ def test_sample_and_token_logprobs(dtype: torch.dtype, monkeypatch: pytest.Monke
     for more in ({}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01}):
         agree(lambda z, more=more: sample(z, **options, **more), logits, hold=(numbers,))
     hidden, weight, bias = torch.randn(3, 24).to(dtype), torch.randn(300, 24).to(dtype), torch.randn(300)
-    agree(lambda h, w: token_logprobs(h, w, numbers, return_entropy=True, backend="cuda"), hidden, weight,
-          hold=(numbers,))  # fmt: skip
+    agree(lambda h, w: token_logprobs(h, w, numbers, return_entropy=True, return_gap=True, backend="cuda"),
+          hidden, weight, hold=(numbers,))  # fmt: skip
     monkeypatch.setattr("dschat_kernels.ops.token_logprobs.BLOCK", 128)
     for h in (hidden, hidden.repeat(23, 1)):  # 69 rows: two tiles
         targets = torch.arange(len(h))

@@ -281,7 +281,7 @@ def _vocabulary(dtype: torch.dtype) -> list[Case]:
                  {"r": count, "v": vocab // 4, "k": size, "s": dtype.itemsize, "R": height},
                  {f"chunk_sums<{height // 16}>":
                       "s * k * (r * v / 256 + v * r / R) + 4 * v * r / R + 20 * r * v / 256 + 4 * r",
-                  "fold_chunks": "r * (12 * v / 256 + 16)"})
+                  "fold_chunks": "r * (12 * v / 256 + 20)"})
         )  # fmt: skip
     return [*found, *_head_gradients(dtype)]
 

@@ -15,9 +15,9 @@ from dschat.rlhf.metrics import read_lines
 
 PLAIN = {"zero_stage": None}
 CURVES = {
-    "sft": ("loss", "grad_norm", "eval/loss"),
+    "sft": ("loss", "grad_norm", "entropy", "mean_token_accuracy", "eval/loss", "eval/mean_token_accuracy"),
     "reward": ("loss", "accuracy", "grad_norm", "eval/loss"),
-    "dpo": ("loss", "rewards/margins", "grad_norm", "eval/loss"),
+    "dpo": ("loss", "rewards/margins", "mean_token_accuracy", "grad_norm", "eval/loss"),
     "ppo": (
         "loss/policy_avg",
         "loss/value_avg",

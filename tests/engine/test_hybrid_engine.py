@@ -50,19 +50,24 @@ def hf_distribution(model: Any, rollout: Rollout, temperature: float) -> torch.T
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt-350m"])
-def test_logprobs_and_entropy_are_hf_at_the_temperature(name: str, exact: bool) -> None:
+def test_logprobs_entropy_and_gap_are_hf_at_the_temperature(name: str, exact: bool) -> None:
     model = build(name)
     engine, rollout = rollout_of(model, exact=exact)
     mask = rollout.completion_mask
     assert not mask.all() and mask.sum(1).max() > mask.sum(1).min()
     for temperature in (None, 1.0, 1.9):
-        logp, entropy = engine.logprobs(rollout, temperature=temperature, entropy=True)
+        logp, entropy, gap = engine.logprobs(rollout, temperature=temperature, entropy=True, gap=True)
         every = hf_distribution(model, rollout, temperature or 0.7)
         expected = every.gather(2, rollout.completion_ids[..., None])[..., 0]
         torch.testing.assert_close(logp[mask].double(), expected[mask], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(
             entropy[mask].double(), -(every.exp() * every).sum(-1)[mask], rtol=1e-4, atol=1e-4
         )
+        torch.testing.assert_close(
+            gap[mask].double(), (every.amax(-1) - expected)[mask], rtol=1e-4, atol=1e-4
+        )
+        (alone,) = engine.logprobs(rollout, temperature=temperature, gap=True)[1:]
+        assert torch.equal(alone, gap) and not gap.requires_grad
         assert logp.dtype == entropy.dtype == torch.float32 and logp.requires_grad and entropy.requires_grad
         assert (logp[~mask] == 0).all() and (entropy[~mask] == 0).all()
     torch.testing.assert_close(engine.logprobs(rollout)[mask], rollout.logprobs[mask], rtol=0, atol=1e-4)

@@ -66,10 +66,81 @@ def test_matches_float64(
         assert_close_to_fp64(a, e, t, size=8.0)
 
 
+@given(
+    tokens=st.integers(0, 40),
+    size=st.sampled_from([1, 24, 33, 300]),
+    vocab=st.one_of(st.integers(1, 70), st.sampled_from([1023, 1024, 1025, 3000])),
+    dtype=st.sampled_from(DTYPES),
+    with_bias=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.7, 3.0]),
+    cap=st.sampled_from([None, 5.0]),
+    seed=st.integers(0, 999),
+)
+def test_gaps_are_zero_where_the_target_is_float64s_argmax(
+    tokens: int,
+    size: int,
+    vocab: int,
+    dtype: torch.dtype,
+    with_bias: bool,
+    temperature: float,
+    cap: float | None,
+    seed: int,
+) -> None:
+    """The same bits whatever has a gradient and whether entropies are asked for."""
+    torch.manual_seed(seed)
+    hidden, weight, targets = problem(tokens, size, vocab, dtype)
+    bias = torch.randn(vocab) if with_bias else None
+    wide = hidden.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+    right = torch.rand(tokens) < 0.5
+    targets[right] = wide.argmax(1)[right]
+    options: dict[str, Any] = {"temperature": temperature, "logit_softcap": cap, "return_gap": True}
+    logprob, gap = token_logprobs(hidden, weight, targets, bias=bias, backend="cpu", **options)
+    _, own = token_logprobs_reference(hidden, weight, targets, bias=bias, **options)
+    _, exact = token_logprobs_reference(
+        hidden.double(), weight.double(), targets, bias=bias if bias is None else bias.double(), **options
+    )
+    assert_close_to_fp64(gap, exact, own, size=8.0)
+    near = (wide.amax(1) - wide.gather(1, targets[:, None])[:, 0]).abs()
+    clear = (near == 0) | (near > 1e-3)
+    clear &= wide.topk(2)[0].diff()[:, 0] < -1e-3 if vocab > 1 else clear
+    if cap is None or not tokens or wide.abs().max() < 2 * cap:  # else tanh brings logits together
+        assert torch.equal((gap == 0)[clear], (near == 0)[clear])
+    plain = token_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, logit_softcap=cap, backend="cpu"
+    )
+    assert same_bits(logprob, plain)
+    for trained in ((True, False), (True, True)):
+        h, w = (t.clone().requires_grad_(on) for t, on in zip((hidden, weight), trained, strict=True))
+        found = token_logprobs(h, w, targets, bias=bias, backend="cpu", return_entropy=True, **options)
+        assert same_bits(found[0], logprob) and same_bits(found[2], gap) and not found[2].requires_grad
+
+
+def test_gaps_of_given_logits() -> None:
+    """With a one-hot weight the logits are the hidden values: whole numbers, of which many tie."""
+    logits = torch.randint(-9, 9, (40, 1500)).float()
+    targets = torch.randint(0, 1500, (40,))
+    _, gap = token_logprobs(logits, torch.eye(1500), targets, return_gap=True, backend="cpu")
+    assert torch.equal(gap, logits.amax(1) - logits.gather(1, targets[:, None])[:, 0]) and (gap == 0).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gaps_are_nan_where_log_probs_are(backend: str) -> None:
+    bias = torch.zeros(4, 1100)
+    bias[0, 7], bias[1, 1050], bias[2] = float("nan"), float("inf"), float("-inf")
+    for row, targets in enumerate(([0, 7], [0, 1050], [0, 1050], [0, 1])):
+        logprob, gap = token_logprobs(
+            torch.zeros(2, 3), torch.ones(1100, 3), torch.tensor(targets), bias=bias[row], return_gap=True,
+            backend=backend,
+        )  # fmt: skip
+        assert logprob.isnan().tolist() == gap.isnan().tolist() == [row < 3] * 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_batch_or_threads(dtype: torch.dtype) -> None:
     hidden, weight, targets = problem(131, 96, 5000, dtype)
-    options: dict[str, Any] = {"temperature": 0.8, "return_entropy": True, "backend": "cpu"}
+    options: dict[str, Any] = {
+        "temperature": 0.8, "return_entropy": True, "return_gap": True, "backend": "cpu"
+    }  # fmt: skip
     together = token_logprobs(hidden, weight, targets, **options)
     for n, rows in (
         (1, slice(0, 131)),

@@ -104,7 +104,7 @@ def test_the_written_model_is_what_was_trained(base):
     encoder = conversations.Encoder(models.load_tokenizer(base["model"]))
     records, stats = reading.read(base["data"])
     rows = data.sft_examples(records, encoder, stats, response="chosen", max_length=64)
-    loss = sft.evaluate(HybridEngine(model), rows, encoder.pad_id, config)
+    loss = sft.evaluate(HybridEngine(model), rows, encoder.pad_id, config)["loss"]
     assert loss == pytest.approx(result["eval_loss"], abs=1e-5)
     folder = Path(base["output_dir"]) / "model"
     names = [n for f in folder.glob("*.safetensors") for n in load_file(f)]

@@ -14,7 +14,7 @@ from helpers_rlhf import Killed, numbers, same_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dschat.config import ConfigError, RewardConfig, SFTConfig
+from dschat.config import ConfigError, DPOConfig, RewardConfig, SFTConfig
 from dschat.engine import HybridEngine
 from dschat.rlhf import batching, conversations, data, dpo, losses, models, reading, reward, sft
 from dschat.rlhf.checkpoint import CheckpointError, latest
@@ -55,11 +55,47 @@ def test_sft_loss_is_hugging_faces_on_the_responses(new_stories_model, stories_t
     for size in (1, 2, 3):
         config = SFTConfig(batch_size=size)
         expected = sum(x * n for x, n in losses) / tokens
-        assert sft.evaluate(engine, examples, 0, config) == pytest.approx(expected, rel=1e-4)
+        assert sft.evaluate(engine, examples, 0, config)["loss"] == pytest.approx(expected, rel=1e-4)
         config.aggregation = "sequence"
-        assert sft.evaluate(engine, examples, 0, config) == pytest.approx(
+        assert sft.evaluate(engine, examples, 0, config)["loss"] == pytest.approx(
             sum(x for x, _ in losses) / 3, rel=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_token_accuracy_is_the_share_of_hugging_faces_argmax(dtype, new_stories_model):
+    """Of training and held-out responses in any batch, packed rows of several turns whose learnt words alone count, and
+    of DPO's chosen answers. Every third token is the second likeliest; learnt are those where no rounding decides which
+    is the likeliest."""
+    generator, model = torch.Generator().manual_seed(2), new_stories_model().to(dtype)
+    examples, right, count = [], 0, 0
+    for length, said in ((9, 14), (3, 5), (20, 30), (6, 1)):
+        prompt, answer, learnt = torch.randint(3, 200, (length,), generator=generator).tolist(), [], []
+        for i in range(said):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, -1]
+            (first, second), best = logits.topk(2)[0].tolist(), logits.topk(2)[1].tolist()
+            answer.append(best[i % 3 == 1])
+            learnt.append(first - second > 0.3 and i % 5 != 2)
+            count, right = count + learnt[-1], right + (learnt[-1] and int(logits.argmax()) == answer[-1])
+        examples.append(data.Example(prompt, [answer, answer[::-1]], "", learnt=[learnt, [True] * said]))
+    assert 10 < right < count - 5 and len([own for e in examples for own in e.learnt_of(0) if not own]) > 5
+    engine = HybridEngine(model)
+    for size in (1, 3, 4):
+        for aggregation in ("token", "sequence"):
+            config = SFTConfig(batch_size=size, aggregation=aggregation)
+            for found in (
+                sft.evaluate(engine, examples, 0, config), sft.accumulate(engine, examples, 0, config)
+            ):  # fmt: skip
+                assert found["mean_token_accuracy"] == pytest.approx(right / count, rel=1e-9)
+        config = DPOConfig(batch_size=size)
+        reference = dpo.Reference(config, model, 0, torch.device("cpu"))
+        reference.frozen = engine
+        for found in (
+            dpo.evaluate(engine, reference, examples, 0, config),
+            dpo.accumulate(engine, reference, examples, range(4), 0, config),
+        ):
+            assert found["mean_token_accuracy"] == right / count
 
 
 def test_others_words_within_an_answer_are_not_learnt(new_stories_model):
@@ -72,7 +108,7 @@ def test_others_words_within_an_answer_are_not_learnt(new_stories_model):
         expected = float(model(torch.tensor([[1, 30, 31, *answer]]), labels=torch.tensor([labels])).loss)
     for aggregation in ("token", "sequence"):
         found = sft.evaluate(HybridEngine(model), [example], 0, SFTConfig(aggregation=aggregation))
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert found["loss"] == pytest.approx(expected, rel=1e-4)
     chosen, rejected = dpo.pair_logprobs(
         HybridEngine(model.requires_grad_(False)),
         [data.Example([1, 30, 31], [answer] * 2, "", learnt=[learnt, [True] * 8])],
@@ -177,6 +213,8 @@ def test_sft_learns_and_loads(base, tmp_path):
     ]
     assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6, 9, 12]
     assert result["eval_loss"] == lines[-1]["eval/loss"]
+    assert result["eval_mean_token_accuracy"] == lines[-1]["eval/mean_token_accuracy"]
+    assert lines[0]["mean_token_accuracy"] < lines[-1]["mean_token_accuracy"] <= 1
     assert lines[0]["learning_rate"] == 1e-2 and lines[-1]["learning_rate"] < 1e-3, "linear to 0"
     files = set(os.listdir(tmp_path / "run"))
     assert files >= {
@@ -197,8 +235,10 @@ def test_sft_learns_and_loads(base, tmp_path):
     encoder = conversations.Encoder(tokenizer)
     records, stats = reading.read(base["data"])
     examples = data.sft_examples(records, encoder, stats)
-    loss = sft.evaluate(HybridEngine(model), examples, 0, SFTConfig())
-    assert loss == pytest.approx(result["eval_loss"], rel=1e-3), "the merged model is the trained one"
+    found = sft.evaluate(HybridEngine(model), examples, 0, SFTConfig())
+    assert found["loss"] == pytest.approx(result["eval_loss"], rel=1e-3), (
+        "the merged model is the trained one"
+    )
 
 
 def test_reward_learns_is_normalised_and_loads(base, tmp_path):
