@@ -88,7 +88,7 @@ class CompileKernels(build_ext):
 
 
 serve = ["fastapi", "uvicorn"]
-triton = ["triton>=3.9; platform_system == 'Linux'"]
+triton = ["triton>=3.6; platform_system == 'Linux'"]
 deepspeed = ["deepspeed"]
 dev = [
     "deepspeed",
@@ -104,7 +104,7 @@ dev = [
     "scipy",
     "setuptools>=77",
     "uvicorn",
-    "triton>=3.9; platform_system == 'Linux'",
+    "triton>=3.6; platform_system == 'Linux'",
 ]
 
 setup(

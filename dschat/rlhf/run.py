@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
     for package in ("dschat", "torch", "transformers", "peft", "safetensors", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    return found
+    return found | {"torch": torch.__version__}  # names the build, which its metadata may not
 
 
 def learning_rate(config: StageConfig, peak: float, step: int, total: int) -> float:

@@ -39,6 +39,6 @@ def digest(words: Tensor) -> Tensor:
     launch(
         _digest, (programs,),
         {"words": words, "sums": sums, "count": len(words), "BLOCK": BLOCK, "BLOCKS": PER_PROGRAM},
-        Config(num_warps=8, num_stages=1),
+        Config(num_warps=16, num_stages=1),
     )  # fmt: skip
     return sums.sum()

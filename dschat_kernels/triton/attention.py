@@ -150,10 +150,9 @@ def _prefill(
 
 def tile_config(dtype: torch.dtype, dim: int) -> Config:
     """The tile; one for prefill and decode, which is what makes their bits equal."""
-    block = max(16, next_power_of_2(dim))
-    if dtype == torch.float32:
-        return Config({"M": 16, "STEP": 16 if block > 128 else 32, "D": block}, num_warps=8, num_stages=2)
-    return Config({"M": 16 if block > 128 else 32, "STEP": PAGE, "D": block}, num_warps=4, num_stages=2)
+    block, wide = max(16, next_power_of_2(dim)), dtype == torch.float32
+    rows, keys = 16 if wide or block > 128 else 32, 16 if wide and block > 128 else 32
+    return Config({"M": rows, "STEP": keys, "D": block}, num_warps=8, num_stages=2)
 
 
 def shared_arguments(

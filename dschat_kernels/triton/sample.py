@@ -325,8 +325,8 @@ def _search(
                 "stride": stride, "parts": parts, "inverse": inverse, "top_k": top_k, "top_p": top_p_high,
                 "top_p_rest": top_p - top_p_high, "shift": 28 - 4 * number, "WEIGH": weigh, "SECOND": number == 1,
             },
-            # Sums of 16 cuts are 8 numbers a thread: with more, compilers keep some of them in memory.
-            Config({"PART": PART, "BLOCK": 128}, num_warps=8, num_stages=1, fp_fusion=False),
+            # Sums of 16 cuts are 4 numbers a thread: with more, compilers keep some of them in memory.
+            Config({"PART": PART, "BLOCK": 128}, num_warps=16, num_stages=1, fp_fusion=False),
         )  # fmt: skip
     low = torch.empty(rows, dtype=torch.int64, device=device)
     ties = torch.empty(rows, dtype=torch.int32, device=device) if weigh else None

@@ -67,11 +67,11 @@ From the strongest to the weakest:
   1.05 times the least of its tiling), the share of sectors used (90 % but for the kernels that
   `tests/cuda/test_traffic.py` names with the reason) and the passes of bank conflicts; `tests/cuda/traffic.json` has
   them, and a test fails where one is worse. The same build counts what Triton's compiled code for sm_80 does, so far
-  of the kernels in `tests/triton_kernels/traffic.json`, by the same bounds; `tests/triton_kernels/test_traffic.py`
-  names the kernels that are missing.
-- **Compiled**: no spills, and registers, shared memory, occupancy, 128-bit accesses and matrix instructions no worse
-  than the checked-in tables. wgmma, which Triton uses on sm_90, ran on the GPU only, in earlier versions; tcgen05
-  (sm_100) is compiled only.
+  of the kernels in `tests/triton_kernels/traffic.json`, by the same bounds; `test_triton_traffic.py` there names those
+  that are missing.
+- **Compiled**: no spills (Triton's compiler is that of `constraints.txt`), and registers, shared memory, occupancy,
+  128-bit accesses and matrix instructions no worse than the checked-in tables. wgmma, which Triton uses on sm_90, ran
+  on the GPU only, in earlier versions; tcgen05 (sm_100) is compiled only.
 
 `make test` runs what stands in front; what follows "nightly" is a test of `make test-full`, with every size, and is no
 claim that it has passed: the report of that run says so. The cells of sm_120 and of the checking build take few sizes

@@ -5,7 +5,7 @@
 
 The switch is for tests only: the package has none, and TRITON_INTERPRET need not be set, so one process can interpret
 kernels and compile them. Inside the block the backend takes CPU tensors, launches are interpreted, and functions of
-`triton.jit` can be called from interpreted kernels. Triton 3.9's interpreter has flaws of its own, repaired here and
+`triton.jit` can be called from interpreted kernels. Triton's interpreter has flaws of its own, repaired here and
 tested in test_interpreter.py: bfloat16 casts truncate, tl.dot multiplies the bit patterns of bfloat16, and a scalar
 comparison that is broadcast turns into an integer.
 """
