@@ -130,7 +130,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     titles = {
         "batch": "rows at a time",
@@ -153,8 +153,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ticks = sorted({p["x"] for p in result["points"] if p["section"].split(",")[0] == key})
         axes.set_xticks(ticks, [f"{x / 1e6:.0f} M" if x >= 1e5 else f"{x}" for x in ticks], fontsize=7)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         if sections:
-            axes.legend(fontsize=7, loc="upper left")
+            axes.legend(fontsize=7, loc="best", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("decode step, ms")
     figure.suptitle(f"{result['machine']['cpu']}, {result['dtype']}", fontsize=9)

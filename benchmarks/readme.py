@@ -1,7 +1,7 @@
-"""Writes the measured tables into README.md, between the markers that name them.
+"""Writes the measured tables into README.md and docs/benchmarks.md, between the markers that name them.
 
-    python benchmarks/readme.py          benchmarks/results/*.json -> README.md
-    python benchmarks/readme.py --check  exit 1 if README.md does not show what the results say (CI)
+    python benchmarks/readme.py          benchmarks/results/*.json -> these pages
+    python benchmarks/readme.py --check  exit 1 if a page does not show what the results say (CI)
 
 `<!-- table: generate-bf16 -->` ... `<!-- end -->` shows benchmarks/results/generate-bf16.json, which
 `dschat bench generate --output` wrote; results of benchmarks/*.py say by their "kind" what they are.
@@ -274,25 +274,30 @@ TABLES = {
 }
 
 
+PAGES = ("README.md", "docs/benchmarks.md")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if README.md is out of date"
+        "--check", action="store_true", help="change nothing; exit 1 if a page is out of date"
     )
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = MARKED.sub(lambda m: m[1] + render(m["name"]) + m[3], old)
-    if check:
-        if new != old:
+    stale = 0
+    for name in PAGES:
+        page = ROOT / name
+        old = page.read_text()
+        new = MARKED.sub(lambda m: m[1] + render(m["name"]) + m[3], old)
+        if not check:
+            page.write_text(new)
+        elif new != old:
             print(
-                "README.md does not show benchmarks/results: run python benchmarks/readme.py", file=sys.stderr
+                f"{name} does not show benchmarks/results: run python benchmarks/readme.py", file=sys.stderr
             )
-        return int(new != old)
-    readme.write_text(new)
-    return 0
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
